@@ -1,0 +1,2865 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).
+
+A .vma file is a header (the VM's configuration, the list of its disks), then extents that hold the
+disks' clusters in the order in which a live backup happened to read them. `optimize` rewrites an
+archive into the canonical layout, so that a deduplicating backup program finds in the next backup
+what it has already:
+
+    header    fixed uuid; blob buffer: configs in their order, device names by dev_id;
+              zero-filled to a multiple of --align
+    extents   one device after the other by dev_id, vmstate last; each device begins an extent
+              clusters ascending, every one, as many an extent as make a multiple of --align (<= 58)
+              zero blocks are stored explicitly until each payload is a multiple of --align
+
+The layout depends on the archive's ctime, configs, devices, stored blocks and --align, on nothing
+else; `lay_out_header` and `lay_out_extent` below decide it.
+
+Exit status: 0 success, 1 a bad archive or a failed operation, 2 wrong usage, 128 + N ended by
+signal N (130: Ctrl-C, 141: the reader of standard output went away).
+
+Sources: the format is Proxmox's, in pve-qemu's public vma_spec.txt; cited below as "spec". Where
+its `vma` program behaves otherwise, the program is followed, and a comment says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib
+import io
+import os
+import signal
+import stat
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+
+__version__ = "0.9.0"
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+
+class VmaError(Exception):
+    """A bad archive or a failed operation; its text is the one line that the user reads."""
+
+
+class FormatError(VmaError):
+    """Bytes that contradict the format; says in which archive and at which offset, if known."""
+
+    def __init__(self, message: str, offset: int | None = None, archive: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.offset = offset
+        self.archive = archive
+
+    def __str__(self) -> str:
+        where = [self.archive] if self.archive else []
+        if self.offset is not None:
+            where.append(f"offset 0x{self.offset:x}")
+        return ": ".join([*where, self.message])
+
+
+class Interrupted(BaseException):
+    """A signal that ends the program, after everything unfinished has been removed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def escape(text: str) -> str:
+    """Return text with all that could act on a terminal, or hide in it, as Python escapes."""
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def quote(name: str) -> str:
+    """Return a name from an archive as messages show it."""
+    return f"'{escape(name)}'"
+
+
+# ---------------------------------------------------------------------------------------------
+# Format: constants, and codecs that need no file. All numbers are big-endian, except where a
+# blob's length is little-endian.
+
+BLOCK_SIZE = 4096
+CLUSTER_BLOCKS = 16
+CLUSTER_SIZE = CLUSTER_BLOCKS * BLOCK_SIZE
+FULL_MASK = 0xFFFF
+ZERO_CLUSTER = bytes(CLUSTER_SIZE)
+ZERO_BLOCK = bytes(BLOCK_SIZE)
+
+# spec, "VMA Header": magic, version, uuid, ctime, md5sum, blob_buffer_offset, blob_buffer_size,
+# header_size; then, further on, the two tables of offsets and dev_info
+HEADER = struct.Struct(">4sI16sq16sIII")
+HEADER_MAGIC = b"VMA\0"
+HEADER_FIXED_SIZE = 12288
+HEADER_MD5 = slice(32, 48)
+CONFIG_COUNT = 256
+CONFIG_TABLE = struct.Struct(">256I")
+CONFIG_NAMES_OFFSET = 2044
+CONFIG_DATA_OFFSET = 3068
+DEV_INFO = struct.Struct(">I4xQ16x")  # devname_ptr, size
+DEV_INFO_OFFSET = 4096
+DEV_IDS = range(1, 255)  # 0 is an empty slot; Proxmox does not look at 255
+BLOB_MAX_SIZE = 0xFFFF
+# All that 256 names, 256 configs and 254 device names can fill is 50 MB. More is no header.
+HEADER_MAX_SIZE = 64 << 20
+VMSTATE = "vmstate"
+NAME_MAX_SIZE = 255  # bytes, as file systems have it
+
+# spec, "VMA Extent Header": magic, reserved1, block_count, uuid, md5sum, blockinfo[59].
+# A blockinfo is mask << 48 | reserved << 40 | dev_id << 32 | cluster_num.
+EXTENT = struct.Struct(">4sHH16s16s59Q")
+EXTENT_MAGIC = b"VMAE"
+EXTENT_MD5 = slice(24, 40)
+EXTENT_SLOTS = 59
+EXTENT_HEADER_SIZE = 512
+EXTENT_MAX_BLOCKS = EXTENT_SLOTS * CLUSTER_BLOCKS
+
+if (HEADER.size, DEV_INFO.size, EXTENT.size) != (60, 32, EXTENT_HEADER_SIZE):
+    raise ImportError("struct sizes differ from the format's")
+
+
+class Config(NamedTuple):
+    """A file of the VM's configuration; bytes of the name that are not UTF-8 are surrogates."""
+
+    name: str
+    data: bytes
+
+
+class Device(NamedTuple):
+    """A disk, or the RAM state if it is named vmstate; size in bytes."""
+
+    dev_id: int
+    name: str
+    size: int
+
+    @property
+    def is_vmstate(self) -> bool:
+        return self.name == VMSTATE
+
+    @property
+    def cluster_count(self) -> int:
+        """How many clusters hold the device; a vmstate may have more."""
+        return -(-self.size // CLUSTER_SIZE)
+
+    def block_mask(self, cluster_num: int) -> int:
+        """Return the mask of the blocks of a cluster that begin inside the device."""
+        # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
+        blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
+        return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
+
+
+class Header(NamedTuple):
+    """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
+
+    `size` is header_size in bytes; `md5` is over all of these, so it stands for the whole.
+    """
+
+    uuid: bytes
+    ctime: int
+    configs: tuple[Config, ...]
+    devices: tuple[Device, ...]
+    size: int = 0
+    md5: bytes = b""
+
+
+class Extent(NamedTuple):
+    """An extent header: its offset in the archive, and blockinfo as 59 64-bit numbers.
+
+    `md5` is over all of it, so it stands for the whole.
+    """
+
+    offset: int
+    block_count: int
+    blockinfo: tuple[int, ...]
+    md5: bytes
+
+    @property
+    def payload_offset(self) -> int:
+        return self.offset + EXTENT_HEADER_SIZE
+
+    @property
+    def payload_size(self) -> int:
+        return self.block_count * BLOCK_SIZE
+
+
+class Slot(NamedTuple):
+    """A cluster in an extent: its stored blocks are payload[start:start + size], in bytes."""
+
+    dev_id: int
+    cluster_num: int
+    mask: int
+    start: int
+    size: int
+
+
+def md5(data: bytes | bytearray) -> bytes:
+    # Hosts in FIPS mode refuse MD5 for anything that calls itself security.
+    return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def parse_header_size(start: bytes) -> int:
+    """Return header_size in bytes, from the first HEADER_FIXED_SIZE bytes of an archive.
+
+    Raises FormatError where these cannot be the beginning of a supported header.
+    """
+    if start[:4] != HEADER_MAGIC:
+        raise FormatError(f"not a VMA archive{'' if start else ', but an empty file'}")
+    if len(start) < HEADER_FIXED_SIZE:
+        raise FormatError(f"the archive ends inside its header, after {len(start)} bytes")
+    _, version, *_, header_size = HEADER.unpack_from(start)
+    if version != 1:
+        raise FormatError(f"VMA version {version} is not supported", 4)
+    if not HEADER_FIXED_SIZE < header_size <= HEADER_MAX_SIZE:
+        raise FormatError(
+            f"header_size is {header_size}, expected {HEADER_FIXED_SIZE + 1} to {HEADER_MAX_SIZE}",
+            56,
+        )
+    return int(header_size)
+
+
+def parse_header(data: bytes) -> Header:
+    """Return the header that these header_size bytes hold; raises FormatError.
+
+    As in Proxmox's program, a device with size 0 or without a readable name does not count.
+    """
+    if len(data) < parse_header_size(data):
+        raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
+    _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
+    if md5(b"".join((data[: HEADER_MD5.start], bytes(16), data[HEADER_MD5.stop :]))) != digest:
+        raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
+    if blob_offset + blob_size > len(data):
+        raise FormatError(
+            f"the blob buffer ends at {blob_offset + blob_size}, behind the header's {len(data)}",
+            48,
+        )
+    buffer = data[blob_offset : blob_offset + blob_size]
+    names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
+    contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
+    configs = []
+    for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
+        if name_offset and data_offset:
+            name, content = parse_name(buffer, name_offset), parse_blob(buffer, data_offset)
+            if name is None or content is None:
+                raise FormatError(
+                    f"config {slot}: its name or its data is not in the blob buffer",
+                    CONFIG_NAMES_OFFSET + 4 * slot,
+                )
+            configs.append(Config(name, content))
+    devices = []
+    for dev_id in DEV_IDS:
+        name_offset, size = DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id)
+        name = parse_name(buffer, name_offset) if size else None
+        if name is not None:
+            devices.append(Device(dev_id, name, size))
+    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
+
+
+def parse_blob(buffer: bytes, offset: int) -> bytes | None:
+    """Return the data of the blob at an offset of the blob buffer, None if it is not inside."""
+    size = int.from_bytes(buffer[offset : offset + 2], "little")
+    data = buffer[offset + 2 : offset + 2 + size]
+    return data if 0 < offset <= len(buffer) - 2 and len(data) == size else None
+
+
+def parse_name(buffer: bytes, offset: int) -> str | None:
+    """Return the name in the blob at an offset, None if there is none that ends in a NUL."""
+    blob = parse_blob(buffer, offset)
+    if not blob or blob[-1]:
+        return None
+    return blob[: blob.index(0)].decode("utf-8", "surrogateescape")
+
+
+def encode_name(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def pack_header(header: Header) -> bytes:
+    """Return a header of header.size bytes, its blobs in the order that Proxmox writes."""
+    blobs = bytearray(1)
+
+    def add(data: bytes) -> int:
+        if len(data) > BLOB_MAX_SIZE:
+            raise VmaError(f"{len(data)} bytes of configuration; a VMA holds up to {BLOB_MAX_SIZE}")
+        blobs.extend(len(data).to_bytes(2, "little") + data)
+        return len(blobs) - len(data) - 2
+
+    fixed = bytearray(HEADER_FIXED_SIZE)
+    for slot, config in enumerate(header.configs):
+        struct.pack_into(
+            ">I", fixed, CONFIG_NAMES_OFFSET + 4 * slot, add(encode_name(config.name) + b"\0")
+        )
+        struct.pack_into(">I", fixed, CONFIG_DATA_OFFSET + 4 * slot, add(config.data))
+    for dev_id, name, size in header.devices:
+        DEV_INFO.pack_into(
+            fixed, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, add(encode_name(name) + b"\0"), size
+        )
+    HEADER.pack_into(
+        fixed, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
+        HEADER_FIXED_SIZE, len(blobs), header.size,
+    )  # fmt: skip
+    data = bytearray((fixed + blobs).ljust(header.size, b"\0"))
+    data[HEADER_MD5] = md5(data)
+    return bytes(data)
+
+
+def name_fault(name: str) -> str | None:
+    """Say why a name from an archive cannot be a file's name, None if it can.
+
+    One rule on every system, so that an archive that is refused on one is refused on all.
+    """
+    if name in ("", ".", ".."):
+        return "is not a file name"
+    if any(c in "/\\" or ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+        return "holds a slash, a backslash or a control character"
+    if len(encode_name(name)) > NAME_MAX_SIZE:
+        return f"is longer than {NAME_MAX_SIZE} bytes"
+    return None
+
+
+def check_names(header: Header) -> None:
+    """Raise FormatError for a name that is no file's name, or that occurs twice.
+
+    Such an archive does not restore: Proxmox's program fails, or writes outside its target.
+    """
+    for kind, names in (("config", header.configs), ("device", header.devices)):
+        seen = set()
+        for item in names:
+            fault = "occurs twice" if item.name in seen else name_fault(item.name)
+            if fault:
+                raise FormatError(f"{kind} name {quote(item.name)} {fault}")
+            seen.add(item.name)
+
+
+def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
+    """Return the extent header in these 512 bytes, read at an offset of an archive with that uuid.
+
+    Raises FormatError; blockinfo itself is checked by `Index.add`, which knows the devices.
+    """
+    magic, reserved, block_count, extent_uuid, digest, *blockinfo = EXTENT.unpack(data)
+    if magic != EXTENT_MAGIC:
+        raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
+    if md5(b"".join((data[: EXTENT_MD5.start], bytes(16), data[EXTENT_MD5.stop :]))) != digest:
+        raise FormatError("the extent header's MD5 does not match", offset)
+    if extent_uuid != uuid:
+        raise FormatError(f"extent of another archive: uuid {format_uuid(extent_uuid)}", offset)
+    if reserved:
+        raise FormatError(f"extent header: reserved field is {reserved}, expected 0", offset)
+    return Extent(offset, block_count, tuple(blockinfo), digest)
+
+
+def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> bytes:
+    """Return an extent header with up to 59 blockinfos, the slots behind them empty."""
+    unused = (0,) * (EXTENT_SLOTS - len(blockinfo))
+    data = EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, bytes(16), *blockinfo, *unused)
+    return b"".join((data[: EXTENT_MD5.start], md5(data), data[EXTENT_MD5.stop :]))
+
+
+def count_blocks(mask: int) -> int:
+    """Return how many blocks a mask, or several masks side by side, say are stored."""
+    return bin(mask).count("1")
+
+
+def iter_slots(extent: Extent) -> Iterator[Slot]:
+    """Yield the used slots of an extent, with where their blocks are in its payload."""
+    start = 0
+    for info in extent.blockinfo:
+        dev_id = info >> 32 & 0xFF
+        if dev_id:
+            mask = info >> 48
+            size = CLUSTER_SIZE if mask == FULL_MASK else count_blocks(mask) * BLOCK_SIZE
+            yield Slot(dev_id, info & 0xFFFFFFFF, mask, start, size)
+            start += size
+
+
+def iter_block_runs(mask: int) -> Iterator[tuple[int, int]]:
+    """Yield (first block, count) of each run of stored blocks, ascending."""
+    first = 0
+    while mask:
+        zeros = (mask & -mask).bit_length() - 1
+        mask >>= zeros
+        count = (~mask & mask + 1).bit_length() - 1
+        yield first + zeros, count
+        first += zeros + count
+        mask >>= count
+
+
+def format_uuid(uuid: bytes) -> str:
+    text = uuid.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes as people read it: 8.0 GiB."""
+    if size < 1024:
+        return f"{size:.0f} B"
+    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
+    unit = next(units)
+    while (size := size / 1024) >= 1024:
+        unit = next(units)
+    return f"{size:.1f} {unit}"
+
+
+def format_time(seconds: int) -> str:
+    """Return seconds since the epoch in local time, as ISO 8601."""
+    try:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # a 64-bit number that is no date
+        return f"{seconds} s since 1970"
+    return f"{text[:-2]}:{text[-2:]}"
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that 4096, 128K, 256M or 1G say; raises ValueError."""
+    unit = " KMGT".find(text[-1:].upper()) if text else -1
+    number = int(text[:-1] if unit > 0 else text)
+    return number << 10 * max(unit, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Input and output
+
+CHUNK_SIZE = 512 << 10  # what one thread copies at once: it stays in the processor's cache
+READ_AHEAD = 16  # chunks whose reading is announced before it is their turn
+BUFFER_SIZE = 64 << 10
+PIPE_SIZE = 1 << 20
+IOV_MAX = 1024  # parts of one writev; POSIX allows 16, every system in use 1024
+TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
+
+Buffer = Union[bytes, memoryview]
+
+
+class Signals:
+    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, but not inside `held`."""
+
+    depth = 0
+    pending = 0
+
+    @classmethod
+    def install(cls) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # What the caller ignores (nohup) stays ignored.
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, cls._handle)
+
+    @classmethod
+    def _handle(cls, signum: int, _frame: FrameType | None) -> None:
+        cls.pending = cls.pending or signum
+        if not cls.depth:
+            cls._interrupt()
+
+    @classmethod
+    def _interrupt(cls) -> NoReturn:
+        # What follows is the clean-up: a second signal must not cut that short.
+        cls.depth = 1
+        raise Interrupted(cls.pending)
+
+    @classmethod
+    @contextlib.contextmanager
+    def held(cls) -> Iterator[None]:
+        """Put off signals while something exists that is not yet registered for removal."""
+        cls.depth += 1
+        try:
+            yield
+        finally:
+            cls.depth -= 1
+            if cls.pending and not cls.depth:
+                cls._interrupt()
+
+
+class Progress:
+    """A line on the terminal, redrawn at most ten times a second: percent, bytes, rate, time left.
+
+    `total` is in bytes, 0 if unknown.
+    """
+
+    def __init__(self, enabled: bool, label: str) -> None:
+        self.enabled = enabled and sys.stderr is not None and sys.stderr.isatty()
+        self.label = label
+        self.total = 0
+        self.done = 0
+        self.start = self.drawn = time.monotonic()
+
+    def advance(self, size: int) -> None:
+        self.update(self.done + size)
+
+    def update(self, done: int) -> None:
+        self.done = done
+        if self.enabled and time.monotonic() - self.drawn >= 0.1:
+            self._draw("")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled and self.drawn > self.start:
+            self._draw("\n")
+
+    def _draw(self, end: str) -> None:
+        self.drawn = time.monotonic()
+        rate = self.done / (self.drawn - self.start or 1)
+        text = f"{format_size(self.done)}, {format_size(rate)}/s"
+        if self.total:
+            left = int((self.total - self.done) / rate) if rate and not end else 0
+            percent = min(100, self.done * 100 // self.total)
+            text = f"{percent:3d} %, {text}, {left // 60}:{left % 60:02d} left"
+        print(f"\r{self.label}: {text}\x1b[K", end=end, file=sys.stderr, flush=True)
+
+
+class Readable(Protocol):
+    """What `Input` needs of a file object."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class Input:
+    """An archive's bytes, in their order: of a file, a pipe, or what a decompressor makes of one.
+
+    `offset` counts the bytes read. `size` is the archive's, None where only its end tells; then
+    it is a stream, and `read_at` is not to be had.
+    """
+
+    def __init__(self, name: str, file: Readable, size: int | None = None) -> None:
+        self.name = name
+        self.file = file
+        self.size = size
+        self.offset = 0
+        self.compressed_size = 0  # of the compressed file, 0 if there is none
+        self.progress: Progress | None = None
+        self._lock = threading.Lock()
+        self._state = os.fstat(self.fd) if size is not None else None
+
+    @property
+    def fd(self) -> int:
+        return self.file.fileno()
+
+    def __enter__(self) -> Input:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Close; `failed` says that an error is under way, which no other may hide."""
+        self.file.close()
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes; fewer than size only at the end."""
+        data = bytearray(size)
+        count = self.readinto(memoryview(data))
+        return bytes(data) if count == size else bytes(data[:count])
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill view with the next bytes, and return how many there were before the end."""
+        count = 0
+        try:
+            while count < len(view):
+                got = self.file.readinto(view[count:])
+                if not got:
+                    break
+                count += got
+        except OSError as error:
+            raise VmaError(f"{self.name}: offset 0x{self.offset:x}: {reason(error)}") from error
+        self.offset += count
+        if self.progress:
+            self.progress.update(self.position())
+        return count
+
+    def position(self) -> int:
+        """Return how far the reading is, in the terms of the progress's total."""
+        return self.offset
+
+    def skip(self, size: int) -> int:
+        """Pass over bytes, reading them only where that cannot be helped; return how many."""
+        if self.size is not None:
+            size = min(size, self.size - self.offset)
+            self.file.seek(size, io.SEEK_CUR)
+            self.offset += size
+            return size
+        view = memoryview(bytearray(min(size, PIPE_SIZE)))
+        skipped = 0
+        while skipped < size:
+            count = self.readinto(view[: size - skipped])
+            if not count:
+                break
+            skipped += count
+        return skipped
+
+    def read_at(self, view: memoryview, offset: int) -> None:
+        """Fill view from an offset of a file; safe in several threads at once.
+
+        Raises VmaError if the file cannot be read, or ends before.
+        """
+        while len(view):
+            try:
+                if hasattr(os, "preadv"):
+                    count = os.preadv(self.fd, [view], offset)
+                else:
+                    with self._lock:
+                        os.lseek(self.fd, offset, os.SEEK_SET)
+                        data = os.read(self.fd, len(view))
+                    count = len(data)
+                    view[:count] = data
+            except OSError as error:
+                raise VmaError(f"{self.name}: offset 0x{offset:x}: {reason(error)}") from error
+            if not count:
+                raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
+            offset += count
+            view = view[count:]
+
+    def advise(self, offset: int, size: int) -> None:
+        """Tell the system that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        """Raise VmaError if the file was written to since it was opened."""
+        if self._state is not None:
+            now = os.fstat(self.fd)
+            if (now.st_size, now.st_mtime_ns) != (self._state.st_size, self._state.st_mtime_ns):
+                raise VmaError(f"{self.name}: the file was changed while it was read")
+
+
+def reason(error: BaseException) -> str:
+    """Return why the system refused something, without the file's name that we give ourselves."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
+
+
+class Codec(NamedTuple):
+    """A compression: how its files begin, and what undoes it."""
+
+    name: str
+    magics: tuple[bytes, ...]
+    programs: tuple[str, ...]
+    module: str
+    package: str
+
+
+# The second magic of zstd is a skippable frame, with which pzstd begins.
+CODECS = (
+    Codec(
+        "zstd", (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"), ("zstd",), "compression.zstd", "zstd"
+    ),
+    Codec("gzip", (b"\x1f\x8b",), ("pigz", "gzip"), "gzip", "gzip"),
+    Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
+    Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
+    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2"),
+)
+MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
+
+
+class RestOfPipe(io.RawIOBase):
+    """A pipe of which the first bytes have been read already."""
+
+    def __init__(self, start: bytes, fd: int) -> None:
+        self._start = start
+        self._fd = fd
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._start and hasattr(os, "readv"):
+            return os.readv(self._fd, [buffer])
+        data = self._start[: len(buffer)] or os.read(self._fd, len(buffer))
+        self._start = self._start[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
+class ModuleInput(Input):
+    """The bytes that one of Python's own modules decompresses."""
+
+    def __init__(self, name: str, codec: Codec, raw: io.RawIOBase) -> None:
+        file = importlib.import_module(codec.module).open(io.BufferedReader(raw, PIPE_SIZE))
+        super().__init__(name, file)
+        self._codec = codec
+        self._raw = raw
+
+    def readinto(self, view: memoryview) -> int:
+        try:
+            return super().readinto(view)
+        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
+        except (Interrupted, VmaError):
+            raise
+        except Exception as error:
+            raise VmaError(f"{self.name}: {self._codec.name}: {error}") from error
+
+    def position(self) -> int:
+        return self._raw.tell() if self._raw.seekable() else self.offset
+
+    def close(self, failed: bool = False) -> None:
+        super().close(failed)
+        self._raw.close()
+
+
+class ProgramInput(Input):
+    """The bytes that a decompressor, run as a child, makes of a file or pipe."""
+
+    def __init__(self, name: str, program: str, raw: io.RawIOBase, seekable: bool) -> None:
+        import subprocess
+        import tempfile
+
+        self._raw = raw
+        self._seekable = seekable
+        self._ended = False
+        self._feeding_error: OSError | None = None
+        self._program = os.path.basename(program)
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        # A file is the child's own standard input. It shares our offset, which tells how far it is.
+        with Signals.held():
+            self._process = subprocess.Popen(
+                [program, "-dc"],
+                stdin=raw.fileno() if seekable else subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                bufsize=0,
+            )
+            stdout = self._process.stdout
+            assert isinstance(stdout, io.FileIO)
+            widen_pipe(stdout.fileno())
+            super().__init__(name, io.BufferedReader(stdout, BUFFER_SIZE))
+        if not seekable:
+            threading.Thread(target=self._feed, daemon=True).start()
+
+    def _feed(self) -> None:
+        """Hand the pipe's bytes on to the child, in a thread of its own."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            with self._raw, stdin:
+                while data := self._raw.read(BUFFER_SIZE):
+                    stdin.write(data)
+        except BrokenPipeError:
+            pass  # the child has ended; its exit status says why
+        except OSError as error:
+            self._feeding_error = error
+
+    def readinto(self, view: memoryview) -> int:
+        count = super().readinto(view)
+        if count < len(view) and not self._ended:
+            self._ended = True
+            self._check(self._process.wait(), expected=(0,))
+        return count
+
+    def _check(self, status: int, expected: tuple[int, ...]) -> None:
+        if self._feeding_error:
+            raise VmaError(f"{self.name}: {reason(self._feeding_error)}")
+        if status not in expected:
+            self._messages.seek(0)
+            text = self._messages.read(1000).decode(errors="replace")
+            lines = "; ".join(filter(None, (line.strip() for line in text.splitlines())))
+            raise VmaError(
+                f"{self.name}: {self._program}: {escape(lines) or f'ended with status {status}'}"
+            )
+
+    def position(self) -> int:
+        return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR) if self._seekable else self.offset
+
+    def close(self, failed: bool = False) -> None:
+        """End and reap the child; if it has failed, by now, in what was not read, say so."""
+        import subprocess
+
+        super().close(failed)
+        try:
+            # The closed pipe ends it, unless it waits for input itself.
+            status = self._process.wait(timeout=0.01 if failed or not self._seekable else 5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            status = 0
+        with self._messages:
+            if self._seekable:
+                self._raw.close()
+            if not self._ended and not failed:
+                self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
+
+
+def widen_pipe(fd: int) -> None:
+    """Give a pipe the room for fewer, larger reads, where the system knows how."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
+    except (ImportError, AttributeError, OSError):
+        pass  # it only saves time
+
+
+def open_input(path: str) -> Input:
+    """Open an archive, plain or compressed, from a path or (`-`) standard input.
+
+    A plain regular file or block device can be read at any place; all else is a stream.
+    """
+    name = "standard input" if path == "-" else escape(path)
+    with Signals.held(), contextlib.ExitStack() as undo:
+        fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
+        undo.callback(os.close, fd)
+        refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
+        state = os.fstat(fd)
+        if stat.S_ISDIR(state.st_mode):
+            raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
+        try:
+            seekable = stat.S_ISREG(state.st_mode) or stat.S_ISBLK(state.st_mode)
+            # The rest of a file that somebody has begun to read is a stream.
+            if seekable and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
+                size = os.lseek(fd, 0, os.SEEK_END)
+                os.lseek(fd, 0, os.SEEK_SET)
+                start = os.read(fd, MAGIC_SIZE)
+                os.lseek(fd, 0, os.SEEK_SET)
+                raw: io.RawIOBase = io.FileIO(fd, "rb")
+            else:
+                seekable = False
+                widen_pipe(fd)
+                start = b""
+                while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
+                    start += data
+                raw = RestOfPipe(start, fd)
+        except OSError as error:
+            raise VmaError(f"{name}: {reason(error)}") from error
+        source = None
+        codec = next((c for c in CODECS if start.startswith(c.magics)), None)
+        if codec is None:
+            buffered = io.BufferedReader(raw, BUFFER_SIZE)
+            source = Input(name, buffered, size if seekable else None)
+        else:
+            source = open_codec(name, codec, raw, seekable)
+        source.compressed_size = size if seekable else 0
+        undo.pop_all()
+        return source
+
+
+def open_codec(name: str, codec: Codec, raw: io.RawIOBase, seekable: bool) -> Input:
+    """Return the decompressed bytes of raw: by a program, which has a processor to itself, or here.
+
+    Raises VmaError where there is nothing that knows the codec.
+    """
+    import shutil
+
+    program = next(filter(None, map(shutil.which, codec.programs)), None)
+    if program:
+        return ProgramInput(name, program, raw, seekable)
+    try:
+        return ModuleInput(name, codec, raw)
+    except ImportError:
+        raise VmaError(
+            f"{name}: compressed with {codec.name}, which this machine lacks: install the package "
+            f"{codec.package}, or decompress it elsewhere: "
+            f"{codec.programs[0]} -dc FILE | vma-tool COMMAND -"
+        ) from None
+
+
+class Target:
+    """A file, pipe or device that is written, and the name that its errors carry."""
+
+    def __init__(self, fd: int, name: str, seekable: bool) -> None:
+        self.fd = fd
+        self.name = name
+        self.seekable = seekable
+        self.position = 0
+        self._lock = threading.Lock()
+
+    def reserve(self, size: int) -> int:
+        """Return the offset behind all that was reserved before, and set size bytes aside."""
+        offset = self.position
+        self.position += size
+        return offset
+
+    def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Write parts one behind the other; on a pipe, offset can only be where it stands."""
+        pending = [memoryview(part) for part in parts if len(part)]
+        try:
+            while pending:
+                if not self.seekable and hasattr(os, "writev"):
+                    count = os.writev(self.fd, pending[:IOV_MAX])
+                elif self.seekable and hasattr(os, "pwritev"):
+                    count = os.pwritev(self.fd, pending[:IOV_MAX], offset)
+                else:
+                    with self._lock:
+                        if self.seekable:
+                            os.lseek(self.fd, offset, os.SEEK_SET)
+                        count = os.write(self.fd, pending[0])
+                if not count:
+                    raise OSError(errno.EIO, "nothing could be written")
+                offset += count
+                while count and count >= len(pending[0]):
+                    count -= len(pending.pop(0))
+                if count:
+                    pending[0] = pending[0][count:]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+
+    def append(self, parts: Sequence[Buffer]) -> None:
+        """Write parts behind all that was written before."""
+        self.write_at(self.reserve(sum(map(len, parts))), parts)
+
+
+class Directory:
+    """A directory whose files appear under their names when they are complete, not before.
+
+    It is held open: whatever happens to its path, what was checked is what is written. Names in it
+    are never followed as symbolic links. What is not committed when it is closed is removed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path or "."
+        self._files: list[PartialFile] = []
+        self._fd: int | None = None
+        if os.open in os.supports_dir_fd:
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError as error:
+                raise VmaError(f"{escape(self.path)}: {reason(error)}") from error
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with Signals.held():
+            for file in self._files:
+                file.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._at(file.temporary), dir_fd=self._fd)
+            self._files.clear()
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def _at(self, name: str) -> bytes:
+        # Names are bytes on disk, whatever the locale believes.
+        return encode_name(name if self._fd is not None else os.path.join(self.path, name))
+
+    def has(self, name: str) -> bool:
+        """Say whether there is something of that name, be it a dangling symbolic link."""
+        try:
+            os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise VmaError(f"{self._full(name)}: {reason(error)}") from error
+        return True
+
+    def require_absent(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.has(name):
+                raise VmaError(f"{self._full(name)}: {os.strerror(errno.EEXIST)}")
+
+    def require_empty(self) -> None:
+        if os.listdir(self.path if self._fd is None else self._fd):
+            raise VmaError(f"{escape(self.path)}: {os.strerror(errno.ENOTEMPTY)}")
+
+    def _full(self, name: str) -> str:
+        return escape(os.path.join(self.path, name))
+
+    def create(self, name: str) -> PartialFile:
+        """Return a new file that will be called name after `commit`."""
+        if len(encode_name(name)) > NAME_MAX_SIZE:
+            raise VmaError(f"{self._full(name)}: {os.strerror(errno.ENAMETOOLONG)}")
+        temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        with Signals.held():
+            try:
+                fd = os.open(self._at(temporary), flags, 0o666, dir_fd=self._fd)
+            except OSError as error:
+                raise VmaError(f"{self._full(name)}: {reason(error)}") from error
+            file = PartialFile(fd, self._full(name), name, temporary)
+            self._files.append(file)
+        return file
+
+    def commit(self, replace: bool) -> None:
+        """Flush all files to the disk, then give them their names, the last created last.
+
+        Without `replace`, a name that meanwhile exists is an error.
+        """
+        try:
+            for file in self._files:
+                os.fsync(file.fd)
+            with Signals.held():
+                while self._files:
+                    file = self._files[0]
+                    if not replace and self.has(file.final):
+                        raise VmaError(f"{file.name}: {os.strerror(errno.EEXIST)}")
+                    file.close()
+                    os.replace(
+                        self._at(file.temporary), self._at(file.final),
+                        src_dir_fd=self._fd, dst_dir_fd=self._fd,
+                    )  # fmt: skip
+                    self._files.pop(0)
+            if self._fd is not None:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise VmaError(f"{escape(self.path)}: cannot write: {reason(error)}") from error
+
+
+class PartialFile(Target):
+    """A file of a `Directory` that has not got its name yet."""
+
+    def __init__(self, fd: int, name: str, final: str, temporary: str) -> None:
+        super().__init__(fd, name, seekable=True)
+        self.final = final
+        self.temporary = temporary
+        self._open = True
+
+    def truncate(self, size: int) -> None:
+        """Make the file size bytes long, without writing what is added."""
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+
+    def allocate(self, size: int) -> None:
+        """Take size bytes of disk space now, so that a full disk is an error at once.
+
+        Only where the file system does that without writing them.
+        """
+        if not size or not hasattr(os, "posix_fallocate") or not cheap_allocation(self.fd):
+            return
+        try:
+            os.posix_fallocate(self.fd, 0, size)
+        except OSError as error:
+            raise VmaError(
+                f"{self.name}: cannot take {format_size(size)}: {reason(error)}"
+            ) from error
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self.fd)
+
+
+def cheap_allocation(fd: int) -> bool:
+    """Say whether the file is on a file system known to reserve space without writing it.
+
+    Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
+    say beforehand what fits.
+    """
+    device = os.fstat(fd).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                fields = line.split()
+                if fields[2] == number:
+                    return fields[fields.index("-") + 1] in ("ext4", "xfs")
+    except OSError:
+        pass  # no Linux: there is no list of what is cheap
+    return False
+
+
+class Output:
+    """Where optimize and pack write an archive: a file, standard output, a pipe or a device.
+
+    A file keeps mode and owner of the one that it replaces. It appears at `commit`, and never if
+    the block is left before.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.target: Target
+        self.file: PartialFile | None = None
+        self.directory = os.curdir
+        self._stack = contextlib.ExitStack()
+        self._replaced: os.stat_result | None = None
+        if path != "-":
+            # As cp does: what a symbolic link points to is written, the link stays.
+            path = os.path.realpath(path)
+            try:
+                self._replaced = os.stat(path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise VmaError(f"{escape(path)}: {reason(error)}") from error
+        if path == "-":
+            refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
+            self.target = Target(1, "standard output", seekable=False)
+        elif self._replaced and stat.S_ISDIR(self._replaced.st_mode):
+            raise VmaError(f"{escape(path)}: {os.strerror(errno.EISDIR)}")
+        elif self._replaced and not stat.S_ISREG(self._replaced.st_mode):
+            with Signals.held():
+                fd = open_path(path, os.O_WRONLY)
+                self._stack.callback(os.close, fd)
+            refuse_terminal(fd, f"{escape(path)} is a terminal")
+            self.target = Target(fd, escape(path), seekable=False)
+        else:
+            self.directory = os.path.dirname(path)
+            self._files = self._stack.enter_context(Directory(self.directory))
+            self.target = self.file = self._files.create(os.path.basename(path))
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def read_back(self) -> Input:
+        """Return the written file, from its beginning."""
+        assert self.file is not None, "a pipe cannot be read back"
+        file = io.BufferedReader(io.FileIO(os.dup(self.file.fd)), BUFFER_SIZE)
+        file.seek(0)
+        return Input(self.file.name, file, os.fstat(self.file.fd).st_size)
+
+    def commit(self, times: os.stat_result | None = None) -> None:
+        """Put the complete archive under its name; with the times of another file, if given."""
+        if self.file is None:
+            return
+        old = self._replaced
+        try:
+            if old and hasattr(os, "fchown"):
+                own = os.fstat(self.file.fd)
+                if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
+                    os.fchown(self.file.fd, old.st_uid, old.st_gid)
+                os.fchmod(self.file.fd, stat.S_IMODE(old.st_mode))
+            if times and os.utime in os.supports_fd:
+                os.utime(self.file.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+        except OSError as error:
+            raise VmaError(
+                f"{self.file.name}: cannot keep owner and mode: {reason(error)}"
+            ) from error
+        self._files.commit(replace=True)
+
+
+def refuse_terminal(fd: int, message: str) -> None:
+    if os.isatty(fd):
+        raise VmaError(message)
+
+
+def open_path(path: str, flags: int) -> int:
+    """Return a file descriptor of an existing file; raises VmaError with its name."""
+    try:
+        return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise VmaError(f"{escape(path)}: {reason(error)}") from error
+
+
+R = TypeVar("R")
+Turn = contextlib.AbstractContextManager[None]
+
+
+class Turns:
+    """Lets threads pass one point in the order of their tickets."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self._next = 0
+        self._changed = threading.Condition()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == ticket or self.failure)
+            if self.failure:
+                raise self.failure
+            yield
+            self._next += 1
+            self._changed.notify_all()
+
+
+def run_steps(
+    steps: Iterable[Callable[[memoryview], R]],
+    deliver: Callable[[R, Callable[[], Turn]], None],
+    buffer_size: int = CHUNK_SIZE,
+) -> None:
+    """Run steps in two threads: each reads into its thread's buffer, then delivers the result.
+
+    Reading and writing release the interpreter's lock, so that two processors copy. `deliver` gets
+    what the step returned and `turn`: inside `with turn():` the steps pass in their order.
+    """
+    numbered = enumerate(steps)
+    lock = threading.Lock()
+    turns = Turns()
+
+    def work() -> None:
+        buffer = memoryview(bytearray(buffer_size))
+        try:
+            while turns.failure is None:
+                with lock:
+                    item = next(numbered, None)
+                if item is None:
+                    return
+                ticket, step = item
+                deliver(step(buffer), functools.partial(turns.turn, ticket))
+        except BaseException as error:  # noqa: BLE001 - passed on to the thread that waits below
+            turns.fail(error)
+
+    helper = threading.Thread(target=work, daemon=True)
+    helper.start()
+    try:
+        work()
+        helper.join()
+    except Interrupted as error:
+        turns.fail(error)
+        helper.join()
+        raise
+    if turns.failure is not None:
+        raise turns.failure
+
+
+def append_in_turn(
+    target: Target, note: Callable[[Sequence[Buffer]], None] = lambda parts: None
+) -> Callable[[Sequence[Buffer], Callable[[], Turn]], None]:
+    """Return a `deliver` that writes each step's parts behind those of the step before.
+
+    `note` sees them in their order.
+    """
+
+    def deliver(parts: Sequence[Buffer], turn: Callable[[], Turn]) -> None:
+        with turn():
+            note(parts)
+            offset = target.reserve(sum(map(len, parts)))
+            if not target.seekable:
+                target.write_at(offset, parts)
+        if target.seekable:
+            target.write_at(offset, parts)
+
+    return deliver
+
+
+# ---------------------------------------------------------------------------------------------
+# Reader
+
+
+def read_header(source: Input) -> Header:
+    """Read the header at the beginning of an archive; raises FormatError."""
+    try:
+        data = source.read(HEADER_FIXED_SIZE)
+        size = parse_header_size(data)
+        if source.size is not None and size > source.size:
+            raise FormatError(f"the archive ends inside its header, after {source.size} bytes")
+        return parse_header(data + source.read(size - len(data)))
+    except FormatError as error:
+        raise FormatError(error.message, error.offset, source.name) from error
+
+
+def read_extents(source: Input, header: Header) -> Iterator[Extent]:
+    """Yield each extent header, with the source at its payload.
+
+    Read the payload or leave it: what is left is passed over. Raises FormatError, also for bytes
+    behind the last extent. `Index.add` checks what an extent says of the clusters.
+    """
+    while data := source.read(EXTENT_HEADER_SIZE):
+        offset = source.offset - len(data)
+        try:
+            if len(data) < EXTENT_HEADER_SIZE:
+                raise FormatError(
+                    f"the archive ends with {len(data)} bytes that are no whole extent header",
+                    offset,
+                )
+            extent = parse_extent(data, offset, header.uuid)
+        except FormatError as error:
+            raise FormatError(error.message, error.offset, source.name) from error
+        end = extent.payload_offset + extent.payload_size
+        if source.size is None or end <= source.size:
+            yield extent
+            source.skip(end - source.offset)
+        if source.offset != end:
+            found = (source.offset if source.size is None else source.size) - extent.payload_offset
+            raise FormatError(
+                f"the archive ends inside an extent: {found} bytes of payload, expected "
+                f"{extent.payload_size}",
+                offset,
+                source.name,
+            )
+
+
+def read_payload(source: Input, extent: Extent, buffer: memoryview) -> memoryview:
+    """Read an extent's payload into a buffer of EXTENT_MAX_BLOCKS blocks."""
+    payload = buffer[: extent.payload_size]
+    # If it is cut short, read_extents finds that the source stands at another place.
+    source.readinto(payload)
+    return payload
+
+
+class DeviceIndex:
+    """Where the clusters of one device are, 8 bytes a cluster.
+
+    `entries[cluster_num]` is offset << 16 | mask, 0 for a cluster not seen yet; the offset is that
+    of its first stored block in the archive, in bytes.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.seen = 0
+        self.stored_size = 0
+        self.ascending = True
+        count = device.cluster_count
+        self.last = count - 1
+        self.last_mask = device.block_mask(self.last)
+        self.entries: Any  # array and memoryview have no common type that slices to a list
+        if device.is_vmstate:
+            self.last = (1 << 32) - 1
+            self.entries = array.array("Q")  # as many clusters as come, one after the other
+        else:
+            import mmap
+
+            private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+            # The kernel gives memory only for what is written to: a device that is announced but
+            # not there costs nothing. Huge pages would make each cluster cost 2 MiB.
+            try:
+                memory = mmap.mmap(-1, 8 * count, **({"flags": private} if private else {}))
+            except (OSError, OverflowError, ValueError) as error:
+                raise VmaError(
+                    f"device {quote(device.name)}: no memory for an index of {count} clusters"
+                ) from error
+            with contextlib.suppress(AttributeError, OSError):
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+            self.entries = memoryview(memory).cast("Q")
+
+    @property
+    def zero_size(self) -> int:
+        """How many bytes of the device are zeros that are not stored."""
+        return max(self.device.size - self.stored_size, 0)
+
+    def slice(self, first: int, count: int) -> list[int]:
+        """Return the entries of up to count clusters."""
+        entries: list[int] = self.entries[first : first + count].tolist()
+        return entries
+
+    def first_missing(self) -> int:
+        """Return the lowest cluster_num that was not seen."""
+        for first in range(0, len(self.entries), CLUSTER_SIZE):
+            part = self.slice(first, CLUSTER_SIZE)
+            if 0 in part:
+                return first + part.index(0)
+        return len(self.entries)
+
+
+class Index:
+    """Where every cluster of an archive is; checks each extent against the header's devices.
+
+    `digest` identifies the sequence of extent headers, and with it the archive's layout.
+    """
+
+    def __init__(self, header: Header, source: Input) -> None:
+        self.name = source.name
+        self.digest = hashlib.sha256()
+        self.extent_count = 0
+        clusters = sum(device.cluster_count for device in header.devices)
+        if source.size is not None:
+            room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
+            if clusters > room:
+                raise FormatError(
+                    f"the devices have {clusters} clusters, of which a file of "
+                    f"{source.size} bytes holds at most {max(room, 0)}",
+                    archive=self.name,
+                )
+        self.devices: dict[int, DeviceIndex] = {}
+        for device in header.devices:
+            if device.cluster_count > 1 << 32:
+                raise FormatError(
+                    f"device {quote(device.name)}: a size of {device.size} bytes is more than the "
+                    "format has cluster numbers for",
+                    archive=self.name,
+                )
+            self.devices[device.dev_id] = DeviceIndex(device)
+
+    def add(self, extent: Extent) -> None:
+        """Enter the clusters of an extent; raises FormatError where they cannot be right."""
+        self.extent_count += 1
+        self.digest.update(extent.md5)
+        if self._add_run(extent):
+            return
+        position = extent.payload_offset
+        current = 0
+        for info in extent.blockinfo:
+            dev_id = info >> 32 & 0xFF
+            if not dev_id:
+                continue
+            if dev_id != current:
+                index = self._device(extent, dev_id)
+                entries = index.entries
+                last = index.last
+                current = dev_id
+            cluster_num = info & 0xFFFFFFFF
+            mask = info >> 48
+            if cluster_num >= last or index.device.is_vmstate or entries[cluster_num]:
+                self._check(extent, index, cluster_num, mask)
+            entries[cluster_num] = position << 16 | mask
+            if cluster_num != index.seen:
+                index.ascending = False
+            index.seen += 1
+            if mask:
+                size = CLUSTER_SIZE if mask == FULL_MASK else count_blocks(mask) * BLOCK_SIZE
+                index.stored_size += size
+                position += size
+        if position != extent.payload_offset + extent.payload_size:
+            blocks = (position - extent.payload_offset) // BLOCK_SIZE
+            self._fail(extent, f"block_count is {extent.block_count}, its masks have {blocks}")
+
+    def _add_run(self, extent: Extent) -> bool:
+        """Enter an extent that is one run of clusters, all stored or all zero, at once.
+
+        Return False, with nothing done, if it is anything else.
+        """
+        info = extent.blockinfo
+        first = info[0]
+        count = EXTENT_SLOTS - info.count(0)
+        mask = first >> 48
+        index = self.devices.get(first >> 32 & 0xFF)
+        cluster_num = first & 0xFFFFFFFF
+        end = cluster_num + count
+        if (
+            index is None
+            or index.device.is_vmstate
+            or mask not in (0, FULL_MASK)
+            or end > index.last  # the last cluster is not checked here
+            or info[:count] != tuple(range(first, first + count))
+            or extent.block_count != (count * CLUSTER_BLOCKS if mask else 0)
+            or any(index.slice(cluster_num, count))
+        ):
+            return False
+        entry = extent.payload_offset << 16 | mask
+        if mask:
+            step = CLUSTER_SIZE << 16
+            index.entries[cluster_num:end] = array.array(
+                "Q", range(entry, entry + step * count, step)
+            )
+            index.stored_size += extent.payload_size
+        else:
+            index.entries[cluster_num:end] = array.array("Q", [entry]) * count
+        index.ascending = index.ascending and cluster_num == index.seen
+        index.seen += count
+        return True
+
+    def _device(self, extent: Extent, dev_id: int) -> DeviceIndex:
+        if dev_id not in self.devices:
+            self._fail(extent, f"cluster of device {dev_id}, which the header does not have")
+        return self.devices[dev_id]
+
+    def _check(self, extent: Extent, index: DeviceIndex, cluster_num: int, mask: int) -> None:
+        """Raise FormatError if this cluster may not come here; make room for one of a vmstate."""
+        if cluster_num > index.last:
+            fault = f"is behind the device's end, its last one is {index.last}"
+        elif index.device.is_vmstate and cluster_num != index.seen:
+            fault = f"is out of order, expected {index.seen}"
+        elif index.device.is_vmstate:
+            index.entries.append(0)
+            return
+        elif index.entries[cluster_num]:
+            fault = "occurs twice"
+        elif cluster_num == index.last and mask & ~index.last_mask:
+            fault = f"has mask 0x{mask:04x}, the device ends behind 0x{index.last_mask:04x}"
+        else:
+            return
+        name = quote(index.device.name)
+        self._fail(
+            extent, f"device {name} (dev_id {index.device.dev_id}): cluster {cluster_num} {fault}"
+        )
+
+    def _fail(self, extent: Extent, message: str) -> NoReturn:
+        raise FormatError(message, extent.offset, self.name)
+
+    def finish(self) -> None:
+        """Raise FormatError unless every cluster of every device was there."""
+        for dev_id, index in sorted(self.devices.items()):
+            missing = index.device.cluster_count - index.seen
+            if missing > 0:
+                raise FormatError(
+                    f"device {quote(index.device.name)} (dev_id {dev_id}): {missing} of "
+                    f"{index.device.cluster_count} clusters are missing, the first is "
+                    f"{index.first_missing()}",
+                    archive=self.name,
+                )
+
+    def device_size(self, device: Device) -> int:
+        """Return how long the device is when it is restored, in bytes."""
+        # Proxmox writes a vmstate as long as its clusters, whatever size the header says.
+        return self.devices[device.dev_id].seen * CLUSTER_SIZE if device.is_vmstate else device.size
+
+
+class Range(NamedTuple):
+    """Bytes of the source archive, by offset and size, that are to be copied."""
+
+    offset: int
+    size: int
+
+
+Piece = Union[Buffer, Range]
+
+
+class Span(NamedTuple):
+    """Consecutive clusters of one device: their masks, and each one's stored blocks.
+
+    `payload` has None for a cluster that stores none, and is empty if they all do not.
+    """
+
+    device: Device
+    first: int
+    masks: Sequence[int]
+    payload: Sequence[Piece | None]
+
+
+class Archive:
+    """A complete archive that can be read at any place: any byte of any device.
+
+    Raises FormatError for an archive that Proxmox would not restore completely.
+    """
+
+    def __init__(self, source: Input) -> None:
+        self.source = source
+        self.header = read_header(source)
+        self.index = Index(self.header, source)
+        for extent in read_extents(source, self.header):
+            self.index.add(extent)
+        self.index.finish()
+
+    def read(self, dev_id: int, offset: int, size: int) -> bytes:
+        """Return bytes of a device, from offset; fewer than size at the device's end."""
+        index = self.index.devices[dev_id]
+        end = min(offset + size, self.index.device_size(index.device))
+        first = offset // CLUSTER_SIZE
+        clusters = bytearray()
+        for entry in index.slice(first, -(-end // CLUSTER_SIZE) - first):
+            clusters += self.read_cluster(entry)
+        return bytes(clusters[offset - first * CLUSTER_SIZE : end - first * CLUSTER_SIZE])
+
+    def read_cluster(self, entry: int) -> bytes:
+        """Return the whole cluster that an entry of the index stands for."""
+        mask = entry & FULL_MASK
+        stored = bytearray(count_blocks(mask) * BLOCK_SIZE)
+        self.source.read_at(memoryview(stored), entry >> 16)
+        return expand(stored, mask)
+
+    def spans(self, clusters: int) -> Iterator[Span]:
+        """Yield the devices' clusters in canonical order, so many at once."""
+        for device in canonical_order(self.header.devices):
+            index = self.index.devices[device.dev_id]
+            for first in range(0, len(index.entries), clusters):
+                entries = index.slice(first, clusters)
+                masks = [entry & FULL_MASK for entry in entries]
+                payload: Sequence[Range | None] = ()
+                if any(masks):
+                    payload = [
+                        Range(entry >> 16, count_blocks(mask) * BLOCK_SIZE) if mask else None
+                        for entry, mask in zip(entries, masks)
+                    ]
+                yield Span(device, first, masks, payload)
+
+
+def expand(stored: Buffer | bytearray, mask: int) -> bytes:
+    """Return a whole cluster, made of its stored blocks and zeros."""
+    if mask == FULL_MASK:
+        return bytes(stored)
+    cluster = bytearray(CLUSTER_SIZE)
+    start = 0
+    for first, count in iter_block_runs(mask):
+        size = count * BLOCK_SIZE
+        cluster[first * BLOCK_SIZE : first * BLOCK_SIZE + size] = stored[start : start + size]
+        start += size
+    return bytes(cluster)
+
+
+# ---------------------------------------------------------------------------------------------
+# Writer: the canonical layout
+
+CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
+CANONICAL_MAX_CLUSTERS = 58  # an extent, as Proxmox's own writer has it
+ALIGNS = {
+    "4K": 4 << 10, "64K": 64 << 10, "128K": 128 << 10,
+    "256K": 256 << 10, "512K": 512 << 10, "1M": 1 << 20,
+}  # fmt: skip
+DEFAULT_ALIGN = "128K"
+
+
+def canonical_order(devices: Iterable[Device]) -> list[Device]:
+    """Return the devices by dev_id, a vmstate last."""
+    return sorted(devices, key=lambda device: (device.is_vmstate, device.dev_id))
+
+
+def clusters_per_extent(align: int) -> int:
+    """Return the largest number of clusters whose whole payload is a multiple of align bytes."""
+    unit = max(align // CLUSTER_SIZE, 1)
+    return CANONICAL_MAX_CLUSTERS // unit * unit
+
+
+def lay_out_header(header: Header, align: int) -> bytes:
+    """Return the canonical header of an archive.
+
+    It is rounded up to align, so that a configuration that grows a little moves no data.
+    """
+    blobs = 1 + sum(4 + len(encode_name(c.name)) + 1 + len(c.data) for c in header.configs)
+    blobs += sum(2 + len(encode_name(device.name)) + 1 for device in header.devices)
+    size = -(-(HEADER_FIXED_SIZE + blobs) // align) * align
+    return pack_header(header._replace(uuid=CANONICAL_UUID, size=size))
+
+
+def lay_out_extent(
+    device: Device, first: int, masks: Sequence[int], align: int
+) -> tuple[bytes, Sequence[int]]:
+    """Return the header of the extent that holds these clusters, and their masks in it."""
+    info = device.dev_id << 32 | first
+    if not any(masks):
+        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
+    masks, block_count = fill_up(device, first, masks, align // BLOCK_SIZE)
+    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
+    return pack_extent(CANONICAL_UUID, block_count, infos), masks
+
+
+def fill_up(
+    device: Device, first: int, masks: Sequence[int], unit: int
+) -> tuple[Sequence[int], int]:
+    """Set mask bits from the extent's end until its blocks are a multiple of unit.
+
+    Return the masks and the number of blocks. So each extent keeps its place relative to the blocks
+    of a file system, however many zero blocks come and go. Blocks behind the device's end stay out.
+    """
+    block_count = sum(16 if mask == FULL_MASK else count_blocks(mask) for mask in masks)
+    wanted = -block_count % unit
+    if not wanted:
+        return masks, block_count
+    block_count += wanted
+    filled = list(masks)
+    for i in reversed(range(len(filled))):
+        zeros = device.block_mask(first + i) & ~filled[i]
+        while zeros and wanted:
+            highest = 1 << zeros.bit_length() - 1
+            zeros ^= highest
+            filled[i] |= highest
+            wanted -= 1
+    return filled, block_count - wanted
+
+
+def iter_pieces(span: Span, masks: Sequence[int]) -> Iterator[Piece]:
+    """Yield an extent's payload: the span's stored blocks, and zeros where only masks has some."""
+    for i, piece in enumerate(span.payload):
+        if masks[i] != span.masks[i]:
+            yield from fill_piece(piece, span.masks[i], masks[i])
+        elif piece is not None:
+            yield piece
+
+
+def fill_piece(piece: Piece | None, mask: int, filled: int) -> Iterator[Piece]:
+    """Yield a cluster's blocks, with zero blocks put in where filled has bits that mask lacks."""
+    start = 0
+    for block in range(CLUSTER_BLOCKS):
+        if mask >> block & 1:
+            if isinstance(piece, Range):
+                yield Range(piece.offset + start, BLOCK_SIZE)
+            elif piece is not None:
+                yield piece[start : start + BLOCK_SIZE]
+            start += BLOCK_SIZE
+        elif filled >> block & 1:
+            yield ZERO_BLOCK
+
+
+class Layout:
+    """A canonical archive in the making: its pieces in their order.
+
+    `digest` grows with the extents; at the end it is that of the `Index` of what was written.
+    """
+
+    def __init__(self, header: Header, align: int) -> None:
+        self.header = header
+        self.align = align
+        self.clusters = clusters_per_extent(align)
+        self.digest = hashlib.sha256()
+
+    def extents(self, spans: Iterable[Span]) -> Iterator[tuple[bytes, Span | None, Sequence[int]]]:
+        """Yield each extent's header, with the span that it holds and the masks that it has."""
+        for span in spans:
+            data, masks = lay_out_extent(span.device, span.first, span.masks, self.align)
+            self.digest.update(data[EXTENT_MD5])
+            yield data, span, masks
+        if not self.header.devices:
+            # As Proxmox writes an archive that has only configs.
+            data = pack_extent(CANONICAL_UUID, 0, ())
+            self.digest.update(data[EXTENT_MD5])
+            yield data, None, ()
+
+    def pieces(self, spans: Iterable[Span]) -> Iterator[Piece]:
+        """Yield the whole archive: header, extent headers and payload."""
+        yield lay_out_header(self.header, self.align)
+        for data, span, masks in self.extents(spans):
+            yield data
+            if span is not None:
+                yield from iter_pieces(span, masks)
+
+
+def is_canonical(archive: Archive, align: int) -> bool:
+    """Say whether an archive already is what optimize would write with this align."""
+    header = archive.header
+    if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
+        return False
+    layout = Layout(header, align)
+    for _ in layout.extents(archive.spans(layout.clusters)):
+        pass
+    return layout.digest.digest() == archive.index.digest.digest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Reorder: from any order to the canonical one, and to the disks
+
+DEFAULT_MEMORY = "256M"
+HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
+SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
+
+
+def iter_chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Gather pieces into lists of up to CHUNK_SIZE bytes, neighbours in the source into one."""
+    chunk: list[Piece] = []
+    room = CHUNK_SIZE
+    for piece in pieces:
+        if isinstance(piece, Range):
+            offset, size = piece
+            while size:
+                part = min(size, room)
+                last = chunk[-1] if chunk else None
+                if isinstance(last, Range) and last.offset + last.size == offset:
+                    chunk[-1] = Range(last.offset, last.size + part)
+                else:
+                    chunk.append(Range(offset, part))
+                offset += part
+                size -= part
+                room -= part
+                if not room:
+                    yield chunk
+                    chunk, room = [], CHUNK_SIZE
+        else:
+            if len(piece) > room:
+                yield chunk
+                chunk, room = [], CHUNK_SIZE
+            chunk.append(piece)
+            room -= len(piece)
+    if chunk:
+        yield chunk
+
+
+def copy_pieces(source: Input, pieces: Iterable[Piece], target: Target, progress: Progress) -> None:
+    """Write pieces one behind the other, reading those that are ranges from the source file."""
+
+    def step(chunk: list[Piece]) -> Callable[[memoryview], Sequence[Buffer]]:
+        def fill(buffer: memoryview) -> Sequence[Buffer]:
+            parts: list[Buffer] = []
+            used = 0
+            for piece in chunk:
+                if isinstance(piece, Range):
+                    view = buffer[used : used + piece.size]
+                    source.read_at(view, piece.offset)
+                    used += piece.size
+                    parts.append(view)
+                else:
+                    parts.append(piece)
+            return parts
+
+        return fill
+
+    def steps() -> Iterator[Callable[[memoryview], Sequence[Buffer]]]:
+        for chunk in ahead(iter_chunks(pieces), source):
+            progress.advance(sum(len(p) if not isinstance(p, Range) else p.size for p in chunk))
+            yield step(chunk)
+
+    run_steps(steps(), append_in_turn(target))
+
+
+def ahead(chunks: Iterator[list[Piece]], source: Input) -> Iterator[list[Piece]]:
+    """Pass chunks on a little later, after the system was told what they will read."""
+    waiting: collections.deque[list[Piece]] = collections.deque()
+    for chunk in chunks:
+        for piece in chunk:
+            if isinstance(piece, Range):
+                source.advise(*piece)
+        waiting.append(chunk)
+        if len(waiting) > READ_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+class Spool(NamedTuple):
+    """An unlinked temporary file, from both of its ends."""
+
+    source: Input
+    target: Target
+
+
+class Reorderer:
+    """The clusters of a stream in canonical order, in one pass.
+
+    A cluster that is next goes straight out. An early one waits in memory; where that would be more
+    than `memory` bytes, clusters of the last device wait in an unlinked temporary file.
+    """
+
+    def __init__(self, source: Input, header: Header, memory: int, directory: str) -> None:
+        self.source = source
+        self.header = header
+        self.index = Index(header, source)
+        self.memory = memory
+        self.directory = directory
+        self.spilled_size = 0
+        self._order = canonical_order(header.devices)
+        self._held: dict[int, dict[int, bytes]] = {d.dev_id: {} for d in self._order}
+        self._held_size = 0
+        self._file: Spool | None = None
+
+    def spans(self, clusters: int) -> Iterator[Span]:
+        """Yield as `Archive.spans` does; at the end of the stream, check that all was there."""
+        try:
+            arrivals = self._arrivals()
+            ended = False
+            for device in self._order:
+                index = self.index.devices[device.dev_id]
+                first = 0
+                while True:
+                    count = clusters
+                    if ended or not device.is_vmstate:
+                        count = min(count, len(index.entries) - first)
+                    if not count:
+                        break
+                    entries = index.slice(first, count)
+                    if len(entries) < count or 0 in entries:
+                        # At the end nothing is missing, or Index.finish has raised an error.
+                        ended = next(arrivals, None) is None
+                        continue
+                    yield self._span(device, first, entries)
+                    first += count
+            for _ in arrivals:
+                pass
+        finally:
+            if self._file is not None:
+                self._file.source.close()
+
+    def _arrivals(self) -> Iterator[Extent]:
+        """Yield each extent when its clusters have been entered and put by."""
+        buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+        for extent in read_extents(self.source, self.header):
+            self.index.add(extent)
+            payload = read_payload(self.source, extent, buffer)
+            for slot in iter_slots(extent) if extent.block_count else ():
+                if slot.mask:
+                    self._held[slot.dev_id][slot.cluster_num] = bytes(
+                        payload[slot.start : slot.start + slot.size]
+                    )
+                    self._held_size += slot.size + HELD_OVERHEAD
+            if self._held_size > self.memory:
+                self._spill()
+            yield extent
+        self.index.finish()
+
+    def _spill(self) -> None:
+        """Write clusters that are needed last to the temporary file until the rest is in bounds."""
+        if self._file is None:
+            self._file = self._create()
+        goal = max(self.memory - SPILL_SIZE, 0)
+        for device in reversed(self._order):
+            held = self._held[device.dev_id]
+            entries = self.index.devices[device.dev_id].entries
+            while held and self._held_size > goal:
+                cluster_num, data = held.popitem()
+                offset = self.spilled_size
+                self._file.target.write_at(offset, [data])
+                self.spilled_size += len(data)
+                # The place in the stream is of no use any more, that in the file is.
+                entries[cluster_num] = offset << 16 | entries[cluster_num] & FULL_MASK
+                self._held_size -= len(data) + HELD_OVERHEAD
+
+    def _create(self) -> Spool:
+        import tempfile
+
+        name = f"temporary file in {escape(self.directory)}"
+        try:
+            with Signals.held():
+                file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115 - held
+            return Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
+        except OSError as error:
+            raise VmaError(
+                f"cannot make a temporary file in {escape(self.directory)}: {reason(error)}"
+            ) from error
+
+    def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
+        held = self._held[device.dev_id]
+        masks = [entry & FULL_MASK for entry in entries]
+        payload: list[bytes | None] = []
+        for i, entry in enumerate(entries) if any(masks) else ():
+            data = held.pop(first + i, None)
+            if data is not None:
+                self._held_size -= len(data) + HELD_OVERHEAD
+            elif masks[i]:
+                assert self._file is not None, "a stored cluster is neither held nor spilled"
+                stored = bytearray(count_blocks(masks[i]) * BLOCK_SIZE)
+                self._file.source.read_at(memoryview(stored), entry >> 16)
+                data = bytes(stored)
+            payload.append(data)
+        return Span(device, first, masks, payload)
+
+
+WHOLE_CLUSTER = ((0, CLUSTER_BLOCKS),)  # as iter_block_runs has it
+
+
+class Run(NamedTuple):
+    """Stored bytes that belong together, by their offsets in the disk and in the source."""
+
+    disk_offset: int
+    source_offset: int
+    size: int
+
+
+def iter_runs(clusters: Iterable[tuple[int, int, int]], disk_size: int) -> Iterator[Run]:
+    """Yield what to copy for (cluster_num, mask, source offset), neighbours as one run.
+
+    Nothing reaches behind disk_size, where the last block may.
+    """
+    last = Run(0, 0, 0)
+    for cluster_num, mask, start in clusters:
+        source_offset = start
+        for first, count in WHOLE_CLUSTER if mask == FULL_MASK else iter_block_runs(mask):
+            disk_offset = cluster_num * CLUSTER_SIZE + first * BLOCK_SIZE
+            size = count * BLOCK_SIZE
+            if (disk_offset, source_offset) == (
+                last.disk_offset + last.size,
+                last.source_offset + last.size,
+            ):
+                last = Run(last.disk_offset, last.source_offset, last.size + size)
+            else:
+                if last.size:
+                    yield last
+                last = Run(disk_offset, source_offset, size)
+            source_offset += size
+    size = min(last.size, disk_size - last.disk_offset)
+    if size > 0:
+        yield last._replace(size=size)
+
+
+class Write(NamedTuple):
+    """Bytes for a place in a disk."""
+
+    target: Target
+    offset: int
+    data: memoryview
+
+
+def copy_disks(archive: Archive, targets: Mapping[int, Target], progress: Progress) -> None:
+    """Write the stored blocks of devices to their targets, by dev_id, each in disk order."""
+
+    def step(target: Target, runs: list[Run]) -> Callable[[memoryview], list[Write]]:
+        def fill(buffer: memoryview) -> list[Write]:
+            writes = []
+            used = start = 0
+            for i, run in enumerate(runs):
+                view = buffer[used : used + run.size]
+                used += run.size
+                writes.append(Write(target, run.disk_offset, view))
+                following = run.source_offset + run.size
+                if i + 1 == len(runs) or runs[i + 1].source_offset != following:
+                    size = used - start
+                    archive.source.read_at(buffer[start:used], following - size)
+                    start = used
+            return writes
+
+        return fill
+
+    def deliver(writes: list[Write], _turn: Callable[[], Turn]) -> None:
+        for target, offset, view in writes:
+            target.write_at(offset, [view])
+
+    def steps() -> Iterator[Callable[[memoryview], list[Write]]]:
+        for dev_id, target in targets.items():
+            index = archive.index.devices[dev_id]
+            runs: list[Run] = []
+            room = CHUNK_SIZE
+            for run in iter_runs(stored_clusters(index), archive.index.device_size(index.device)):
+                disk_offset, source_offset, size = run
+                archive.source.advise(source_offset, size)
+                while size:
+                    part = min(size, room)
+                    runs.append(Run(disk_offset, source_offset, part))
+                    disk_offset += part
+                    source_offset += part
+                    size -= part
+                    room -= part
+                    if not room:
+                        progress.advance(CHUNK_SIZE)
+                        yield step(target, runs)
+                        runs, room = [], CHUNK_SIZE
+            if runs:
+                yield step(target, runs)
+
+    run_steps(steps(), deliver)
+
+
+def stored_clusters(index: DeviceIndex) -> Iterator[tuple[int, int, int]]:
+    """Yield (cluster_num, mask, offset in the archive) of each cluster that stores blocks."""
+    for first in range(0, len(index.entries), CLUSTER_SIZE):
+        for cluster_num, entry in enumerate(index.slice(first, CLUSTER_SIZE), first):
+            if entry & FULL_MASK:
+                yield cluster_num, entry & FULL_MASK, entry >> 16
+
+
+def stream_disks(source: Input, header: Header, targets: Mapping[int, Target]) -> Index:
+    """Write each cluster to its place as it comes, and check at the end that all were there."""
+    index = Index(header, source)
+    buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+    sizes = {
+        device.dev_id: sys.maxsize if device.is_vmstate else device.size
+        for device in header.devices
+    }
+    for extent in read_extents(source, header):
+        index.add(extent)
+        payload = read_payload(source, extent, buffer)
+        clusters: dict[int, list[tuple[int, int, int]]] = {}
+        for slot in iter_slots(extent) if extent.block_count else ():
+            clusters.setdefault(slot.dev_id, []).append((slot.cluster_num, slot.mask, slot.start))
+        for dev_id in clusters.keys() & targets.keys():
+            for run in iter_runs(clusters[dev_id], sizes[dev_id]):
+                part = payload[run.source_offset : run.source_offset + run.size]
+                targets[dev_id].write_at(run.disk_offset, [part])
+    index.finish()
+    return index
+
+
+class Disk(NamedTuple):
+    """A device to pack, and the file that it is read from; `size` is how far that reaches."""
+
+    device: Device
+    source: Input
+    size: int
+
+
+def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) in bytes of what is not a hole, as far as the file system tells."""
+    end = 0
+    while end < disk.size:
+        start = end
+        try:
+            start = os.lseek(disk.source.fd, end, os.SEEK_DATA)
+            end = min(os.lseek(disk.source.fd, start, os.SEEK_HOLE), disk.size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole up to the end
+            end = disk.size
+        except AttributeError:  # a system without SEEK_DATA
+            end = disk.size
+        yield start, end
+
+
+def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: int) -> list[int]:
+    """Return the masks of the blocks that are not all zeros, of count clusters in buffer.
+
+    Looks only at parts, (start, end) in bytes, multiples of a block; the rest is zeros.
+    """
+    # A block that does not begin with a zero byte needs no second look.
+    flags = bytearray(b"0") * (count * CLUSTER_BLOCKS)
+    for start, end in parts:
+        firsts = bytes(buffer[start:end:BLOCK_SIZE])
+        flags[start // BLOCK_SIZE : end // BLOCK_SIZE] = b"1" * len(firsts)
+        for at in range(0, len(firsts), CLUSTER_BLOCKS):
+            group = firsts[at : at + CLUSTER_BLOCKS]
+            offset = start + at * BLOCK_SIZE
+            if 0 not in group:
+                continue
+            size = len(group) * BLOCK_SIZE
+            if not any(group) and bytes(buffer[offset : offset + size]) == ZERO_CLUSTER[:size]:
+                flags[offset // BLOCK_SIZE : (offset + size) // BLOCK_SIZE] = b"0" * len(group)
+                continue
+            for i, byte in enumerate(group):
+                block = offset // BLOCK_SIZE + i
+                if not byte and bytes(buffer[block * BLOCK_SIZE :][:BLOCK_SIZE]) == ZERO_BLOCK:
+                    flags[block] = ord("0")
+    return [
+        int(flags[i : i + CLUSTER_BLOCKS][::-1], 2) for i in range(0, len(flags), CLUSTER_BLOCKS)
+    ]
+
+
+def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target, progress: Progress) -> None:
+    """Write a canonical archive of disks: read what is not a hole, store what is not zero."""
+
+    def step(
+        disk: Disk, first: int, parts: list[tuple[int, int]]
+    ) -> Callable[[memoryview], list[Buffer]]:
+        count = min(layout.clusters, -(-disk.size // CLUSTER_SIZE) - first)
+
+        def fill(buffer: memoryview) -> list[Buffer]:
+            start = first * CLUSTER_SIZE
+            blocks = []
+            at = 0
+            for data_start, data_end in parts:
+                clear(buffer[at : data_start - start])
+                at = data_end - start
+                disk.source.read_at(buffer[data_start - start : at], data_start)
+                block_start = (data_start - start) // BLOCK_SIZE * BLOCK_SIZE
+                blocks.append((block_start, -(-at // BLOCK_SIZE) * BLOCK_SIZE))
+            if parts:
+                clear(buffer[at : count * CLUSTER_SIZE])
+            masks = stored_masks(buffer, blocks, count)
+            data, stored = lay_out_extent(disk.device, first, masks, layout.align)
+            clusters = ((i, mask, i * CLUSTER_SIZE) for i, mask in enumerate(stored) if mask)
+            runs = iter_runs(clusters, count * CLUSTER_SIZE)
+            return [data, *(buffer[run.disk_offset :][: run.size] for run in runs)]
+
+        return fill
+
+    def steps() -> Iterator[Callable[[memoryview], list[Buffer]]]:
+        for disk in disks:
+            data = iter_data(disk)
+            part = next(data, None)
+            for first in range(0, -(-disk.size // CLUSTER_SIZE), layout.clusters):
+                start = first * CLUSTER_SIZE
+                end = min(start + layout.clusters * CLUSTER_SIZE, disk.size)
+                parts = []
+                while part and part[0] < end:
+                    parts.append((max(part[0], start), min(part[1], end)))
+                    if part[1] > end:
+                        break
+                    part = next(data, None)
+                progress.advance(end - start)
+                yield step(disk, first, parts)
+
+    target.append([lay_out_header(layout.header, layout.align)])
+    for data, _, _ in layout.extents(()):
+        target.append([data])
+    run_steps(
+        steps(),
+        append_in_turn(target, lambda parts: layout.digest.update(parts[0][EXTENT_MD5])),
+        layout.clusters * CLUSTER_SIZE,
+    )
+
+
+def clear(view: memoryview) -> None:
+    view[:] = bytes(len(view))
+
+
+def check_written(output: Output, layout: Layout) -> None:
+    """Raise VmaError unless what is on the disk has the extents that were laid out."""
+    if output.file is None:
+        return
+    with output.read_back() as source:
+        written = Archive(source)
+        if written.index.digest.digest() != layout.digest.digest():
+            raise VmaError(f"{source.name}: what was written reads back with other extents")
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands: each takes the parsed command line and returns the exit status
+
+DESCRIPTION_NAME = "vma.json"
+DESCRIPTION_FORMAT = 1
+CONFIG_NAME = "qemu-server.conf"
+SECTOR_SIZE = 512
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    """Print what an archive holds."""
+    with open_input(args.archive) as source:
+        archive = Archive(source) if args.scan else None
+        header = archive.header if archive else read_header(source)
+    if args.json:
+        print_json(describe(header, archive))
+    else:
+        print_listing(source.name, header, archive)
+    # It is shown for what it is, but a script must not take it for an archive that restores.
+    check_names(header)
+    return 0
+
+
+def describe(header: Header, archive: Archive | None) -> dict[str, object]:
+    """Return what list --json prints; with what only a scan can know, if there is."""
+    devices: list[dict[str, object]] = []
+    for device in header.devices:
+        devices.append({"dev_id": device.dev_id, "name": device.name, "size": device.size})
+        if archive:
+            index = archive.index.devices[device.dev_id]
+            devices[-1]["stored"] = index.stored_size
+            devices[-1]["zero"] = index.zero_size
+            devices[-1]["ascending"] = index.ascending
+    result: dict[str, object] = {
+        "uuid": format_uuid(header.uuid),
+        "ctime": header.ctime,
+        "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
+        "devices": devices,
+    }
+    if archive:
+        align = find_align(archive)
+        result.update(extents=archive.index.extent_count, canonical=bool(align), align=align)
+    return result
+
+
+def find_align(archive: Archive) -> str | None:
+    """Return the --align with which optimize writes this very archive, None if there is none."""
+    names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
+    return next((name for name in names if is_canonical(archive, ALIGNS[name])), None)
+
+
+def print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def print_listing(name: str, header: Header, archive: Archive | None) -> None:
+    print(f"archive  {name}")
+    print(f"uuid     {format_uuid(header.uuid)}")
+    print(f"created  {format_time(header.ctime)}")
+    if archive:
+        align = find_align(archive)
+        print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
+    for config in header.configs:
+        print(f"config   {escape(config.name)}  {len(config.data)} bytes")
+    for device in header.devices:
+        size = f"{format_size(device.size)}, {device.size} bytes"
+        print(f"device   {device.dev_id:<3}  {escape(device.name)}  {size}")
+        if archive:
+            index = archive.index.devices[device.dev_id]
+            order = "ascending" if index.ascending else "not in order"
+            print(
+                f"              {index.stored_size} bytes stored, {index.zero_size} zero, "
+                f"clusters {order}"
+            )
+
+
+def cmd_verify(args: argparse.Namespace) -> int:
+    """Check archives, one after the other; a bad one does not keep the next from being checked."""
+    bad = 0
+    for path in args.archive:
+        try:
+            with open_input(path) as source, progress_of(args, source) as progress:
+                watch(source, progress)
+                archive = Archive(source)
+                check_source(archive.header, source)
+        except VmaError as error:
+            bad += 1
+            print_error(error)
+        else:
+            if not args.quiet:
+                print(summary(archive))
+            if args.verbose:
+                print_listing(source.name, archive.header, archive)
+    return 1 if bad else 0
+
+
+def check_source(header: Header, source: Input) -> None:
+    """Raise VmaError for names that do not restore, or a file that was changed meanwhile."""
+    try:
+        check_names(header)
+    except FormatError as error:
+        raise FormatError(error.message, archive=source.name) from error
+    source.check_unchanged()
+
+
+def summary(archive: Archive) -> str:
+    """Return verify's line on a good archive."""
+    devices = archive.header.devices
+    stored = sum(index.stored_size for index in archive.index.devices.values())
+    align = find_align(archive)
+    return (
+        f"{archive.source.name}: OK, {len(devices)} device{'s' * (len(devices) != 1)}, "
+        f"{format_size(sum(device.size for device in devices))}, {format_size(stored)} stored, "
+        + (f"canonical (--align {align})" if align else "not canonical")
+    )
+
+
+def progress_of(args: argparse.Namespace, source: Input) -> Progress:
+    return Progress(not args.quiet, source.name)
+
+
+def watch(source: Input, progress: Progress) -> None:
+    """Let the progress follow the reading of a stream or of headers."""
+    progress.total = source.size or source.compressed_size
+    source.progress = progress
+
+
+def cmd_extract(args: argparse.Namespace) -> int:
+    """Write configs and disks as Proxmox's own `vma extract` does."""
+
+    def file_names(header: Header) -> dict[int, str]:
+        known = {device.name for device in header.devices}
+        chosen = known if args.devices is None else set(args.devices.split(","))
+        if not chosen <= known:
+            raise VmaError(f"no device {', '.join(map(quote, sorted(chosen - known)))}")
+        return {
+            device.dev_id: "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
+            for device in header.devices
+            if device.name in chosen
+        }
+
+    return restore(args, args.targetdir, file_names, description=False)
+
+
+def cmd_unpack(args: argparse.Namespace) -> int:
+    """Write configs, disks and vma.json, from which pack makes the archive again."""
+
+    def file_names(header: Header) -> dict[int, str]:
+        return {device.dev_id: device.name for device in header.devices}
+
+    return restore(args, args.directory, file_names, description=True)
+
+
+def restore(
+    args: argparse.Namespace,
+    path: str,
+    file_names: Callable[[Header], dict[int, str]],
+    description: bool,
+) -> int:
+    """Write an archive's configs, and the devices that get a file name, into a directory."""
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_input(args.archive))
+        progress = stack.enter_context(progress_of(args, source))
+        header, archive = load(source, progress)
+        names = file_names(header)
+        extra = [DESCRIPTION_NAME] if description else []
+        files = [*(config.name for config in header.configs), *names.values(), *extra]
+        twice = next((name for i, name in enumerate(files) if name in files[:i]), None)
+        if twice is not None:
+            raise FormatError(f"two files would be called {quote(twice)}", archive=source.name)
+        directory = stack.enter_context(make_directory(path))
+        replace = description and args.force
+        if not description:
+            directory.require_empty()
+        elif not replace:
+            directory.require_absent(files)
+
+        for config in header.configs:
+            directory.create(config.name).append([config.data])
+        targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
+        if archive is None:
+            index = stream_disks(source, header, targets)
+        else:
+            index = archive.index
+            progress.total = sum(index.devices[dev_id].stored_size for dev_id in targets)
+            copy_disks(archive, targets, progress)
+        for dev_id, target in targets.items():
+            target.truncate(index.device_size(index.devices[dev_id].device))
+        source.check_unchanged()
+        if description:
+            directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
+        directory.commit(replace)
+    return 0
+
+
+def load(source: Input, progress: Progress) -> tuple[Header, Archive | None]:
+    """Read and check what can be known before anything is written: of a stream, the header."""
+    archive = None
+    if source.size is None:
+        watch(source, progress)
+        header = read_header(source)
+    else:
+        archive = Archive(source)
+        header = archive.header
+    check_source(header, source)
+    return header, archive
+
+
+@contextlib.contextmanager
+def make_directory(path: str) -> Iterator[Directory]:
+    """Open a directory, made if it is not there; one that was made here goes away on an error."""
+    made = False
+    try:
+        with Signals.held():
+            try:
+                os.mkdir(path)
+                made = True
+            except FileExistsError:
+                pass
+        with Directory(path) as directory:
+            yield directory
+            made = False
+    except OSError as error:
+        raise VmaError(f"{escape(path)}: {reason(error)}") from error
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # somebody else put something there
+                os.rmdir(path)
+
+
+def describe_for_pack(header: Header) -> bytes:
+    """Return vma.json: what the other files cannot say."""
+    import json
+
+    value = {
+        "format": DESCRIPTION_FORMAT,
+        "ctime": header.ctime,
+        "configs": [config.name for config in header.configs],
+        "devices": [device._asdict() for device in header.devices],
+    }
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+class Packing(NamedTuple):
+    """What pack found in a directory: the archive's header, and each device's file."""
+
+    header: Header
+    paths: dict[int, str]
+
+
+def cmd_pack(args: argparse.Namespace) -> int:
+    """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
+    described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
+    with contextlib.ExitStack() as stack:
+        try:
+            packing = (read_described if described else read_undescribed)(args.directory)
+        except OSError as error:
+            raise VmaError(f"{escape(str(error.filename))}: {reason(error)}") from error
+        header = set_options(packing.header, args.options)
+        check_names(header)
+        disks = []
+        for device in canonical_order(header.devices):
+            path = packing.paths[device.dev_id]
+            disks.append(open_disk(stack, device, path, exact=described, quiet=args.quiet))
+        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
+        write_packed(args, header, disks)
+    return 0
+
+
+def write_packed(args: argparse.Namespace, header: Header, disks: Sequence[Disk]) -> None:
+    layout = Layout(header, ALIGNS[args.align])
+    with Output(args.output) as output, Progress(not args.quiet, output.target.name) as progress:
+        progress.total = sum(disk.size for disk in disks)
+        pack_disks(layout, disks, output.target, progress)
+        for disk in disks:
+            disk.source.check_unchanged()
+        check_written(output, layout)
+        output.commit()
+
+
+def read_described(directory: str) -> Packing:
+    """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
+    import json
+
+    path = os.path.join(directory, DESCRIPTION_NAME)
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+        if value["format"] != DESCRIPTION_FORMAT:
+            raise VmaError(f"{escape(path)}: format {value['format']!r} is not supported")
+        ctime = require(value["ctime"], int)
+        names = [require(name, str) for name in value["configs"]]
+        devices = tuple(
+            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
+            for d in value["devices"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise VmaError(f"{escape(path)}: not what unpack writes: {error!r}") from error
+    ids = [device.dev_id for device in devices]
+    if (
+        len(set(ids)) < len(ids)
+        or not set(ids) <= set(DEV_IDS)
+        or not -(1 << 63) <= ctime < 1 << 63
+    ):
+        raise VmaError(f"{escape(path)}: a dev_id or ctime is out of range, or there twice")
+    # Names are checked before they are opened: vma.json may come from anywhere.
+    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
+    extra = sorted(set(os.listdir(directory)) - known)
+    if extra:
+        raise VmaError(
+            f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
+            "list it there, or remove one of them"
+        )
+    configs = tuple(Config(name, read_config(os.path.join(directory, name))) for name in names)
+    paths = {device.dev_id: os.path.join(directory, device.name) for device in devices}
+    return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
+
+
+T = TypeVar("T")
+
+
+def require(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def read_undescribed(directory: str) -> Packing:
+    """Read a directory by the names of its files; raises VmaError for one that says nothing."""
+    configs = []
+    devices: dict[str, str] = {}
+    for entry in sorted(os.listdir(directory), key=natural_key):
+        path = os.path.join(directory, entry)
+        if entry.endswith((".conf", ".fw")):
+            configs.append(Config(entry, read_config(path)))
+            continue
+        if entry.startswith("disk-") and entry.endswith(".raw"):
+            name = entry[len("disk-") : -len(".raw")]
+        elif entry.startswith("drive-") or entry == VMSTATE:
+            name = entry
+        elif entry == "vmstate.bin":
+            name = VMSTATE
+        else:
+            raise VmaError(
+                f"{escape(path)}: neither a config (*.conf, *.fw) nor a device (disk-NAME.raw, "
+                "drive-*, vmstate): rename or remove it"
+            )
+        if name in devices:
+            raise VmaError(f"{escape(path)}: a second file for device {quote(name)}")
+        devices[name] = path
+    order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
+    return Packing(
+        Header(
+            CANONICAL_UUID,
+            int(time.time()),
+            tuple(configs),
+            tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(order, DEV_IDS[0])),
+        ),
+        {dev_id: devices[name] for dev_id, name in enumerate(order, DEV_IDS[0])},
+    )
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts scsi2 before scsi10."""
+    import re
+
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
+
+
+def read_config(path: str) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(BLOB_MAX_SIZE + 1)
+    if len(data) > BLOB_MAX_SIZE:
+        raise VmaError(f"{escape(path)}: a config is at most {BLOB_MAX_SIZE} bytes")
+    return data
+
+
+def open_disk(
+    stack: contextlib.ExitStack, device: Device, path: str, exact: bool, quiet: bool
+) -> Disk:
+    """Open the file or block device of a disk; `exact` if device.size is to be its size."""
+    name = escape(path)
+    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
+    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    file = stack.enter_context(os.fdopen(fd, "rb", buffering=0, closefd=True))
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        raise VmaError(f"{name}: neither a file nor a block device")
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if exact:
+        # A vmstate restores as long as its clusters.
+        padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
+        if size != device.size and not padded:
+            raise VmaError(
+                f"{name}: {size} bytes, expected the {device.size} that {DESCRIPTION_NAME} says"
+            )
+    else:
+        device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
+        if size % SECTOR_SIZE and not quiet:
+            print(
+                f"{name}: {size} bytes, rounded up to {device.size}, as disks have whole sectors",
+                file=sys.stderr,
+            )
+    if not device.size:
+        raise VmaError(f"{name}: an empty file is no disk")
+    if device.cluster_count > 1 << 32:
+        raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
+    return Disk(device, Input(name, file, size), size)
+
+
+def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
+    """Return the header with lines of qemu-server.conf replaced or added."""
+    if not options:
+        return header
+    configs = list(header.configs)
+    i = next((i for i, c in enumerate(configs) if c.name == CONFIG_NAME), None)
+    if i is None:
+        raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
+    data = configs[i].data
+    for key, value in options:
+        data = set_option(data, key, value)
+    configs[i] = Config(CONFIG_NAME, data)
+    return header._replace(configs=tuple(configs))
+
+
+def set_option(data: bytes, key: str, value: str) -> bytes:
+    """Return a configuration with `key: value` in its main section, all else as it was.
+
+    The main section ends at the first line that begins with `[`: a snapshot, or pending changes.
+    """
+    lines = data.splitlines(keepends=True)
+    main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
+    new = encode_name(f"{key}: {value}\n")
+    for i, line in enumerate(lines[:main]):
+        if line.split(b":")[0].strip() == encode_name(key) and b":" in line:
+            lines[i] = new
+            return b"".join(lines)
+    while main and not lines[main - 1].strip():
+        main -= 1  # blank lines belong to the section that follows
+    if main and not lines[main - 1].endswith(b"\n"):
+        lines[main - 1] += b"\n"
+    lines.insert(main, new)
+    return b"".join(lines)
+
+
+def cmd_optimize(args: argparse.Namespace) -> int:
+    """Rewrite an archive in the canonical layout, to another file or in its own place."""
+    in_place = args.output is None or is_same_file(args.archive, args.output)
+    output_path = args.archive if args.output is None else args.output
+    align = ALIGNS[args.align]
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_input(args.archive))
+        if in_place and source.size is None:
+            raise VmaError(refusal_in_place(args.archive, source))
+        progress = stack.enter_context(progress_of(args, source))
+        header, archive = load(source, progress)
+        layout = Layout(header, align)
+        if archive is not None:
+            if in_place and is_canonical(archive, align):
+                report(args, f"{source.name}: is canonical already (--align {args.align})")
+                return 0
+            output = stack.enter_context(Output(output_path))
+            optimize_file(archive, layout, output, progress)
+        else:
+            output = stack.enter_context(Output(output_path))
+            directory = os.environ.get("TMPDIR") or output.directory
+            reorderer = Reorderer(source, header, args.memory, directory)
+            for piece in layout.pieces(reorderer.spans(layout.clusters)):
+                assert not isinstance(piece, Range), "a stream's clusters come as bytes"
+                output.target.append([piece])
+        source.check_unchanged()
+        check_written(output, layout)
+        output.commit(os.fstat(source.fd) if in_place else None)
+        report(args, f"{source.name}: optimized (--align {args.align})", output)
+    return 0
+
+
+def optimize_file(archive: Archive, layout: Layout, output: Output, progress: Progress) -> None:
+    """Copy an archive that can be read at any place."""
+    stored = sum(index.stored_size for index in archive.index.devices.values())
+    progress.total = stored
+    if output.file:
+        output.file.allocate(stored)
+    pieces = layout.pieces(archive.spans(layout.clusters))
+    copy_pieces(archive.source, pieces, output.target, progress)
+
+
+def is_same_file(path: str, output: str) -> bool:
+    """Say whether both are one file, by whatever links."""
+    if "-" in (path, output):
+        return False
+    try:
+        return os.path.samefile(path, output)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise VmaError(f"{escape(error.filename or output)}: {reason(error)}") from error
+
+
+def refusal_in_place(path: str, source: Input) -> str:
+    if not source.compressed_size:
+        return f"{source.name}: a stream cannot be replaced: name an OUTPUT"
+    plain = path.rsplit(".", 1)[0] if not path.endswith(".vma") else path + ".new"
+    return (
+        f"{source.name}: a compressed archive is not replaced by a plain one: "
+        f"vma-tool optimize {escape(path)} {escape(plain)}"
+    )
+
+
+def report(args: argparse.Namespace, message: str, output: Output | None = None) -> None:
+    """Print what was done, unless that would get into an archive on standard output."""
+    if not args.quiet and args.output != "-":
+        size = output.target.position if output else 0
+        print(message + (f", {format_size(size)}" if size else ""))
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+EXAMPLES = """
+examples:
+  vma-tool optimize vzdump-qemu-100.vma            rewrite it in its place
+  zstdcat x.vma.zst | vma-tool unpack - dir/       take it apart
+  vma-tool verify *.vma && echo all will restore
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; each command sets `func` to the function that runs it."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--version", action="version", version=f"vma-tool {__version__}")
+    common.add_argument(
+        "-q", "--quiet", action="store_true", help="print errors only, and no progress"
+    )
+    common.add_argument("-v", "--verbose", action="store_true", help="print more")
+    parser = argparse.ArgumentParser(
+        prog="vma-tool",
+        parents=[common],
+        description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma). "
+        "ARCHIVE is a file, plain or compressed, or - for standard input.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(
+        name: str, func: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  vma-tool {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(func=func)
+        return command
+
+    def add_align(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--align",
+            choices=ALIGNS,
+            default=DEFAULT_ALIGN,
+            type=str.upper,
+            help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
+            f"(default {DEFAULT_ALIGN})",
+            metavar="SIZE",
+        )
+
+    command = add("list", cmd_list, "show what an archive holds", "--scan backup.vma")
+    command.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+    command.add_argument(
+        "--scan",
+        action="store_true",
+        help="read all extent headers too: bytes stored, order, layout",
+    )
+    command.add_argument("archive", metavar="ARCHIVE")
+
+    command = add("verify", cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
+    command.add_argument("archive", metavar="ARCHIVE", nargs="+")
+
+    command = add(
+        "extract",
+        cmd_extract,
+        "write configs and disks as Proxmox's own vma extract does",
+        "-d drive-scsi0 backup.vma disks/",
+    )
+    command.add_argument(
+        "-d", dest="devices", metavar="NAME[,NAME...]", help="only these devices (default: all)"
+    )
+    command.add_argument("archive", metavar="ARCHIVE")
+    command.add_argument("targetdir", metavar="TARGETDIR", help="must be new, or empty")
+
+    command = add("unpack", cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
+    command.add_argument("--force", action="store_true", help="replace files that exist")
+    command.add_argument("archive", metavar="ARCHIVE")
+    command.add_argument("directory", metavar="DIRECTORY")
+
+    command = add("pack", cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma")
+    add_align(command)
+    command.add_argument(
+        "-u",
+        dest="options",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=parse_option,
+        help=f"set a line of {CONFIG_NAME}, for instance -u name=web2",
+    )
+    command.add_argument("directory", metavar="DIRECTORY")
+    command.add_argument("output", metavar="ARCHIVE", help="a file, or - for standard output")
+
+    command = add(
+        "optimize", cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma"
+    )
+    add_align(command)
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=parse_memory,
+        default=DEFAULT_MEMORY,
+        help="how much of a stream may wait in memory before a temporary file is used "
+        f"(default {DEFAULT_MEMORY})",
+    )
+    command.add_argument("archive", metavar="ARCHIVE")
+    command.add_argument(
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        help="a file, or - for standard output (default: replace ARCHIVE)",
+    )
+    return parser
+
+
+def parse_option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if (
+        not equals
+        or not key
+        or any(c in key for c in ":[#\n\r \t")
+        or "\n" in value
+        or "\r" in value
+    ):
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
+    return key, value
+
+
+def parse_memory(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
+    return size
+
+
+def print_error(error: object) -> None:
+    print(f"vma-tool: {error}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return the exit status."""
+    args = build_parser().parse_args(argv)
+    Signals.install()
+    try:
+        status = int(args.func(args))
+        sys.stdout.flush()
+        return status
+    except VmaError as error:
+        print_error(error)
+        return 1
+    except Interrupted as error:
+        return 128 + error.signum
+    except BrokenPipeError:
+        discard_output()
+        return 128 + 13  # as if SIGPIPE had ended us
+    except OSError as error:
+        print_error(reason(error))
+        discard_output()
+        return 1
+    except MemoryError:
+        print_error("out of memory")
+        return 1
+
+
+def discard_output() -> None:
+    """Let what standard output still buffers go nowhere, so that the exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
