@@ -1,21 +1,28 @@
-"""What every test file needs: the tool as a child process, the golden archives, outside programs.
+"""What every test file needs: the tool, the golden archives, outside programs.
 
-Nothing here imports vma_tool or knows the format.
+The tool runs as a child (`run_tool`), or in this process (`call_tool`), which is faster. Nothing
+here knows the format.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypedDict, Union, cast
@@ -25,6 +32,7 @@ TOOL = ROOT / "vma_tool.py"
 DATA = ROOT / "tests" / "data"
 
 Argument = Union[str, "os.PathLike[str]"]
+Answer = subprocess.CompletedProcess  # of bytes: returncode, stdout, stderr
 
 
 class GoldenDevice(TypedDict):
@@ -86,12 +94,13 @@ def sha256(source: bytes | os.PathLike[str]) -> str:
 
 
 def run_tool(
-    *args: Argument, input: bytes | None = None, **kw: Any
-) -> subprocess.CompletedProcess[bytes]:
+    *args: Argument, input: bytes | None = None, prefix: Iterable[str] = (), **kw: Any
+) -> Answer[bytes]:
     """Run vma_tool.py with the Python that runs the tests, and return what it answered.
 
     Standard input is `input`, or empty; output and errors are captured as bytes. Further keywords
     go to subprocess.run and replace these settings; the tool has 60 s unless `timeout` says more.
+    `prefix` is a command that runs it, such as `prlimit`.
     """
     settings: dict[str, Any] = {
         "stdout": subprocess.PIPE,
@@ -103,8 +112,169 @@ def run_tool(
     elif "stdin" not in kw:
         settings["stdin"] = subprocess.DEVNULL
     settings.update(kw)
-    command = [sys.executable, str(TOOL), *(os.fspath(argument) for argument in args)]
-    return subprocess.run(command, check=False, **settings)
+    return subprocess.run([*prefix, *tool_command(*args)], check=False, **settings)
+
+
+def tool_command(*args: Argument) -> list[str]:
+    """Return the command line of a child that runs the tool."""
+    return [sys.executable, str(TOOL), *(os.fspath(argument) for argument in args)]
+
+
+# Between the tests, which may be large, and the tool: what a child's peak memory begins with is
+# that of the process that starts it.
+MEASURE = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(child.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+child.returncode = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+sys.exit(child.returncode)
+"""
+
+
+def run_measured(*args: Argument, **kw: Any) -> tuple[Answer[bytes], int]:
+    """Run the tool as `run_tool` does; return its answer and its peak memory in bytes."""
+    with tempfile.NamedTemporaryFile("r") as report:
+        prefix = [sys.executable, "-c", MEASURE, report.name]
+        return run_tool(*args, prefix=prefix, **kw), int(report.read())
+
+
+def call_tool(*args: Argument, input: bytes | Iterable[bytes] | None = None) -> Answer[bytes]:
+    """Call vma_tool.main, and return what it answered as `run_tool` does.
+
+    Standard input is a pipe that gets `input` (in one piece, or piece by piece), else /dev/null;
+    standard output is a file. An exception that main lets out is the test's error.
+    """
+    import vma_tool
+
+    errors = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_kept_signals())
+        output = stack.enter_context(tempfile.TemporaryFile())
+        stack.enter_context(_standard_input(input))
+        stack.enter_context(_redirected(1, output.fileno()))
+        text = stack.enter_context(open(1, "w", encoding="utf-8", closefd=False))
+        stack.enter_context(contextlib.redirect_stdout(text))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        try:
+            status = vma_tool.main([os.fspath(argument) for argument in args])
+        except SystemExit as exit:  # argparse: --help, wrong usage
+            status = exit.code if isinstance(exit.code, int) else 1
+        text.flush()
+        output.seek(0)
+        return Answer(args, status, output.read(), errors.getvalue().encode())
+
+
+@contextlib.contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Give signals back the handlers that they had."""
+    import vma_tool
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+        vma_tool.Signals.depth = vma_tool.Signals.pending = 0
+
+
+@contextlib.contextmanager
+def _redirected(fd: int, other: int) -> Iterator[None]:
+    """Let a file descriptor stand for another one for a while."""
+    kept = os.dup(fd)
+    os.dup2(other, fd)
+    try:
+        yield
+    finally:
+        os.dup2(kept, fd)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _standard_input(input: bytes | Iterable[bytes] | None) -> Iterator[None]:
+    """Make standard input a pipe that a thread writes to, or empty."""
+    if input is None:
+        with open(os.devnull, "rb") as nothing, _redirected(0, nothing.fileno()):
+            yield
+        return
+    pieces = [input] if isinstance(input, bytes) else input
+    reading, writing = os.pipe()
+
+    def feed() -> None:
+        # whoever stops reading early breaks the pipe
+        with contextlib.suppress(BrokenPipeError), open(writing, "wb", buffering=0) as pipe:
+            for piece in pieces:
+                pipe.write(piece)
+
+    feeder = threading.Thread(target=feed)
+    try:
+        with _redirected(0, reading):
+            os.close(reading)
+            feeder.start()
+            yield
+    finally:
+        feeder.join()
+
+
+class ToolTest(unittest.TestCase):
+    """A test with a directory of its own, that calls the tool and looks at what it answers."""
+
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self)
+
+    def file(self, name: str, data: bytes) -> Path:
+        """Write a file into the test's directory, and return its path."""
+        path = self.directory / name
+        path.write_bytes(data)
+        return path
+
+    def check_ok(self, answer: Answer[bytes], notice: str = "") -> str:
+        """Check that the tool succeeded, and that `notice` and no more is on standard error.
+
+        Return its standard output.
+        """
+        self.assertEqual((answer.returncode, answer.stderr.decode()), (0, notice))
+        return answer.stdout.decode(errors="replace")
+
+    def check_error(self, answer: Answer[bytes], *says: str) -> str:
+        """Check that the tool failed with one line that says all of this; return the line."""
+        line = answer.stderr.decode()
+        self.assertEqual(answer.returncode, 1, line)
+        self.assertRegex(line, r"\Avma-tool: [^\n]+\n\Z")
+        for part in says:
+            self.assertIn(part, line)
+        return line
+
+    def ok(self, *args: Argument, notice: str = "", **kw: Any) -> str:
+        """Call the tool, which must succeed; return its standard output."""
+        return self.check_ok(call_tool(*args, **kw), notice)
+
+    def refused(self, *args: Argument, says: Iterable[str] = (), **kw: Any) -> str:
+        """Call the tool, which must fail with one line that says all of `says`; return the line."""
+        answer = call_tool(*args, **kw)
+        self.assertEqual(answer.stdout, b"")
+        return self.check_error(answer, *says)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[str, int, int, int]]:
+    """Return what is in a directory and below: content, mode, inode and time by relative path.
+
+    Two snapshots are equal if nothing was written, replaced, left or removed.
+    """
+    found = {}
+    for path in [directory, *directory.rglob("*")]:
+        state = path.lstat()
+        content = ""
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif stat.S_ISREG(state.st_mode):
+            content = sha256(path)
+        time = state.st_mtime_ns if content else 0
+        found[str(path.relative_to(directory))] = (content, state.st_mode, state.st_ino, time)
+    return found
 
 
 def temporary_directory(test: unittest.TestCase) -> Path:
@@ -152,3 +322,74 @@ def require_root() -> None:
     """Skip unless the tests run as root, as mounting a small file system needs."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         skip("needs root")
+
+
+def small_file_system(test: unittest.TestCase, size: int) -> Path:
+    """Return where a new file system of so many bytes is mounted until the test has ended."""
+    require_root()
+    path = temporary_directory(test)
+    _run_or_skip("mount", "-t", "tmpfs", "-o", f"size={size}", "vma-tool-test", str(path))
+    test.addCleanup(subprocess.run, ["umount", "--lazy", str(path)], check=True)
+    return path
+
+
+def make_read_only(test: unittest.TestCase, path: Path) -> None:
+    """Let nothing in a `small_file_system` be changed any more."""
+    _run_or_skip("mount", "-o", "remount,ro", str(path))
+
+
+def loop_device(test: unittest.TestCase, path: Path) -> Path:
+    """Return a block device with the content of a file, there until the test has ended."""
+    require_root()
+    device = _run_or_skip("losetup", "--find", "--show", str(path)).strip()
+    test.addCleanup(subprocess.run, ["losetup", "--detach", device], check=True)
+    return Path(device)
+
+
+def _run_or_skip(*command: str) -> str:
+    """Run a command that a container may forbid even to root; return its standard output."""
+    require_program(command[0], "mount")
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        skip(f"{' '.join(command)}: {answer.stderr.strip()}")
+    return answer.stdout
+
+
+# A system that lacks calls, or on which they fail
+
+
+class OsProxy:
+    """Stands for the module `os` in vma_tool: lacks what `hidden` names, and calls `before`.
+
+    `before(name)` is called ahead of each call of a function of `watched`, and may raise.
+    """
+
+    def __init__(
+        self,
+        hidden: Iterable[str] = (),
+        watched: Iterable[str] = (),
+        before: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._hidden = frozenset(hidden)
+        self._wrappers = {name: self._wrap(name, before) for name in watched if hasattr(os, name)}
+        # These sets hold functions, for which the wrappers stand.
+        for name in ("supports_dir_fd", "supports_fd", "supports_follow_symlinks"):
+            known = getattr(os, name)
+            wrapped = {self._wrappers[n] for n in self._wrappers if getattr(os, n) in known}
+            setattr(self, name, known | wrapped)
+
+    @staticmethod
+    def _wrap(name: str, before: Callable[[str], None]) -> Callable[..., Any]:
+        function = getattr(os, name)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kw: Any) -> Any:
+            before(name)
+            return function(*args, **kw)
+
+        return wrapper
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._hidden:
+            raise AttributeError(f"this system has no os.{name}")
+        return self._wrappers.get(name) or getattr(os, name)

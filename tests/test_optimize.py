@@ -1,0 +1,568 @@
+"""optimize: the canonical layout, from a file to another one or in its own place."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import subprocess
+import threading
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import vma_tool
+from tests import archives
+from tests.archives import BLOCK, CLUSTER, Archive, Device
+from tests.damage import damages, good
+from tests.support import (
+    ToolTest,
+    call_tool,
+    golden,
+    loop_device,
+    make_read_only,
+    manifest,
+    run_tool,
+    sha256,
+    small_file_system,
+    snapshot,
+)
+
+
+def small_archive(rng: random.Random) -> Archive:
+    """Make an archive of one to four devices of odd sizes and contents, in dev_ids of any order."""
+    patterns = ["mixed", "full", "sparse", "zeros"]
+    count = rng.randint(1, 4)
+    devices = []
+    for dev_id, number in zip(sorted(rng.sample(range(1, 255), count)), range(count)):
+        size = rng.choice([1, 512, BLOCK, CLUSTER - 1, CLUSTER, CLUSTER + 1, 70 * CLUSTER])
+        size = rng.choice([size, rng.randrange(1, 30 * CLUSTER)])
+        data = archives.disk(rng, size, rng.choice(patterns))
+        devices.append(Device(dev_id, f"drive-scsi{number}", data))
+    if rng.random() < 0.4:
+        stated = rng.randint(1, 4 * CLUSTER)
+        clusters = -(-stated // CLUSTER) + rng.randint(0, 3)
+        data = archives.disk(rng, clusters * CLUSTER, rng.choice(patterns))
+        victim = rng.choice(devices)
+        devices[devices.index(victim)] = Device(victim.dev_id, "vmstate", data, stated)
+    configs = [(f"{n}.conf", rng.randbytes(rng.randint(0, 700))) for n in range(rng.randint(0, 3))]
+    return Archive(
+        devices,
+        list(configs),
+        uuid=rng.randbytes(16),
+        ctime=rng.getrandbits(40),
+        header_size=rng.choice([None, 1 << 15, 50000]),
+        names_first=rng.random() < 0.3,
+    )
+
+
+class GoldenDigests(ToolTest):
+    """The bytes that the manifest demands."""
+
+    def test_to_another_file(self) -> None:
+        """All 36 digests; the source stays as it is, and nothing else appears."""
+        output = self.directory / "out.vma"
+        for name, want in manifest().items():
+            source = self.file("a.vma", golden(name))
+            before = snapshot(self.directory)
+            for align, digest in want["optimized_sha256"].items():
+                with self.subTest(archive=name, align=align):
+                    self.ok("optimize", "--align", align, source, output)
+                    self.assertEqual(sha256(output), digest)
+                    output.unlink()
+                    self.assertEqual(snapshot(self.directory), before)
+
+    def test_default_align(self) -> None:
+        source = self.file("a.vma", golden("three-disks"))
+        output = self.directory / "out.vma"
+        digests = manifest()["three-disks"]["optimized_sha256"]
+        for args, align in (([], "128K"), (["--align", "1m"], "1M"), (["--align=4K"], "4K")):
+            with self.subTest(args=args):
+                self.ok("optimize", *args, source, output)
+                self.assertEqual(sha256(output), digests[align])
+
+    def test_in_place(self) -> None:
+        """All 36 digests; mode, owner and time stay, and nothing else appears."""
+        for name, want in manifest().items():
+            for align, digest in want["optimized_sha256"].items():
+                with self.subTest(archive=name, align=align):
+                    path = self.file("a.vma", golden(name))
+                    os.chmod(path, 0o640)
+                    if os.geteuid() == 0:
+                        os.chown(path, 1234, 5678)
+                    os.utime(path, ns=(1700000000123456789, 1700000001987654321))
+                    before = path.stat()
+                    self.ok("optimize", "--align", align, path)
+                    after = path.stat()
+                    self.assertEqual(sha256(path), digest)
+                    for field in ("st_mode", "st_uid", "st_gid", "st_mtime_ns"):
+                        self.assertEqual(getattr(after, field), getattr(before, field), field)
+                    self.assertEqual(os.listdir(self.directory), ["a.vma"])
+                    path.unlink()
+
+    def test_canonical_already(self) -> None:
+        """In place nothing happens, and it says so; to another file come the same bytes."""
+        for name, want in manifest().items():
+            for align, digest in want["optimized_sha256"].items():
+                with self.subTest(archive=name, align=align):
+                    path = self.file("a.vma", golden(name))
+                    self.ok("optimize", "--align", align, path)
+                    before = snapshot(self.directory)
+                    text = self.ok("optimize", "--align", align, path)
+                    self.assertEqual(text, f"{path}: is canonical already (--align {align})\n")
+                    self.assertEqual(snapshot(self.directory), before)
+                    self.ok("optimize", "--align", align, path, self.directory / "b.vma")
+                    self.assertEqual(sha256(self.directory / "b.vma"), digest)
+                    (self.directory / "b.vma").unlink()
+
+    def test_another_align(self) -> None:
+        """Blocks that one alignment made be stored stay stored under the next."""
+        path = self.directory / "a.vma"
+        archive = archives.parse(golden("three-disks")).archive
+        data = golden("three-disks")
+        path.write_bytes(data)
+        for align in ("4K", "128K", "1M", "256K", "64K", "4K"):
+            with self.subTest(align=align):
+                stored = archives.parse(path.read_bytes()).masks
+                self.ok("optimize", "--align", align, path)
+                want = archives.canonical(archive, archives.ALIGNS[align], stored)
+                self.assertEqual(sha256(path), sha256(want))
+
+    def test_next_day(self) -> None:
+        """Two backups of one disk differ, once optimized, where the disk does."""
+        first, second = (
+            self.directory / f"{name}.vma" for name in ("live-order", "live-order-day2")
+        )
+        for path in (first, second):
+            path.write_bytes(golden(path.stem))
+            self.ok("optimize", "--align", "4K", path)
+
+        def blocks(path: Path) -> set[bytes]:
+            data = path.read_bytes()
+            return {
+                data[at : at + BLOCK]
+                for extent in archives.extent_offsets(data)
+                for at in range(extent, min(extent + 512 + 928 * BLOCK, len(data)), BLOCK)
+            }
+
+        self.assertLess(len(blocks(second) - blocks(first)), len(blocks(second)) // 4)
+
+
+class Oracle(ToolTest):
+    """Against the independent builder of the canonical layout."""
+
+    def check(self, archive: Archive, align: str, stored: archives.Masks, data: bytes) -> None:
+        """Optimize from a file, in place and from a pipe, and compare with the oracle."""
+        want = sha256(archives.canonical(archive, archives.ALIGNS[align], stored))
+        source = self.file("a.vma", data)
+        output = self.directory / "out.vma"
+        self.ok("optimize", "--align", align, source, output)
+        self.assertEqual(sha256(output), want)
+        self.assertEqual(sha256(source), sha256(data))
+        answer = call_tool("optimize", "--align", align, "-", "-", input=data)
+        self.check_ok(answer)
+        self.assertEqual(sha256(answer.stdout), want)
+        self.ok("optimize", "--align", align, source)
+        self.assertEqual(sha256(source), want)
+
+    def test_random_archives(self) -> None:
+        """Any devices, in any order, cut into any extents, with any zero blocks stored."""
+        for seed in range(40):
+            rng = random.Random(seed)
+            archive = small_archive(rng)
+            order = rng.choice(
+                [
+                    archives.in_order(archive),
+                    archives.reversed_order(archive),
+                    archives.shuffled(archive, rng),
+                    archives.interleaved(archive),
+                    archives.vmstate_first(archive),
+                    archives.live_order(archive, rng),
+                ]
+            )
+            stored = archives.data_masks(archive)
+            if rng.random() < 0.5:
+                stored = archives.masks_with_zeros(archive, rng, rng.choice([0.01, 0.2, 1]))
+            data = archives.build(
+                archive,
+                order,
+                slots=rng.choice([1, 7, 58, 59]),
+                store_zero_blocks=stored,
+                empty_extents=rng.random() < 0.3,
+                empty_slots=rng.random() < 0.3,
+            )
+            align = rng.choice(list(archives.ALIGNS))
+            with self.subTest(seed=seed, align=align):
+                self.check(archive, align, stored, data)
+
+    def test_orders_and_aligns(self) -> None:
+        """Every order and every alignment of the usual guest with RAM state."""
+        rng = random.Random(11)
+        archive = archives.three_disks(rng, vmstate=True)
+        orders = {
+            "in order": archives.in_order(archive),
+            "reversed": archives.reversed_order(archive),
+            "shuffled": archives.shuffled(archive, rng),
+            "interleaved": archives.interleaved(archive),
+            "vmstate first": archives.vmstate_first(archive),
+            "live": archives.live_order(archive, rng),
+        }
+        wanted = {
+            align: sha256(archives.canonical(archive, size))
+            for align, size in archives.ALIGNS.items()
+        }
+        output = self.directory / "out.vma"
+        for what, order in orders.items():
+            source = self.file("a.vma", archives.build(archive, order))
+            for align, want in wanted.items():
+                with self.subTest(what, align=align):
+                    self.ok("optimize", "--align", align, source, output)
+                    self.assertEqual(sha256(output), want)
+
+    def test_vmstate(self) -> None:
+        """It comes last whatever its dev_id, with all its clusters however few its size needs."""
+        rng = random.Random(12)
+        disk = Device(9, "drive-scsi0", archives.disk(rng, 3 * CLUSTER + 512, "sparse"))
+        for dev_id in (1, 254):
+            for clusters, stated in ((1, 1), (3, 3 * CLUSTER), (59, 100), (117, 58 * CLUSTER)):
+                for pattern in ("sparse", "zeros"):
+                    content = archives.disk(rng, clusters * CLUSTER, pattern)
+                    archive = Archive([disk, Device(dev_id, "vmstate", content, stated)])
+                    with self.subTest(dev_id=dev_id, clusters=clusters, pattern=pattern):
+                        data = archives.build(archive, archives.vmstate_first(archive), 13)
+                        self.check(archive, "128K", archives.data_masks(archive), data)
+
+    def test_ends_of_devices(self) -> None:
+        """Sizes around a block, a cluster and a full extent, of data and of zeros."""
+        for clusters in (0, 1, 57, 58, 116):
+            for rest in (1, 512, BLOCK, BLOCK + 1, CLUSTER - 1, CLUSTER):
+                size = clusters * CLUSTER + rest
+                disks = [
+                    Device(1, "drive-scsi0", bytes(size - 1) + b"\1"),
+                    Device(2, "drive-scsi1", bytes(size)),
+                    Device(3, "drive-scsi2", b"\1" + bytes(size - 1)),
+                ]
+                archive = Archive(disks)
+                with self.subTest(size=size):
+                    data = archives.build(archive, archives.interleaved(archive))
+                    self.check(archive, "128K", archives.data_masks(archive), data)
+
+    def test_many_devices(self) -> None:
+        """254 devices, which is all that there can be."""
+        devices = [Device(n, f"drive-scsi{n}", bytes([n]) * 700) for n in range(1, 255)]
+        archive = Archive(devices)
+        data = archives.build(archive, archives.reversed_order(archive))
+        self.check(archive, "4K", archives.data_masks(archive), data)
+
+    def test_large_configs(self) -> None:
+        """256 configs of 65535 bytes."""
+        archive = Archive(configs=[(f"{n}.conf", bytes([n]) * 65535) for n in range(256)])
+        data = archives.build(archive, [])
+        self.check(archive, "1M", {}, data)
+
+    def test_sound_for_others(self) -> None:
+        """What was written verifies, and an independent reader finds the same disks in it."""
+        for name, want in manifest().items():
+            with self.subTest(archive=name):
+                path = self.file("a.vma", golden(name))
+                self.ok("optimize", path)
+                self.assertIn("canonical (--align 128K)", self.ok("verify", path))
+                parsed = archives.parse(path.read_bytes())
+                found = {disk: sha256(data) for disk, data in parsed.disks.items()}
+                self.assertEqual(found, {d["name"]: d["sha256"] for d in want["devices"]})
+                configs = {config: sha256(data) for config, data in parsed.configs.items()}
+                self.assertEqual(configs, want["configs"])
+
+
+class Outputs(ToolTest):
+    """Where the new archive goes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = self.file("a.vma", golden("three-disks"))
+        self.before = snapshot(self.directory)
+
+    def is_canonical(self, path: Path, align: str = "128K") -> bool:
+        return sha256(path) == manifest()["three-disks"]["optimized_sha256"][align]
+
+    def test_report(self) -> None:
+        """One line says what was done, none with -q."""
+        output = self.directory / "out.vma"
+        text = self.ok("optimize", self.source, output)
+        self.assertRegex(text, r"\A.*a\.vma: optimized \(--align 128K\), 898\.\d KiB\n\Z")
+        self.assertEqual(self.ok("optimize", "-q", self.source, output), "")
+        self.assertEqual(self.ok("optimize", "-q", output), "")
+
+    def test_new_file_has_the_usual_mode(self) -> None:
+        output = self.directory / "out.vma"
+        old = os.umask(0o027)
+        self.addCleanup(os.umask, old)
+        self.ok("optimize", self.source, output)
+        self.assertEqual(stat.S_IMODE(output.stat().st_mode), 0o640)
+
+    def test_existing_file_is_replaced(self) -> None:
+        """As by cp: its mode and owner stay, its content goes, and what links to it is not it."""
+        output = self.file("out.vma", b"precious" * 100000)
+        output.chmod(0o604)
+        link = self.directory / "link.vma"
+        os.link(output, link)
+        self.ok("optimize", self.source, output)
+        self.assertTrue(self.is_canonical(output))
+        self.assertEqual(stat.S_IMODE(output.stat().st_mode), 0o604)
+        self.assertEqual(link.read_bytes(), b"precious" * 100000)
+
+    def test_symbolic_links(self) -> None:
+        """What a link points to is written, the link stays: absolute, relative or dangling."""
+        (self.directory / "dir").mkdir()
+        target = self.directory / "dir" / "target.vma"
+        link = self.directory / "link.vma"
+        for text in (str(target), "dir/target.vma"):
+            for exists in (True, False):
+                with self.subTest(text, exists=exists):
+                    target.unlink(missing_ok=True)
+                    link.unlink(missing_ok=True)
+                    if exists:
+                        target.write_bytes(b"old")
+                    link.symlink_to(text)
+                    self.ok("optimize", self.source, link)
+                    self.assertTrue(self.is_canonical(target))
+                    self.assertEqual(os.readlink(link), text)
+                    self.assertEqual(os.listdir(self.directory / "dir"), ["target.vma"])
+
+    def test_in_place_by_a_symbolic_link(self) -> None:
+        """The file behind the link is replaced, the link stays."""
+        link = self.directory / "link.vma"
+        link.symlink_to("a.vma")
+        for args in ([link], [link, self.source], [self.source, link], [link, link]):
+            with self.subTest(args=[arg.name for arg in args]):
+                self.source.write_bytes(golden("three-disks"))
+                self.ok("optimize", *args)
+                self.assertTrue(self.is_canonical(self.source))
+                self.assertEqual(os.readlink(link), "a.vma")
+                self.assertEqual(sorted(os.listdir(self.directory)), ["a.vma", "link.vma"])
+                # the second time it is seen to be in place, and nothing happens
+                self.assertIn("canonical already", self.ok("optimize", *args))
+
+    def test_same_file(self) -> None:
+        """OUTPUT that is ARCHIVE, by another path or by a hard link, is written in place."""
+        link = self.directory / "link.vma"
+        for output in (self.source, self.directory / "." / "a.vma", link):
+            with self.subTest(output=output.name):
+                self.source.unlink()
+                link.unlink(missing_ok=True)
+                self.source.write_bytes(golden("three-disks"))
+                os.link(self.source, link)
+                os.utime(self.source, (1700000000, 1700000000))
+                self.ok("optimize", self.source, output)
+                self.assertTrue(self.is_canonical(output))
+                self.assertEqual(int(output.stat().st_mtime), 1700000000)
+                self.ok("verify", self.source, link)
+                self.assertEqual(sorted(os.listdir(self.directory)), ["a.vma", "link.vma"])
+
+    def test_refused_outputs(self) -> None:
+        """An OUTPUT that cannot be is an error before anything is written."""
+        (self.directory / "dir").mkdir()
+        (self.directory / "loop").symlink_to("loop")
+        before = snapshot(self.directory)
+        for name, message in (
+            ("dir", "Is a directory"),
+            ("dir/", "Is a directory"),
+            ("missing/out.vma", "No such file or directory"),
+            ("a.vma/out.vma", "Not a directory"),
+            ("x" * 256, "File name too long"),
+            ("loop", "oo many levels of symbolic links"),
+        ):
+            with self.subTest(name[:20]):
+                path = f"{self.directory}/{name}"
+                self.refused("optimize", self.source, path, says=[message])
+                self.assertEqual(snapshot(self.directory), before)
+
+    def test_output_that_ends_in_a_slash(self) -> None:
+        """A name that ends in a slash is that of a directory, which is not there."""
+        self.refused("optimize", self.source, f"{self.directory}/missing/")
+        self.assertEqual(snapshot(self.directory), self.before)
+
+    def test_long_name(self) -> None:
+        """255 bytes are as many as a file system takes."""
+        output = self.directory / ("x" * 255)
+        self.ok("optimize", self.source, output)
+        self.assertTrue(self.is_canonical(output))
+
+    def test_current_directory(self) -> None:
+        """Paths without a directory."""
+        answer = run_tool("optimize", "a.vma", "out.vma", cwd=self.directory)
+        self.check_ok(answer)
+        self.assertTrue(self.is_canonical(self.directory / "out.vma"))
+        self.check_ok(run_tool("optimize", "a.vma", cwd=self.directory))
+        self.assertTrue(self.is_canonical(self.source))
+
+    def test_null_device(self) -> None:
+        """What is no regular file is written to, and stays what it is."""
+        self.ok("optimize", self.source, "/dev/null")
+        self.assertTrue(Path("/dev/null").is_char_device())
+        self.refused("optimize", self.source, "/dev/full", says=["No space left on device"])
+        self.assertTrue(Path("/dev/full").is_char_device())
+
+    def test_fifo(self) -> None:
+        """A FIFO gets the same bytes."""
+        fifo = self.directory / "fifo"
+        os.mkfifo(fifo)
+        read: list[bytes] = []
+        reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+        reader.start()
+        self.ok("optimize", self.source, fifo)
+        reader.join()
+        want = manifest()["three-disks"]["optimized_sha256"]["128K"]
+        self.assertEqual(sha256(read[0]), want)
+
+    def test_read_only_directory(self) -> None:
+        """Where nothing can be created, the archive stays as it is."""
+        directory = small_file_system(self, 4 << 20)
+        source = directory / "a.vma"
+        source.write_bytes(golden("three-disks"))
+        make_read_only(self, directory)
+        before = snapshot(directory)
+        for args in ([source], [source, directory / "out.vma"]):
+            with self.subTest(args=len(args)):
+                self.refused("optimize", *args, says=["Read-only file system"])
+        self.assertEqual(snapshot(directory), before)
+
+    def test_full_disk(self) -> None:
+        """One clear line; the source stays, and nothing else does."""
+        directory = small_file_system(self, 1 << 20)
+        source = directory / "a.vma"
+        source.write_bytes(golden("three-disks"))
+        before = snapshot(directory)
+        for args in ([source], [source, directory / "out.vma"]):
+            with self.subTest(args=len(args)):
+                line = self.refused("optimize", *args, says=["No space left on device"])
+                self.assertIn(str(args[-1]), line)
+                self.assertEqual(snapshot(directory), before)
+
+    def test_block_device_as_output(self) -> None:
+        """A block device is written from its beginning."""
+        device = loop_device(self, self.file("disk", bytes(1 << 20)))
+        self.ok("optimize", "--align", "4K", self.source, device)
+        want = self.directory / "out.vma"
+        self.ok("optimize", "--align", "4K", self.source, want)
+        self.assertEqual(device.read_bytes()[: want.stat().st_size], want.read_bytes())
+
+    def test_block_device_in_place(self) -> None:
+        """An archive on a block device would be overwritten while it is read: that is refused."""
+        device = loop_device(self, self.source)
+        self.ok("verify", device)
+        before = sha256(device)
+        for args in ([device], [device, device]):
+            with self.subTest(args=len(args)):
+                self.refused("optimize", *args)
+                self.assertEqual(sha256(device), before)
+
+    def test_usage(self) -> None:
+        for args in (["--align", "5K"], ["--align", "0"], ["--memory", "x"], ["--memory", ""]):
+            with self.subTest(args=args):
+                self.assertEqual(call_tool("optimize", *args, self.source).returncode, 2)
+        self.assertEqual(snapshot(self.directory), self.before)
+
+
+class Damaged(ToolTest):
+    """A bad archive is not optimized."""
+
+    def test_table(self) -> None:
+        """Status 1 with the message; the archive stays as it was, and nothing else is left."""
+        for damage in damages():
+            path = self.file("bad.vma", damage.data)
+            before = snapshot(self.directory)
+            output = self.directory / "out.vma"
+            for what, args, data in (
+                ("to a file", [path, output], None),
+                ("in place", [path], None),
+                ("from a pipe", ["-", output], damage.data),
+            ):
+                with self.subTest(damage.name, how=what):
+                    line = self.refused("optimize", *args, input=data)
+                    self.assertRegex(line, damage.says)
+                    self.assertEqual(snapshot(self.directory), before)
+
+    def test_existing_output_stays(self) -> None:
+        """A failure leaves the old OUTPUT alone."""
+        bad = self.file("bad.vma", good()[:-1])
+        output = self.file("out.vma", b"precious")
+        before = snapshot(self.directory)
+        self.refused("optimize", bad, output)
+        self.refused("optimize", "-", output, input=good()[:-1])
+        self.assertEqual(snapshot(self.directory), before)
+
+
+class Care(ToolTest):
+    """The old archive is given up only for one that is known to be good."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = self.file("a.vma", good())
+
+    def test_on_the_disk_before_it_has_its_name(self) -> None:
+        """fsync of the file, rename, fsync of the directory."""
+        calls: list[str] = []
+        real = {"fsync": os.fsync, "replace": os.replace}
+
+        def note(name: str) -> object:
+            def call(*args: object, **kw: object) -> None:
+                directory = name == "fsync" and stat.S_ISDIR(os.fstat(int(str(args[0]))).st_mode)
+                calls.append(f"{name} directory" if directory else name)
+                real[name](*args, **kw)  # type: ignore[operator]  # as os declares them
+
+            return call
+
+        for args in ([self.source], [self.source, self.directory / "out.vma"]):
+            calls.clear()
+            with mock.patch("os.fsync", note("fsync")), mock.patch("os.replace", note("replace")):
+                self.ok("optimize", *args)
+            self.assertEqual(calls, ["fsync", "replace", "fsync directory"])
+            self.source.write_bytes(good())
+
+    def test_what_was_written_is_read_back(self) -> None:
+        """A byte of a header that went wrong on its way is noticed before the rename."""
+        write_at = vma_tool.Target.write_at
+        before = snapshot(self.directory)
+        want = archives.canonical(replace(archives.parse(good()).archive), 131072)
+        for offset in (9, 40, 12290, archives.extent_offsets(want)[-1] + 44):
+
+            def wrong(
+                target: vma_tool.Target, at: int, parts: list[bytes], offset: int = offset
+            ) -> None:
+                """Write what was asked for, but flip one byte."""
+                data = bytearray(b"".join(parts))
+                if at <= offset < at + len(data):
+                    data[offset - at] ^= 1
+                write_at(target, at, [bytes(data)])
+
+            for args in ([self.source], [self.source, self.directory / "out.vma"]):
+                with self.subTest(offset=offset, args=len(args)):
+                    with mock.patch.object(vma_tool.Target, "write_at", wrong):
+                        self.refused("optimize", *args)
+                    self.assertEqual(snapshot(self.directory), before)
+
+    def test_source_that_changes_meanwhile(self) -> None:
+        """An archive that is written to while it is read is an error."""
+        read_at = vma_tool.Input.read_at
+
+        def read_and_touch(source: vma_tool.Input, view: memoryview, offset: int) -> None:
+            read_at(source, view, offset)
+            os.utime(self.source, (1, 1))
+
+        for args in ([self.source], [self.source, self.directory / "out.vma"]):
+            with self.subTest(args=len(args)):
+                self.source.write_bytes(good())
+                with mock.patch.object(vma_tool.Input, "read_at", read_and_touch):
+                    self.refused("optimize", *args, says=["changed while it was read"])
+                self.assertEqual(self.source.read_bytes(), good())
+                self.assertEqual(os.listdir(self.directory), ["a.vma"])
+
+    def test_executable(self) -> None:
+        """The file runs by itself, as it is copied onto a hypervisor."""
+        tool = vma_tool.__file__
+        self.assertEqual(stat.S_IMODE(os.stat(tool).st_mode), 0o755)
+        with open(tool, "rb") as file:
+            self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
+        answer = subprocess.run([tool, "--version"], capture_output=True, check=True)
+        self.assertRegex(answer.stdout.decode(), r"\Avma-tool \d+\.\d+")
