@@ -34,6 +34,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import os
 import queue
 import signal
@@ -613,8 +614,6 @@ class Input:
             try:
                 if hasattr(os, "preadv"):
                     count = os.preadv(self.fd, (view,), offset)
-                    if count == len(view):
-                        return
                 else:
                     with self._lock:
                         os.lseek(self.fd, offset, os.SEEK_SET)
@@ -625,6 +624,10 @@ class Input:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: {reason(error)}") from error
             if not count:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
+            if self.progress:
+                self.progress.advance(count)
+            if count == len(view):
+                break
             offset += count
             view = view[count:]
 
@@ -1088,7 +1091,7 @@ class Output:
         self.path = path
         self.target: Target
         self.file: PartialFile | None = None
-        self.directory = os.curdir
+        self.directory: str | None = None
         self._stack = contextlib.ExitStack()
         self._replaced: os.stat_result | None = None
         if path != "-":
@@ -1520,15 +1523,14 @@ class Archive:
         first = offset // CLUSTER_SIZE
         clusters = bytearray()
         for entry in index.slice(first, -(-end // CLUSTER_SIZE) - first):
-            clusters += self.read_cluster(entry)
+            clusters += expand(self.read_stored(entry), entry & FULL_MASK)
         return bytes(clusters[offset - first * CLUSTER_SIZE : end - first * CLUSTER_SIZE])
 
-    def read_cluster(self, entry: int) -> bytes:
-        """Return the whole cluster that an entry of the index stands for."""
-        mask = entry & FULL_MASK
-        stored = bytearray(mask_size(mask))
+    def read_stored(self, entry: int) -> bytearray:
+        """Return the stored blocks of the cluster that an entry of the index stands for."""
+        stored = bytearray(mask_size(entry & FULL_MASK))
         self.source.read_at(memoryview(stored), entry >> 16)
-        return expand(stored, mask)
+        return stored
 
     def spans(self, clusters: int) -> Iterator[Span]:
         """Yield the devices' clusters in canonical order, so many at once."""
@@ -1734,11 +1736,16 @@ def iter_chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-def copy_pieces(source: Input, pieces: Iterable[Piece], target: Target, progress: Progress) -> None:
-    """Write pieces one behind the other, reading those that are ranges from the source file."""
+def copy_pieces(
+    source: Input, pieces: Iterable[Piece], deliver: Callable[[Sequence[Buffer]], None]
+) -> None:
+    """Deliver pieces in their order, a chunk at a time; those that are ranges are read from source.
 
-    def step(chunk: list[Piece], offset: int) -> Callable[[memoryview], list[Write]]:
-        def fill(buffer: memoryview) -> list[Write]:
+    `deliver` runs in another thread.
+    """
+
+    def step(chunk: list[Piece]) -> Callable[[memoryview], list[Buffer]]:
+        def fill(buffer: memoryview) -> list[Buffer]:
             parts: list[Buffer] = []
             used = 0
             for piece in chunk:
@@ -1749,17 +1756,11 @@ def copy_pieces(source: Input, pieces: Iterable[Piece], target: Target, progress
                     parts.append(buffer[start:used])
                 else:
                     parts.append(piece)
-            return [Write(target, offset, parts)]
+            return parts
 
         return fill
 
-    def steps() -> Iterator[Callable[[memoryview], list[Write]]]:
-        for chunk in ahead(iter_chunks(pieces), source):
-            size = sum(p.size if isinstance(p, Range) else len(p) for p in chunk)
-            progress.advance(size)
-            yield step(chunk, target.reserve(size))
-
-    run_steps(steps(), write_all)
+    run_steps(map(step, ahead(iter_chunks(pieces), source)), deliver)
 
 
 def ahead(chunks: Iterator[list[Piece]], source: Input) -> Iterator[list[Piece]]:
@@ -1929,7 +1930,7 @@ def iter_runs(clusters: Iterable[tuple[int, int, int]], disk_size: int) -> Itera
         yield last._replace(size=size)
 
 
-def copy_disks(archive: Archive, targets: Mapping[int, Target], progress: Progress) -> None:
+def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
     """Write the stored blocks of devices to their targets, by dev_id, each in disk order."""
 
     def step(target: Target, runs: list[Run]) -> Callable[[memoryview], list[Write]]:
@@ -1968,7 +1969,6 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target], progress: Progre
                     size -= part
                     room -= part
                     if not room:
-                        progress.advance(CHUNK_SIZE)
                         yield step(target, runs)
                         runs, room = [], CHUNK_SIZE
             if runs:
@@ -2008,11 +2008,15 @@ def stream_disks(source: Input, header: Header, targets: Mapping[int, Target]) -
 
 
 class Disk(NamedTuple):
-    """A device to pack, and the file that it is read from; `size` is how far that reaches."""
+    """A device to pack, and the file that it is read from.
+
+    `size` is the file's in bytes, `data_size` what of it is not a hole, as far as one can tell.
+    """
 
     device: Device
     source: Input
     size: int
+    data_size: int
 
 
 def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
@@ -2060,7 +2064,7 @@ def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: in
     ]
 
 
-def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target, progress: Progress) -> None:
+def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
     """Write a canonical archive of disks: read what is not a hole, store what is not zero."""
 
     def step(
@@ -2101,7 +2105,6 @@ def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target, progress: 
                     if part[1] > end:
                         break
                     part = next(data, None)
-                progress.advance(end - start)
                 yield step(disk, first, parts)
 
     def deliver(parts: list[Buffer]) -> None:
@@ -2131,6 +2134,111 @@ def check_written(output: Output, layout: Layout) -> None:
         expected = lay_out_header(layout.header, layout.align)[HEADER_MD5]
         if (header.md5, digest.digest()) != (expected, layout.digest.digest()):
             raise VmaError(f"{source.name}: what was written reads back as something else")
+
+
+def iter_disk(spans: Iterable[Span], size: int) -> Iterator[Piece]:
+    """Yield the contents of one device, zeros and all, in the order of the disk, up to size."""
+    for span in spans:
+        for i, mask in enumerate(span.masks):
+            pieces: Iterable[Piece] = (ZERO_CLUSTER,)
+            if mask:
+                piece = span.payload[i]
+                pieces = (
+                    (piece,) if piece and mask == FULL_MASK else fill_piece(piece, mask, FULL_MASK)
+                )
+            for piece in pieces:
+                length = min(piece.size if isinstance(piece, Range) else len(piece), size)
+                size -= length
+                yield Range(piece.offset, length) if isinstance(piece, Range) else piece[:length]
+
+
+def digest_disks(source: Input, spans: Iterable[Span], sizes: Mapping[int, int]) -> dict[int, str]:
+    """Return each device's SHA-256 in hex, by dev_id, over all of its sizes[dev_id] bytes."""
+    digests = {}
+    for device, group in itertools.groupby(spans, key=lambda span: span.device):
+        digest = hashlib.sha256()
+
+        def update(parts: Sequence[Buffer], digest: Any = digest) -> None:
+            for part in parts:
+                digest.update(part)
+
+        copy_pieces(source, iter_disk(group, sizes[device.dev_id]), update)
+        digests[device.dev_id] = digest.hexdigest()
+    return digests
+
+
+def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> list[str]:
+    """Return how two archives differ in all but the contents of their disks."""
+    found = []
+    if one.ctime != other.ctime and not ignore_ctime:
+        found.append(f"created {format_time(one.ctime)}, the other {format_time(other.ctime)}")
+    for kind, ones, others in (
+        ("config", dict(one.configs), dict(other.configs)),
+        ("device", {d.name: d for d in one.devices}, {d.name: d for d in other.devices}),
+    ):
+        for name in sorted(ones.keys() | others.keys()):
+            if name not in ones or name not in others:
+                found.append(f"{kind} {quote(name)} is in one of them only")
+            elif ones[name] != others[name]:
+                found.append(f"{kind} {quote(name)} differs")
+    return found
+
+
+def compare_disks(source: Input, header: Header, archive: Archive) -> list[str]:
+    """Return how the contents differ of those devices that both archives have.
+
+    The first archive is read in the order that it has, and checked as `Archive` does; a zero block
+    that one of them stores equals one that the other does not.
+    """
+    index = Index(header, source)
+    buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+    common = {device.dev_id: device for device in set(header.devices) & set(archive.header.devices)}
+    counts = dict.fromkeys(common, 0)
+    firsts: dict[int, int] = {}
+    for extent in read_extents(source, header):
+        index.add(extent)
+        payload = read_payload(source, extent, buffer)
+        for slot in iter_slots(extent):
+            if slot.dev_id in common:
+                stored = payload[slot.start : slot.start + slot.size]
+                difference = compare_cluster(slot, stored, archive)
+                if difference is not None:
+                    counts[slot.dev_id] += 1
+                    first = firsts.setdefault(slot.dev_id, difference)
+                    firsts[slot.dev_id] = min(first, difference)
+    index.finish()
+    found = [
+        f"device {quote(common[dev_id].name)} (dev_id {dev_id}): {counts[dev_id]} clusters differ, "
+        f"the first byte that differs is {first}"
+        for dev_id, first in sorted(firsts.items())
+    ]
+    for dev_id, device in sorted(common.items()):
+        sizes = index.device_size(device), archive.index.device_size(device)
+        if sizes[0] != sizes[1]:
+            found.append(
+                f"device {quote(device.name)} (dev_id {dev_id}): {sizes[0]} bytes, the other "
+                f"{sizes[1]}"
+            )
+    return found
+
+
+def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | None:
+    """Return where on its disk a cluster begins to differ from an archive's, None if nowhere."""
+    index = archive.index.devices[slot.dev_id]
+    entry = index.entries[slot.cluster_num] if slot.cluster_num < len(index.entries) else 0
+    mask = entry & FULL_MASK
+    if not slot.mask and not mask:
+        return None
+    other = archive.read_stored(entry)
+    if slot.mask == mask and other == bytes(stored):
+        return None
+    start = slot.cluster_num * CLUSTER_SIZE
+    # What the last block holds behind the device's end is restored by nobody.
+    end = CLUSTER_SIZE if index.device.is_vmstate else index.device.size - start
+    one, two = expand(stored, slot.mask)[:end], expand(other, mask)[:end]
+    if one == two:
+        return None
+    return start + next(i for i, (a, b) in enumerate(zip(one, two)) if a != b)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2217,18 +2325,87 @@ def cmd_verify(args: argparse.Namespace) -> int:
     for path in args.archive:
         try:
             with open_input(path) as source, progress_of(args, source) as progress:
-                watch(source, progress)
-                archive = Archive(source)
-                check_source(archive.header, source)
+                watch(source, progress, source.size or source.compressed_size)
+                if args.against is not None:
+                    bad += verify_against(args, source)
+                elif args.digest:
+                    verify_digest(args, source)
+                else:
+                    archive = Archive(source)
+                    check_source(archive.header, source)
+                    if args.json:
+                        print_json(
+                            {"archive": path, "ok": True, **describe(archive.header, archive)}
+                        )
+                    elif not args.quiet:
+                        print(summary(archive))
         except VmaError as error:
             bad += 1
             print_error(error)
-        else:
-            if not args.quiet:
-                print(summary(archive))
-            if args.verbose:
-                print_listing(source.name, archive.header, archive)
+            if args.json:
+                print_json({"archive": path, "ok": False, "error": str(error)})
     return 1 if bad else 0
+
+
+def verify_against(args: argparse.Namespace, source: Input) -> bool:
+    """Compare with another archive, say how they differ, and return whether they do."""
+    with open_input(args.against) as other:
+        name = other.name
+        # Either may be a stream: that one is read in its order, the other one wherever needed.
+        read, sought = (source, other) if other.size is not None else (other, source)
+        if sought.size is None:
+            raise VmaError(f"{source.name} and {name}: one of them has to be a plain file")
+        archive = Archive(sought)
+        header = read_header(read)
+        check_source(archive.header, sought)
+        check_source(header, read)
+        found = compare_headers(header, archive.header, args.ignore_ctime)
+        found += compare_disks(read, header, archive)
+        read.check_unchanged()
+        sought.check_unchanged()
+    if args.json:
+        print_json(
+            {"archive": source.name, "against": name, "same": not found, "differences": found}
+        )
+    elif found:
+        for line in found:
+            print_error(f"{source.name}: differs from {other.name}: {line}")
+    elif not args.quiet:
+        print(f"{source.name}: OK, the same as {other.name}")
+    return bool(found)
+
+
+def verify_digest(args: argparse.Namespace, source: Input) -> None:
+    """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
+    if source.size is None:
+        header = read_header(source)
+        check_source(header, source)
+        reorderer = Reorderer(source, header, parse_size(DEFAULT_MEMORY), temporary_directory())
+        spans, index = reorderer.spans(CANONICAL_MAX_CLUSTERS), reorderer.index
+    else:
+        archive = Archive(source)
+        header = archive.header
+        check_source(header, source)
+        spans, index = archive.spans(CANONICAL_MAX_CLUSTERS), archive.index
+    sizes = {d.dev_id: sys.maxsize if d.is_vmstate else d.size for d in header.devices}
+    digests = digest_disks(source, spans, sizes)
+    source.check_unchanged()
+    lines = [
+        {"name": config.name, "size": len(config.data), "sha256": sha256(config.data)}
+        for config in header.configs
+    ] + [
+        {"name": device.name, "size": index.device_size(device), "sha256": digests[device.dev_id]}
+        for device in header.devices
+    ]
+    if args.json:
+        print_json({"archive": source.name, "ok": True, "files": lines})
+    else:
+        for line in lines:
+            print(f"{line['sha256']}  {line['name']}")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_source(header: Header, source: Input) -> None:
@@ -2256,9 +2433,9 @@ def progress_of(args: argparse.Namespace, source: Input) -> Progress:
     return Progress(not args.quiet, source.name)
 
 
-def watch(source: Input, progress: Progress) -> None:
-    """Let the progress follow the reading of a stream or of headers."""
-    progress.total = source.size or source.compressed_size
+def watch(source: Input, progress: Progress, total: int) -> None:
+    """Let the progress follow what is read of a source."""
+    progress.total = total
     source.progress = progress
 
 
@@ -2319,8 +2496,8 @@ def restore(
             index = stream_disks(source, header, targets)
         else:
             index = archive.index
-            progress.total = sum(index.devices[dev_id].stored_size for dev_id in targets)
-            copy_disks(archive, targets, progress)
+            watch(source, progress, sum(index.devices[dev_id].stored_size for dev_id in targets))
+            copy_disks(archive, targets)
         for dev_id, target in targets.items():
             target.truncate(index.device_size(index.devices[dev_id].device))
         source.check_unchanged()
@@ -2334,7 +2511,7 @@ def load(source: Input, progress: Progress) -> tuple[Header, Archive | None]:
     """Read and check what can be known before anything is written: of a stream, the header."""
     archive = None
     if source.size is None:
-        watch(source, progress)
+        watch(source, progress, source.compressed_size)
         header = read_header(source)
     else:
         archive = Archive(source)
@@ -2407,8 +2584,9 @@ def cmd_pack(args: argparse.Namespace) -> int:
 def write_packed(args: argparse.Namespace, header: Header, disks: Sequence[Disk]) -> None:
     layout = Layout(header, ALIGNS[args.align])
     with Output(args.output) as output, Progress(not args.quiet, output.target.name) as progress:
-        progress.total = sum(disk.size for disk in disks)
-        pack_disks(layout, disks, output.target, progress)
+        for disk in disks:
+            watch(disk.source, progress, sum(disk.data_size for disk in disks))
+        pack_disks(layout, disks, output.target)
         for disk in disks:
             disk.source.check_unchanged()
         check_written(output, layout)
@@ -2523,8 +2701,8 @@ def open_disk(
     # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     file = stack.enter_context(os.fdopen(fd, "rb", buffering=0, closefd=True))
-    kind = os.fstat(fd).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode) and not stat.S_ISBLK(state.st_mode):
         raise VmaError(f"{name}: neither a file nor a block device")
     size = os.lseek(fd, 0, os.SEEK_END)
     if exact:
@@ -2545,7 +2723,8 @@ def open_disk(
         raise VmaError(f"{name}: an empty file is no disk")
     if device.cluster_count > 1 << 32:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
-    return Disk(device, Input(name, file, size), size)
+    allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
+    return Disk(device, Input(name, file, size), size, min(allocated, size) or size)
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -2595,34 +2774,47 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         progress = stack.enter_context(progress_of(args, source))
         header, archive = load(source, progress)
         layout = Layout(header, align)
-        if archive is not None:
-            if in_place and is_canonical(archive, align):
-                report(args, f"{source.name}: is canonical already (--align {args.align})")
-                return 0
-            output = stack.enter_context(Output(output_path))
-            optimize_file(archive, layout, output, progress)
+        if archive and in_place and is_canonical(archive, align):
+            report(args, f"{source.name}: is canonical already (--align {args.align})")
+            return 0
+        output = stack.enter_context(Output(output_path))
+        if archive:
+            stored = sum(index.stored_size for index in archive.index.devices.values())
+            watch(source, progress, stored)
+            if output.file:
+                output.file.allocate(stored)
+            spans = archive.spans(layout.clusters)
         else:
-            output = stack.enter_context(Output(output_path))
-            directory = os.environ.get("TMPDIR") or output.directory
+            directory = temporary_directory(output.directory)
             reorderer = Reorderer(source, header, args.memory, directory)
-            for piece in layout.pieces(reorderer.spans(layout.clusters)):
-                assert not isinstance(piece, Range), "a stream's clusters come as bytes"
-                output.target.append([piece])
+            spans = reorderer.spans(layout.clusters)
+        copy_pieces(source, layout.pieces(spans), output.target.append)
         source.check_unchanged()
         check_written(output, layout)
+        if args.check or (args.check is None and in_place):
+            check_contents(args, archive, output)
         output.commit(os.fstat(source.fd) if in_place else None)
         report(args, f"{source.name}: optimized (--align {args.align})", output)
     return 0
 
 
-def optimize_file(archive: Archive, layout: Layout, output: Output, progress: Progress) -> None:
-    """Copy an archive that can be read at any place."""
-    stored = sum(index.stored_size for index in archive.index.devices.values())
-    progress.total = stored
-    if output.file:
-        output.file.allocate(stored)
-    pieces = layout.pieces(archive.spans(layout.clusters))
-    copy_pieces(archive.source, pieces, output.target, progress)
+def check_contents(args: argparse.Namespace, archive: Archive | None, output: Output) -> None:
+    """Raise VmaError unless the written archive has the same disks as the one it was made of."""
+    with output.read_back() as written:
+        if archive:
+            found = compare_disks(written, read_header(written), archive)
+        else:
+            with open_input(args.archive) as source:
+                found = compare_disks(source, read_header(source), Archive(written))
+    if found:
+        raise VmaError(f"{output.target.name}: what was written differs: {found[0]}")
+
+
+def temporary_directory(default: str | None = None) -> str:
+    """Return where a stream's early clusters may wait: $TMPDIR, else the default or /tmp."""
+    import tempfile
+
+    return os.environ.get("TMPDIR") or default or tempfile.gettempdir()
 
 
 def is_same_file(path: str, output: str) -> bool:
@@ -2718,6 +2910,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("archive", metavar="ARCHIVE")
 
     command = add("verify", cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--against", metavar="OTHER", help="compare configs and disk contents with another archive"
+    )
+    mode.add_argument(
+        "--digest", action="store_true", help="print the SHA-256 of each disk, as sha256sum does"
+    )
+    command.add_argument(
+        "--ignore-ctime", action="store_true", help="with --against: the time may differ"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object an archive")
     command.add_argument("archive", metavar="ARCHIVE", nargs="+")
 
     command = add(
@@ -2763,6 +2966,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much of a stream may wait in memory before a temporary file is used "
         f"(default {DEFAULT_MEMORY})",
     )
+    command.add_argument(
+        "--check",
+        action="store_true",
+        default=None,
+        help="read the written archive back and compare all disks (default in place)",
+    )
+    command.add_argument("--no-check", dest="check", action="store_false", help="do not")
     command.add_argument("archive", metavar="ARCHIVE")
     command.add_argument(
         "output",

@@ -158,11 +158,11 @@ def sha256(path: Path) -> str:
 class Place:
     """A new directory on one file system, removed with all that is in it at the end.
 
-    All that a measured command writes is in `out`, which is emptied before the next one.
+    All that a measured command writes is in `out`, which is emptied before the next one. `code` is
+    the tool, of which the directory gets a copy: one that is being edited is measured as it was.
     """
 
-    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, options: argparse.Namespace, code: bytes) -> None:
         self.file_system = file_system(directory)
         self.options = options
         self.on_tmpfs = self.file_system == "tmpfs"
@@ -171,6 +171,9 @@ class Place:
             raise BenchError(f"{directory}: {free / MIB:.0f} MiB free, 4.5 times --size needed")
         self.work = Path(tempfile.mkdtemp(prefix="vma-tool-bench-", dir=directory)).resolve()
         self.out = self.work / "out"
+        self.script = self.work / "tool" / "vma_tool.py"
+        self.script.parent.mkdir()
+        self.script.write_bytes(code)
         venv.create(self.work / "python", symlinks=True)
         self.python = self.work / "python" / "bin" / "python3"
 
@@ -181,7 +184,7 @@ class Place:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def tool(self, *words: str | Path) -> Argv:
-        return [self.python, self.options.tool, *words]
+        return [self.python, self.script, *words]
 
     def copy_of(self, source: Source) -> Command:
         """Return the command that everything is compared with: cp, which a disk adds sync to."""
@@ -233,7 +236,7 @@ class Place:
 
 def file_system(directory: Path) -> str:
     """Return the type of the file system, as mount calls it."""
-    command = ["df", "--output=fstype", str(directory)]
+    command = ["df", "--output=fstype", os.path.join(directory, "")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(done.stderr.strip())
@@ -299,7 +302,7 @@ def startup_rows(place: Place) -> Iterator[Row]:
     """Compare whole processes: the script, compiled at each start, and the installed module."""
     source = place.make("small", "live", 64 * MIB, 8 * MIB)
     packages = next(place.work.glob("python/lib/*/site-packages"))
-    module = shutil.copyfile(place.options.tool, packages / "vma_tool.py")
+    module = shutil.copyfile(place.script, packages / "vma_tool.py")
     py_compile.compile(str(module), doraise=True)
     nothing = Command("python3 -c pass", [place.python, "-c", "pass"])
     for how, start in (
@@ -369,8 +372,8 @@ def temporary_size(place: Place, source: Source, options: Sequence[str]) -> int:
 
         vars(tempfile)["TemporaryFile"] = keep
         sys.dont_write_bytecode = True
-        sys.path.insert(0, str(place.options.tool.parent))
-        main = importlib.import_module(place.options.tool.stem).main
+        sys.path.insert(0, str(place.script.parent))
+        main = importlib.import_module(place.script.stem).main
         with subprocess.Popen(["cat", source.path], stdout=subprocess.PIPE) as cat:
             assert cat.stdout is not None, "it was asked for"
             os.dup2(cat.stdout.fileno(), 0)
@@ -541,7 +544,6 @@ def parse_args() -> argparse.Namespace:
         "--tool", type=Path, metavar="FILE", default=TOOL, help="vma_tool.py to use"
     )
     args = parser.parse_args()
-    args.tool = args.tool.resolve()
     if args.runs < 1:
         parser.error("--runs has to be 1 or more")
     if args.cold and args.what != "speed":
@@ -553,12 +555,11 @@ def parse_args() -> argparse.Namespace:
 
 def choose_directories(args: argparse.Namespace) -> list[Path]:
     """Return where to measure: on tmpfs first; what is cold is on a disk."""
-    known = [SHM] if SHM.is_dir() and file_system(SHM) == "tmpfs" else []
-    chosen = [
-        directory
-        for directory in dict.fromkeys([*known, *args.dir])
-        if not (args.cold and file_system(directory) == "tmpfs")
-    ]
+    directories = [SHM, *args.dir] if SHM.is_dir() else args.dir
+    systems = {directory: file_system(directory) for directory in directories}
+    if systems.get(SHM) != "tmpfs" and SHM not in args.dir:
+        systems.pop(SHM, None)
+    chosen = [place for place, system in systems.items() if not (args.cold and system == "tmpfs")]
     if not chosen:
         raise BenchError(f"nowhere to measure: name a --dir{' on a disk' if args.cold else ''}")
     return chosen
@@ -566,9 +567,10 @@ def choose_directories(args: argparse.Namespace) -> list[Path]:
 
 def measure(args: argparse.Namespace) -> None:
     directories = choose_directories(args)
+    code: bytes = args.tool.read_bytes()
     print(f"{machine()}; {args.size / MIB:.0f} MiB of data, {args.runs} runs")
     for directory in directories[:1] if args.what == "startup" else directories:
-        with Place(directory, args) as place:
+        with Place(directory, args, code) as place:
             print(f"\n{directory}: {place.file_system}")
             if args.cold:
                 measure_cold(place)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypedDict, Union, cast
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "vma_tool.py"
@@ -220,10 +221,16 @@ def _standard_input(input: bytes | Iterable[bytes] | None) -> Iterator[None]:
 
 
 class ToolTest(unittest.TestCase):
-    """A test with a directory of its own, that calls the tool and looks at what it answers."""
+    """A test with a directory of its own, that calls the tool and looks at what it answers.
+
+    What the tool flushes in this process is not waited for, as a busy disk takes seconds.
+    """
 
     def setUp(self) -> None:
         self.directory = temporary_directory(self)
+        no_wait = mock.patch("os.fsync")
+        no_wait.start()
+        self.addCleanup(no_wait.stop)
 
     def file(self, name: str, data: bytes) -> Path:
         """Write a file into the test's directory, and return its path."""

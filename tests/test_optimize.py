@@ -9,6 +9,7 @@ import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import vma_tool
@@ -503,21 +504,20 @@ class Care(ToolTest):
     def test_on_the_disk_before_it_has_its_name(self) -> None:
         """fsync of the file, rename, fsync of the directory."""
         calls: list[str] = []
-        real = {"fsync": os.fsync, "replace": os.replace}
+        replace_file = os.replace
 
-        def note(name: str) -> object:
-            def call(*args: object, **kw: object) -> None:
-                directory = name == "fsync" and stat.S_ISDIR(os.fstat(int(str(args[0]))).st_mode)
-                calls.append(f"{name} directory" if directory else name)
-                real[name](*args, **kw)  # type: ignore[operator]  # as os declares them
+        def fsync(fd: int) -> None:
+            calls.append(f"fsync {'directory' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file'}")
 
-            return call
+        def rename(*args: Any, **kw: Any) -> None:
+            calls.append("replace")
+            replace_file(*args, **kw)
 
         for args in ([self.source], [self.source, self.directory / "out.vma"]):
             calls.clear()
-            with mock.patch("os.fsync", note("fsync")), mock.patch("os.replace", note("replace")):
+            with mock.patch("os.fsync", fsync), mock.patch("os.replace", rename):
                 self.ok("optimize", *args)
-            self.assertEqual(calls, ["fsync", "replace", "fsync directory"])
+            self.assertEqual(calls, ["fsync file", "replace", "fsync directory"])
             self.source.write_bytes(good())
 
     def test_what_was_written_is_read_back(self) -> None:
