@@ -43,7 +43,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
@@ -101,6 +101,7 @@ BLOCK_SIZE = 4096
 CLUSTER_BLOCKS = 16
 CLUSTER_SIZE = CLUSTER_BLOCKS * BLOCK_SIZE
 FULL_MASK = 0xFFFF
+Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
@@ -118,8 +119,8 @@ DEV_INFO = struct.Struct(">I4xQ16x")  # devname_ptr, size
 DEV_INFO_OFFSET = 4096
 DEV_IDS = range(1, 255)  # 0 is an empty slot; Proxmox does not look at 255
 BLOB_MAX_SIZE = 0xFFFF
-# All that 256 names, 256 configs and 254 device names can fill is 50 MB. More is no header.
-HEADER_MAX_SIZE = 64 << 20
+# 256 configs and 254 devices with names that file systems take fill 17 MB. More is no header.
+HEADER_MAX_SIZE = 20 << 20
 VMSTATE = "vmstate"
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
 
@@ -210,9 +211,13 @@ class Slot(NamedTuple):
     size: int
 
 
-def md5(data: bytes | bytearray) -> bytes:
+def md5_without(data: Buffer, field: slice) -> bytes:
+    """Return the MD5 of data with the 16 bytes of a field zeroed."""
     # Hosts in FIPS mode refuse MD5 for anything that calls itself security.
-    return hashlib.md5(data, usedforsecurity=False).digest()
+    digest = hashlib.md5(data[: field.start], usedforsecurity=False)
+    digest.update(bytes(16))
+    digest.update(memoryview(data)[field.stop :])
+    return digest.digest()
 
 
 def parse_header_size(start: bytes) -> int:
@@ -243,14 +248,14 @@ def parse_header(data: bytes) -> Header:
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
     _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
-    if md5(b"".join((data[: HEADER_MD5.start], bytes(16), data[HEADER_MD5.stop :]))) != digest:
+    if md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
     if blob_offset + blob_size > len(data):
         raise FormatError(
             f"the blob buffer ends at {blob_offset + blob_size}, behind the header's {len(data)}",
             48,
         )
-    buffer = data[blob_offset : blob_offset + blob_size]
+    buffer = memoryview(data)[blob_offset : blob_offset + blob_size]
     names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
     contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
     configs = []
@@ -272,14 +277,14 @@ def parse_header(data: bytes) -> Header:
     return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
 
 
-def parse_blob(buffer: bytes, offset: int) -> bytes | None:
+def parse_blob(buffer: memoryview, offset: int) -> bytes | None:
     """Return the data of the blob at an offset of the blob buffer, None if it is not inside."""
     size = int.from_bytes(buffer[offset : offset + 2], "little")
-    data = buffer[offset + 2 : offset + 2 + size]
+    data = bytes(buffer[offset + 2 : offset + 2 + size])
     return data if 0 < offset <= len(buffer) - 2 and len(data) == size else None
 
 
-def parse_name(buffer: bytes, offset: int) -> str | None:
+def parse_name(buffer: memoryview, offset: int) -> str | None:
     """Return the name in the blob at an offset, None if there is none that ends in a NUL."""
     blob = parse_blob(buffer, offset)
     if not blob or blob[-1]:
@@ -316,7 +321,7 @@ def pack_header(header: Header) -> bytes:
         HEADER_FIXED_SIZE, len(blobs), header.size,
     )  # fmt: skip
     data = bytearray((fixed + blobs).ljust(header.size, b"\0"))
-    data[HEADER_MD5] = md5(data)
+    data[HEADER_MD5] = md5_without(data, HEADER_MD5)
     return bytes(data)
 
 
@@ -329,7 +334,11 @@ def name_fault(name: str) -> str | None:
         return "is not a file name"
     if any(c in "/\\" or ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
         return "holds a slash, a backslash or a control character"
-    if len(encode_name(name)) > NAME_MAX_SIZE:
+    try:
+        encoded = encode_name(name)
+    except UnicodeEncodeError:
+        return "has a character that no file name has"
+    if len(encoded) > NAME_MAX_SIZE:
         return f"is longer than {NAME_MAX_SIZE} bytes"
     return None
 
@@ -356,7 +365,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
     magic, reserved, block_count, extent_uuid, digest, *blockinfo = EXTENT.unpack(data)
     if magic != EXTENT_MAGIC:
         raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
-    if md5(b"".join((data[: EXTENT_MD5.start], bytes(16), data[EXTENT_MD5.stop :]))) != digest:
+    if md5_without(data, EXTENT_MD5) != digest:
         raise FormatError("the extent header's MD5 does not match", offset)
     if extent_uuid != uuid:
         raise FormatError(f"extent of another archive: uuid {format_uuid(extent_uuid)}", offset)
@@ -369,7 +378,8 @@ def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> byte
     """Return an extent header with up to 59 blockinfos, the slots behind them empty."""
     unused = (0,) * (EXTENT_SLOTS - len(blockinfo))
     data = EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, bytes(16), *blockinfo, *unused)
-    return b"".join((data[: EXTENT_MD5.start], md5(data), data[EXTENT_MD5.stop :]))
+    digest = md5_without(data, EXTENT_MD5)
+    return b"".join((data[: EXTENT_MD5.start], digest, data[EXTENT_MD5.stop :]))
 
 
 @functools.cache
@@ -445,8 +455,6 @@ PIPE_SIZE = 1 << 20
 IOV_MAX = 1024  # parts of one writev; POSIX allows 16, every system in use 1024
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 
-Buffer = Union[bytes, memoryview]
-
 
 class Signals:
     """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, but not inside `held`."""
@@ -488,36 +496,43 @@ class Signals:
 
 
 class Progress:
-    """A line on the terminal, redrawn at most ten times a second: percent, bytes, rate, time left.
+    """What is done of a long work: a line on the terminal, or with `verbose` a line per percent.
 
-    `total` is in bytes, 0 if unknown.
+    The terminal's is redrawn at most ten times a second. `total` is in bytes, 0 if unknown.
     """
 
-    def __init__(self, enabled: bool, label: str) -> None:
-        self.enabled = enabled and sys.stderr is not None and sys.stderr.isatty()
+    def __init__(self, label: str, quiet: bool = False, verbose: bool = False) -> None:
         self.label = label
         self.total = 0
         self.done = 0
-        self.start = self.drawn = time.monotonic()
+        self._terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._lines = verbose and not self._terminal
+        self._percent = 0
+        self._start = self._drawn = time.monotonic()
 
     def advance(self, size: int) -> None:
         self.update(self.done + size)
 
     def update(self, done: int) -> None:
         self.done = done
-        if self.enabled and time.monotonic() - self.drawn >= 0.1:
+        if self._terminal and time.monotonic() - self._drawn >= 0.1:
             self._draw("")
+        elif self._lines and self.total and done * 100 // self.total > self._percent:
+            self._percent = done * 100 // self.total
+            seconds = time.monotonic() - self._start
+            text = f"progress {self._percent}% (read {done} bytes, duration {seconds:.0f} sec)"
+            print(text, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.enabled and self.drawn > self.start:
+        if self._drawn > self._start:
             self._draw("\n")
 
     def _draw(self, end: str) -> None:
-        self.drawn = time.monotonic()
-        rate = self.done / (self.drawn - self.start or 1)
+        self._drawn = time.monotonic()
+        rate = self.done / (self._drawn - self._start or 1)
         text = f"{format_size(self.done)}, {format_size(rate)}/s"
         if self.total:
             left = int((self.total - self.done) / rate) if rate and not end else 0
@@ -533,6 +548,9 @@ class Readable(Protocol):
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
+
+
+STATE_FIELDS = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 class Input:
@@ -636,11 +654,18 @@ class Input:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def check_unchanged(self) -> None:
-        """Raise VmaError if the file was written to since it was opened."""
-        if self._state is not None:
-            now = os.fstat(self.fd)
-            if (now.st_size, now.st_mtime_ns) != (self._state.st_size, self._state.st_mtime_ns):
+    def check_unchanged(self, path: str | None = None) -> None:
+        """Raise VmaError if the file was written to since it was opened, or path is another one."""
+        if self._state is None:
+            return
+        states = [os.fstat(self.fd)]
+        if path is not None:
+            try:
+                states.append(os.stat(path))
+            except OSError as error:
+                raise VmaError(f"{self.name}: {reason(error)}") from error
+        for now in states:
+            if any(getattr(now, field) != getattr(self._state, field) for field in STATE_FIELDS):
                 raise VmaError(f"{self.name}: the file was changed while it was read")
 
 
@@ -922,6 +947,14 @@ class Target:
         except OSError as error:
             raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
 
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a pipe
+                raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+
     def append(self, parts: Sequence[Buffer]) -> None:
         """Write parts behind all that was written before."""
         self.write_at(self.reserve(sum(map(len, parts))), parts)
@@ -1000,18 +1033,24 @@ class Directory:
             self._files.append(file)
         return file
 
-    def commit(self, replace: bool) -> None:
-        """Flush all files to the disk, then give them their names, the last created last.
+    def flush(self) -> None:
+        """Wait until all files are on the disk."""
+        for file in self._files:
+            file.sync()
 
-        Without `replace`, a name that meanwhile exists is an error.
+    def commit(self, replace: bool) -> None:
+        """Give all files their names, the last created last, and see that the disk knows them.
+
+        Without `replace`, a name that meanwhile exists is an error. After an error, names that did
+        not exist do not exist.
         """
-        try:
-            for file in self._files:
-                os.fsync(file.fd)
-            with Signals.held():
+        new = []
+        with Signals.held():
+            try:
                 while self._files:
                     file = self._files[0]
-                    if not replace and self.has(file.final):
+                    exists = self.has(file.final)
+                    if exists and not replace:
                         raise VmaError(f"{file.name}: {os.strerror(errno.EEXIST)}")
                     file.close()
                     os.replace(
@@ -1019,10 +1058,16 @@ class Directory:
                         src_dir_fd=self._fd, dst_dir_fd=self._fd,
                     )  # fmt: skip
                     self._files.pop(0)
-            if self._fd is not None:
-                os.fsync(self._fd)
-        except OSError as error:
-            raise VmaError(f"{escape(self.path)}: cannot write: {reason(error)}") from error
+                    if not exists:
+                        new.append(file.final)
+                if self._fd is not None:
+                    os.fsync(self._fd)
+            except (OSError, VmaError) as error:
+                for name in new:
+                    os.unlink(self._at(name), dir_fd=self._fd)
+                if isinstance(error, VmaError):
+                    raise
+                raise VmaError(f"{escape(self.path)}: cannot write: {reason(error)}") from error
 
 
 class PartialFile(Target):
@@ -1087,11 +1132,11 @@ class Output:
     the block is left before.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, replace: bool = True) -> None:
         self.path = path
+        self.replace = replace
         self.target: Target
         self.file: PartialFile | None = None
-        self.directory: str | None = None
         self._stack = contextlib.ExitStack()
         self._replaced: os.stat_result | None = None
         if path != "-":
@@ -1103,6 +1148,8 @@ class Output:
                 pass
             except OSError as error:
                 raise VmaError(f"{escape(path)}: {reason(error)}") from error
+        if self._replaced and stat.S_ISREG(self._replaced.st_mode) and not replace:
+            raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
         if path == "-":
             refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
             self.target = Target(1, "standard output", seekable=False)
@@ -1115,8 +1162,7 @@ class Output:
             refuse_terminal(fd, f"{escape(path)} is a terminal")
             self.target = Target(fd, escape(path), seekable=False)
         else:
-            self.directory = os.path.dirname(path)
-            self._files = self._stack.enter_context(Directory(self.directory))
+            self._files = self._stack.enter_context(Directory(os.path.dirname(path)))
             self.target = self.file = self._files.create(os.path.basename(path))
 
     def __enter__(self) -> Output:
@@ -1137,9 +1183,10 @@ class Output:
         file.seek(0)
         return Input(self.file.name, file, os.fstat(self.file.fd).st_size)
 
-    def commit(self, times: os.stat_result | None = None) -> None:
-        """Put the complete archive under its name; with the times of another file, if given."""
+    def flush(self, times: os.stat_result | None = None) -> None:
+        """Wait until all is on the disk, with the times of another file, if given."""
         if self.file is None:
+            self.target.sync()
             return
         old = self._replaced
         try:
@@ -1151,10 +1198,14 @@ class Output:
             if times and os.utime in os.supports_fd:
                 os.utime(self.file.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
         except OSError as error:
-            raise VmaError(
-                f"{self.file.name}: cannot keep owner and mode: {reason(error)}"
-            ) from error
-        self._files.commit(replace=True)
+            message = f"{self.file.name}: cannot keep owner and mode: {reason(error)}"
+            raise VmaError(message) from error
+        self._files.flush()
+
+    def commit(self) -> None:
+        """Put the complete archive under its name."""
+        if self.file is not None:
+            self._files.commit(self.replace)
 
 
 def refuse_terminal(fd: int, message: str) -> None:
@@ -1532,9 +1583,9 @@ class Archive:
         self.source.read_at(memoryview(stored), entry >> 16)
         return stored
 
-    def spans(self, clusters: int) -> Iterator[Span]:
-        """Yield the devices' clusters in canonical order, so many at once."""
-        for device in canonical_order(self.header.devices):
+    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
+        """Yield clusters in canonical order, so many at once; of all devices, or those chosen."""
+        for device in canonical_order(self.header.devices, chosen):
             index = self.index.devices[device.dev_id]
             for first in range(0, len(index.entries), clusters):
                 entries = index.slice(first, clusters)
@@ -1548,7 +1599,7 @@ class Archive:
                 yield Span(device, first, masks, payload)
 
 
-def expand(stored: Buffer | bytearray, mask: int) -> bytes:
+def expand(stored: Buffer, mask: int) -> bytes:
     """Return a whole cluster, made of its stored blocks and zeros."""
     if mask == FULL_MASK:
         return bytes(stored)
@@ -1573,8 +1624,11 @@ ALIGNS = {
 DEFAULT_ALIGN = "128K"
 
 
-def canonical_order(devices: Iterable[Device]) -> list[Device]:
-    """Return the devices by dev_id, a vmstate last."""
+def canonical_order(
+    devices: Iterable[Device], chosen: Collection[int] | None = None
+) -> list[Device]:
+    """Return the devices by dev_id, a vmstate last; only the chosen dev_ids, if there are some."""
+    devices = (device for device in devices if chosen is None or device.dev_id in chosen)
     return sorted(devices, key=lambda device: (device.is_vmstate, device.dev_id))
 
 
@@ -1701,7 +1755,7 @@ def is_canonical(archive: Archive, align: int) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Reorder: from any order to the canonical one, and to the disks
 
-DEFAULT_MEMORY = "256M"
+DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
@@ -1790,20 +1844,22 @@ class Reorderer:
     than `memory` bytes, clusters of the last device wait in an unlinked temporary file.
     """
 
-    def __init__(self, source: Input, header: Header, memory: int, directory: str) -> None:
+    def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
         self.source = source
-        self.header = header
-        self.index = Index(header, source)
+        self.header = read_header(source)
+        self.index = Index(self.header, source)
         self.memory = memory
         self.directory = directory
         self.spilled_size = 0
-        self._order = canonical_order(header.devices)
-        self._held: dict[int, dict[int, bytes]] = {d.dev_id: {} for d in self._order}
+        self._order: list[Device] = []
+        self._held: dict[int, dict[int, bytes]] = {}
         self._held_size = 0
         self._file: Spool | None = None
 
-    def spans(self, clusters: int) -> Iterator[Span]:
+    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
         """Yield as `Archive.spans` does; at the end of the stream, check that all was there."""
+        self._order = canonical_order(self.header.devices, chosen)
+        self._held = {device.dev_id: {} for device in self._order}
         try:
             arrivals = self._arrivals()
             ended = False
@@ -1836,10 +1892,9 @@ class Reorderer:
             self.index.add(extent)
             payload = read_payload(self.source, extent, buffer)
             for slot in iter_slots(extent) if extent.block_count else ():
-                if slot.mask:
-                    self._held[slot.dev_id][slot.cluster_num] = bytes(
-                        payload[slot.start : slot.start + slot.size]
-                    )
+                if slot.mask and slot.dev_id in self._held:
+                    data = bytes(payload[slot.start : slot.start + slot.size])
+                    self._held[slot.dev_id][slot.cluster_num] = data
                     self._held_size += slot.size + HELD_OVERHEAD
             if self._held_size > self.memory:
                 self._spill()
@@ -1866,15 +1921,14 @@ class Reorderer:
     def _create(self) -> Spool:
         import tempfile
 
-        name = f"temporary file in {escape(self.directory)}"
+        directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
+        name = f"temporary file in {escape(directory)}"
         try:
             with Signals.held():
-                file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115 - held
+                file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - held
             return Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
         except OSError as error:
-            raise VmaError(
-                f"cannot make a temporary file in {escape(self.directory)}: {reason(error)}"
-            ) from error
+            raise VmaError(f"{name}: {reason(error)}") from error
 
     def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
         held = self._held[device.dev_id]
@@ -1985,26 +2039,47 @@ def stored_clusters(index: DeviceIndex) -> Iterator[tuple[int, int, int]]:
                 yield cluster_num, entry & FULL_MASK, entry >> 16
 
 
-def stream_disks(source: Input, header: Header, targets: Mapping[int, Target]) -> Index:
+def stream_disks(stream: Reorderer, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
     """Write each cluster to its place as it comes, and check at the end that all were there."""
-    index = Index(header, source)
+    index = stream.index
     buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
     sizes = {
         device.dev_id: sys.maxsize if device.is_vmstate else device.size
-        for device in header.devices
+        for device in stream.header.devices
     }
-    for extent in read_extents(source, header):
+    for extent in read_extents(stream.source, stream.header):
         index.add(extent)
-        payload = read_payload(source, extent, buffer)
+        payload = read_payload(stream.source, extent, buffer)
         clusters: dict[int, list[tuple[int, int, int]]] = {}
-        for slot in iter_slots(extent) if extent.block_count else ():
+        for slot in iter_slots(extent) if extent.block_count or zeros else ():
+            if slot.dev_id in zeros:
+                start = slot.cluster_num * CLUSTER_SIZE
+                data = expand(payload[slot.start : slot.start + slot.size], slot.mask)
+                targets[slot.dev_id].write_at(start, [data[: sizes[slot.dev_id] - start]])
+                continue
             clusters.setdefault(slot.dev_id, []).append((slot.cluster_num, slot.mask, slot.start))
         for dev_id in clusters.keys() & targets.keys():
             for run in iter_runs(clusters[dev_id], sizes[dev_id]):
                 part = payload[run.source_offset : run.source_offset + run.size]
                 targets[dev_id].write_at(run.disk_offset, [part])
     index.finish()
-    return index
+
+
+def write_disks(
+    contents: Archive | Reorderer, targets: Mapping[int, Target], zeros: Collection[int] = ()
+) -> None:
+    """Write disks to targets by dev_id; those in zeros with their zero blocks, the others without.
+
+    Of a stream, the clusters are written in the order in which they come.
+    """
+    if isinstance(contents, Reorderer):
+        stream_disks(contents, targets, zeros)
+        return
+    copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
+    for dev_id in zeros:
+        spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
+        pieces = iter_disk(spans, contents.index.devices[dev_id].device.size)
+        copy_pieces(contents.source, pieces, targets[dev_id].append)
 
 
 class Disk(NamedTuple):
@@ -2242,10 +2317,218 @@ def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | N
 
 
 # ---------------------------------------------------------------------------------------------
+# Guest disks: partition tables and file systems, recognised by what they begin with. Nothing in
+# them is trusted: numbers only say where to read next, inside the device.
+
+MBR_SIGNATURE = b"\x55\xaa"
+MBR_ENTRY = struct.Struct("<B3xB3xII")  # status, type, first sector, sector count
+MBR_EXTENDED = (0x05, 0x0F, 0x85)
+MBR_TYPES = {
+    0x01: "FAT12", 0x04: "FAT16", 0x05: "extended", 0x06: "FAT16", 0x07: "NTFS or exFAT",
+    0x0B: "FAT32", 0x0C: "FAT32", 0x0E: "FAT16", 0x0F: "extended", 0x27: "Windows recovery",
+    0x82: "Linux swap", 0x83: "Linux", 0x85: "extended", 0x8E: "Linux LVM", 0xA5: "FreeBSD",
+    0xEE: "GPT protective", 0xEF: "EFI system", 0xFD: "Linux RAID",
+}  # fmt: skip
+GPT_MAGIC = b"EFI PART"
+# UEFI specification, "GPT Header": signature, revision, header size, CRC, reserved, my LBA,
+# alternate LBA, first and last usable LBA, disk GUID, entries' LBA, count, size, CRC
+GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
+GPT_ENTRY = struct.Struct("<16s16sQQQ72s")  # type, GUID, first and last LBA, attributes, name
+GPT_MAX_ENTRIES = 1024
+GPT_TYPES = {
+    "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI system",
+    "21686148-6449-6e6f-744e-656564454649": "BIOS boot",
+    "0fc63daf-8483-4772-8e79-3d69d8477de4": "Linux",
+    "4f68bce3-e8cd-4db1-96e7-fbcaf984b709": "Linux root",
+    "933ac7e1-2eb4-4f13-b844-0e14e2aef915": "Linux home",
+    "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f": "Linux swap",
+    "e6d6d379-f507-44c2-a23c-238f2a3df928": "Linux LVM",
+    "a19d880f-05fc-4d3b-a006-743f0f84911e": "Linux RAID",
+    "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7": "Microsoft basic data",
+    "e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved",
+    "de94bba4-06d1-4d40-a16a-bfd50179d6ac": "Windows recovery",
+    "6a898cc3-1dd2-11b2-99a6-080020736631": "ZFS",
+}
+
+
+class FileSystem(NamedTuple):
+    """How a file system is recognised: magic at an offset; its label, if it has one."""
+
+    name: str
+    offset: int
+    magic: bytes
+    label_offset: int = 0
+    label_size: int = 0
+    mountable: bool = True
+
+
+FILE_SYSTEMS = (
+    FileSystem("LUKS", 0, b"LUKS\xba\xbe", mountable=False),
+    FileSystem("LVM", 512, b"LABELONE", mountable=False),
+    FileSystem("xfs", 0, b"XFSB", 108, 12),
+    FileSystem("btrfs", 65600, b"_BHRfS_M", 65835, 256),
+    FileSystem("NTFS", 3, b"NTFS    "),
+    FileSystem("exFAT", 3, b"EXFAT   "),
+    FileSystem("FAT32", 82, b"FAT32   ", 71, 11),
+    FileSystem("FAT16", 54, b"FAT16   ", 43, 11),
+    FileSystem("FAT12", 54, b"FAT12   ", 43, 11),
+    FileSystem("swap", 4086, b"SWAPSPACE2", 1052, 16, mountable=False),
+    FileSystem("ext", 1080, b"\x53\xef", 1144, 16),
+)
+SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
+
+
+class Partition(NamedTuple):
+    """A partition; start and size in bytes. Number 0 is a file system on the whole disk."""
+
+    number: int
+    start: int
+    size: int
+    type: str
+    label: str
+    file_system: str
+    mountable: bool
+
+
+class Table(NamedTuple):
+    """What a disk holds: the kind of its table, its partitions, and what is wrong with it."""
+
+    kind: str
+    partitions: Sequence[Partition]
+    faults: Sequence[str]
+
+
+Read = Callable[[int, int], bytes]  # offset, size in bytes
+
+
+def read_table(read: Read, size: int) -> Table:
+    """Return the partition table of a disk of size bytes; raises nothing for what is in it."""
+    start = read(0, 512)
+    for sector in (512, 4096):
+        header = read(sector, GPT_HEADER.size)
+        if header.startswith(GPT_MAGIC):
+            return read_gpt(read, size, sector, header)
+    whole = recognise(read, 0, 0, size, "", "")
+    entries = [MBR_ENTRY.unpack_from(start.ljust(512, b"\0"), 446 + 16 * i) for i in range(4)]
+    is_mbr = start[510:] == MBR_SIGNATURE and all(entry[0] in (0, 0x80) for entry in entries)
+    if is_mbr and any(entry[1] for entry in entries) and not whole.file_system:
+        return read_mbr(read, size, entries)
+    if whole.file_system:
+        return Table("none", [whole], [])
+    return Table("none", [], [])
+
+
+def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table:
+    """Return the table in these four entries, and in the chain of an extended partition."""
+    partitions = []
+    faults = []
+
+    def add(number: int, kind: int, start: int, count: int) -> None:
+        if start + count > size:
+            faults.append(f"partition {number} ends at {start + count}, behind the disk's {size}")
+        name = MBR_TYPES.get(kind, f"type 0x{kind:02x}")
+        partitions.append(recognise(read, number, start, min(count, size - start), name, ""))
+
+    for number, (_, kind, base, length) in enumerate(entries, 1):
+        if not kind or not length:
+            continue
+        add(number, kind, base * 512, length * 512)
+        if kind == 0xEE:
+            faults.append("a protective MBR, but no GPT header")
+        if kind not in MBR_EXTENDED:
+            continue
+        table = base
+        seen = set()
+        logical = 5
+        while table not in seen and table * 512 < size:
+            seen.add(table)
+            sector = read(table * 512, 512).ljust(512, b"\0")
+            if sector[510:] != MBR_SIGNATURE:
+                faults.append(f"no boot record at {table * 512}, where the extended chain goes on")
+                break
+            (_, logical_kind, first, count), (_, next_kind, following, _) = (
+                MBR_ENTRY.unpack_from(sector, 446 + 16 * i) for i in range(2)
+            )
+            if logical_kind and count:
+                add(logical, logical_kind, (table + first) * 512, count * 512)
+                logical += 1
+            if not next_kind:
+                break
+            table = base + following
+        else:
+            faults.append(
+                f"the extended chain leads to {table * 512}, in a circle or behind the end"
+            )
+    return Table("MBR", partitions, faults)
+
+
+def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
+    """Return the table behind a GPT header; one that is damaged is reported, and not used."""
+    import binascii
+
+    _, _, header_size, crc, *_, entries_lba, count, entry_size, entries_crc = GPT_HEADER.unpack(
+        header
+    )
+    if not GPT_HEADER.size <= header_size <= sector:
+        return Table("GPT", [], [f"header size {header_size} is out of range"])
+    data = read(sector, header_size)
+    if binascii.crc32(data[:16] + bytes(4) + data[20:]) != crc:
+        return Table("GPT", [], ["the header's CRC does not match"])
+    if not 0 < count <= GPT_MAX_ENTRIES or not GPT_ENTRY.size <= entry_size <= 4096:
+        return Table("GPT", [], [f"{count} entries of {entry_size} bytes are out of range"])
+    table = read(entries_lba * sector, count * entry_size) if entries_lba * sector < size else b""
+    if len(table) < count * entry_size or binascii.crc32(table) != entries_crc:
+        return Table("GPT", [], ["the entries' CRC does not match"])
+    partitions = []
+    faults = []
+    for number in range(1, count + 1):
+        kind, _, first, last, _, name = GPT_ENTRY.unpack_from(table, (number - 1) * entry_size)
+        if not any(kind):
+            continue
+        start, end = first * sector, (last + 1) * sector
+        if not start < end <= size:
+            faults.append(
+                f"partition {number} from {start} to {end} is not inside the disk's {size}"
+            )
+            continue
+        guid = format_uuid(kind[3::-1] + kind[5:3:-1] + kind[7:5:-1] + kind[8:])
+        label = name.decode("utf-16-le", "replace").partition("\0")[0]
+        type_name = GPT_TYPES.get(guid, guid)
+        partitions.append(recognise(read, number, start, end - start, type_name, label))
+    return Table("GPT", partitions, faults)
+
+
+def recognise(
+    read: Read, number: int, start: int, size: int, type_name: str, label: str
+) -> Partition:
+    """Return a partition with the file system that its first bytes show."""
+    data = read(start, min(size, SUPERBLOCK_SIZE)) if size > 0 else b""
+    for known in FILE_SYSTEMS:
+        if data.startswith(known.magic, known.offset):
+            name = known.name if known.name != "ext" else ext_version(data)
+            end = known.label_offset + known.label_size
+            found = data[known.label_offset : end].partition(b"\0")[0].strip()
+            own = found.decode("utf-8", "replace")
+            if own and own != "NO NAME":
+                label = f"{label} / {own}" if label and label != own else own
+            return Partition(number, start, size, type_name, label, name, known.mountable)
+    return Partition(number, start, size, type_name, label, "", False)
+
+
+def ext_version(data: bytes) -> str:
+    """Return which of ext2, ext3 and ext4 a superblock's features make it."""
+    compatible, incompatible = struct.unpack_from("<II", data.ljust(2048, b"\0"), 1024 + 92)
+    if incompatible & 0x2C0:  # extents, 64bit, flex_bg
+        return "ext4"
+    return "ext3" if compatible & 4 else "ext2"  # has_journal
+
+
+# ---------------------------------------------------------------------------------------------
 # Commands: each takes the parsed command line and returns the exit status
 
 DESCRIPTION_NAME = "vma.json"
 DESCRIPTION_FORMAT = 1
+DESCRIPTION_MAX_SIZE = 1 << 20
 CONFIG_NAME = "qemu-server.conf"
 SECTOR_SIZE = 512
 
@@ -2253,19 +2536,34 @@ SECTOR_SIZE = 512
 def cmd_list(args: argparse.Namespace) -> int:
     """Print what an archive holds."""
     with open_input(args.archive) as source:
-        archive = Archive(source) if args.scan else None
+        if args.partitions and source.size is None:
+            raise VmaError(f"{source.name}: --partitions needs a plain file, not a stream")
+        archive = Archive(source) if args.scan or args.partitions else None
         header = archive.header if archive else read_header(source)
+        tables = read_tables(archive) if archive and args.partitions else {}
+    scanned = archive if args.scan else None
     if args.json:
-        print_json(describe(header, archive))
+        print_json(describe(header, scanned, tables))
     else:
-        print_listing(source.name, header, archive)
+        print_listing(source.name, header, scanned, tables)
     # It is shown for what it is, but a script must not take it for an archive that restores.
     check_names(header)
     return 0
 
 
-def describe(header: Header, archive: Archive | None) -> dict[str, object]:
-    """Return what list --json prints; with what only a scan can know, if there is."""
+def read_tables(archive: Archive) -> dict[int, Table]:
+    """Return each disk's partition table, by dev_id."""
+    return {
+        device.dev_id: read_table(functools.partial(archive.read, device.dev_id), device.size)
+        for device in archive.header.devices
+        if not device.is_vmstate
+    }
+
+
+def describe(
+    header: Header, archive: Archive | None, tables: Mapping[int, Table] | None = None
+) -> dict[str, object]:
+    """Return what list --json prints, with what only a scan can know, if there is."""
     devices: list[dict[str, object]] = []
     for device in header.devices:
         devices.append({"dev_id": device.dev_id, "name": device.name, "size": device.size})
@@ -2274,6 +2572,14 @@ def describe(header: Header, archive: Archive | None) -> dict[str, object]:
             devices[-1]["stored"] = index.stored_size
             devices[-1]["zero"] = index.zero_size
             devices[-1]["ascending"] = index.ascending
+        if tables and device.dev_id in tables:
+            table = tables[device.dev_id]
+            devices[-1]["table"] = table.kind
+            devices[-1]["faults"] = table.faults
+            devices[-1]["partitions"] = [
+                {**partition._asdict(), "mount": mount_command(device, partition)}
+                for partition in table.partitions
+            ]
     result: dict[str, object] = {
         "uuid": format_uuid(header.uuid),
         "ctime": header.ctime,
@@ -2284,6 +2590,22 @@ def describe(header: Header, archive: Archive | None) -> dict[str, object]:
         align = find_align(archive)
         result.update(extents=archive.index.extent_count, canonical=bool(align), align=align)
     return result
+
+
+def disk_file_name(device: Device) -> str:
+    """Return what Proxmox's own vma extract calls a device's file."""
+    return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
+
+
+def mount_command(device: Device, partition: Partition) -> str | None:
+    """Return how to mount a file system of an extracted disk, None for one that does not mount."""
+    if not partition.mountable:
+        return None
+    import shlex
+
+    options = f"ro,loop,offset={partition.start},sizelimit={partition.size}"
+    # The name comes from the archive, and this line is made to be pasted into a root shell.
+    return f"mount -o {options} {shlex.quote(escape(disk_file_name(device)))} /mnt"
 
 
 def find_align(archive: Archive) -> str | None:
@@ -2298,7 +2620,9 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_listing(name: str, header: Header, archive: Archive | None) -> None:
+def print_listing(
+    name: str, header: Header, archive: Archive | None, tables: Mapping[int, Table]
+) -> None:
     print(f"archive  {name}")
     print(f"uuid     {format_uuid(header.uuid)}")
     print(f"created  {format_time(header.ctime)}")
@@ -2309,14 +2633,27 @@ def print_listing(name: str, header: Header, archive: Archive | None) -> None:
         print(f"config   {escape(config.name)}  {len(config.data)} bytes")
     for device in header.devices:
         size = f"{format_size(device.size)}, {device.size} bytes"
-        print(f"device   {device.dev_id:<3}  {escape(device.name)}  {size}")
+        print(f"device   {device.dev_id:<3} {escape(device.name)}  {size}")
         if archive:
             index = archive.index.devices[device.dev_id]
             order = "ascending" if index.ascending else "not in order"
-            print(
-                f"              {index.stored_size} bytes stored, {index.zero_size} zero, "
-                f"clusters {order}"
-            )
+            print(f"             {index.stored_size} bytes stored, {index.zero_size} zero, {order}")
+        if device.dev_id in tables:
+            print_table(device, tables[device.dev_id])
+
+
+def print_table(device: Device, table: Table) -> None:
+    if not table.partitions and not table.faults:
+        print("             no partition table, and no file system that is known here")
+    for fault in table.faults:
+        print(f"             damaged {table.kind} table: {fault}")
+    for part in table.partitions:
+        what = ", ".join(filter(None, (part.type, part.file_system, escape(part.label))))
+        place = f"{table.kind} {part.number}" if part.number else "whole disk"
+        print(f"             {place}: {part.start} + {format_size(part.size)}  {what}")
+        command = mount_command(device, part)
+        if command:
+            print(f"               {command}")
 
 
 def cmd_verify(args: argparse.Namespace) -> int:
@@ -2324,12 +2661,12 @@ def cmd_verify(args: argparse.Namespace) -> int:
     bad = 0
     for path in args.archive:
         try:
-            with open_input(path) as source, progress_of(args, source) as progress:
+            with open_input(path) as source, progress_of(args, source.name) as progress:
                 watch(source, progress, source.size or source.compressed_size)
                 if args.against is not None:
                     bad += verify_against(args, source)
                 elif args.digest:
-                    verify_digest(args, source)
+                    verify_digest(args, source, progress)
                 else:
                     archive = Archive(source)
                     check_source(archive.header, source)
@@ -2339,6 +2676,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
                         )
                     elif not args.quiet:
                         print(summary(archive))
+                        print_totals(args, archive.index)
         except VmaError as error:
             bad += 1
             print_error(error)
@@ -2375,33 +2713,23 @@ def verify_against(args: argparse.Namespace, source: Input) -> bool:
     return bool(found)
 
 
-def verify_digest(args: argparse.Namespace, source: Input) -> None:
+def verify_digest(args: argparse.Namespace, source: Input, progress: Progress) -> None:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
-    if source.size is None:
-        header = read_header(source)
-        check_source(header, source)
-        reorderer = Reorderer(source, header, parse_size(DEFAULT_MEMORY), temporary_directory())
-        spans, index = reorderer.spans(CANONICAL_MAX_CLUSTERS), reorderer.index
-    else:
-        archive = Archive(source)
-        header = archive.header
-        check_source(header, source)
-        spans, index = archive.spans(CANONICAL_MAX_CLUSTERS), archive.index
+    contents = load(source, progress)
+    header = contents.header
     sizes = {d.dev_id: sys.maxsize if d.is_vmstate else d.size for d in header.devices}
-    digests = digest_disks(source, spans, sizes)
+    digests = digest_disks(source, contents.spans(CANONICAL_MAX_CLUSTERS), sizes)
     source.check_unchanged()
-    lines = [
-        {"name": config.name, "size": len(config.data), "sha256": sha256(config.data)}
-        for config in header.configs
-    ] + [
-        {"name": device.name, "size": index.device_size(device), "sha256": digests[device.dev_id]}
-        for device in header.devices
-    ]
+    files = [(config.name, len(config.data), sha256(config.data)) for config in header.configs]
+    for device in header.devices:
+        size = contents.index.device_size(device)
+        files.append((device.name, size, digests[device.dev_id]))
     if args.json:
-        print_json({"archive": source.name, "ok": True, "files": lines})
+        items = [{"name": name, "size": size, "sha256": digest} for name, size, digest in files]
+        print_json({"archive": source.name, "ok": True, "files": items})
     else:
-        for line in lines:
-            print(f"{line['sha256']}  {line['name']}")
+        for name, _, digest in files:
+            print(f"{digest}  {escape(name)}")
 
 
 def sha256(data: bytes) -> str:
@@ -2429,8 +2757,17 @@ def summary(archive: Archive) -> str:
     )
 
 
-def progress_of(args: argparse.Namespace, source: Input) -> Progress:
-    return Progress(not args.quiet, source.name)
+def print_totals(args: argparse.Namespace, index: Index) -> None:
+    """With -v, print what Proxmox's own program prints at its end."""
+    if args.verbose:
+        zero = sum(device.zero_size for device in index.devices.values())
+        total = sum(index.device_size(device.device) for device in index.devices.values())
+        percent = zero * 100 / total if total else 0
+        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
+
+
+def progress_of(args: argparse.Namespace, name: str) -> Progress:
+    return Progress(name, args.quiet, args.verbose)
 
 
 def watch(source: Input, progress: Progress, total: int) -> None:
@@ -2441,19 +2778,160 @@ def watch(source: Input, progress: Progress, total: int) -> None:
 
 def cmd_extract(args: argparse.Namespace) -> int:
     """Write configs and disks as Proxmox's own `vma extract` does."""
+    if args.output is not None:
+        return extract_one(args)
+    if args.map is not None:
+        return extract_mapped(args)
 
     def file_names(header: Header) -> dict[int, str]:
-        known = {device.name for device in header.devices}
-        chosen = known if args.devices is None else set(args.devices.split(","))
-        if not chosen <= known:
-            raise VmaError(f"no device {', '.join(map(quote, sorted(chosen - known)))}")
-        return {
-            device.dev_id: "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
-            for device in header.devices
-            if device.name in chosen
-        }
+        return {device.dev_id: disk_file_name(device) for device in choose(header, args.devices)}
 
     return restore(args, args.targetdir, file_names, description=False)
+
+
+def choose(header: Header, names: str | None) -> list[Device]:
+    """Return the devices that a list of names, with commas, chooses: all, if there is none."""
+    chosen = {device.name for device in header.devices} if names is None else set(names.split(","))
+    unknown = chosen - {device.name for device in header.devices}
+    if unknown:
+        known = ", ".join(quote(device.name) for device in header.devices)
+        raise VmaError(f"no device {quote(min(unknown))}, there are {known or 'none'}")
+    return [device for device in header.devices if device.name in chosen]
+
+
+def extract_one(args: argparse.Namespace) -> int:
+    """Write one disk to a file, a block device or standard output."""
+    with contextlib.ExitStack() as stack:
+        with Signals.held():
+            source = stack.enter_context(open_input(args.archive))
+        progress = stack.enter_context(progress_of(args, source.name))
+        contents = load(source, progress)
+        device, *more = choose(contents.header, args.devices)
+        if more:
+            raise VmaError("-o writes one disk: choose it with -d NAME")
+        with Signals.held():
+            output = stack.enter_context(Output(args.output))
+        if output.file:
+            write_disks(contents, {device.dev_id: output.file})
+            output.file.truncate(contents.index.device_size(device))
+        else:
+            spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
+            size = sys.maxsize if device.is_vmstate else device.size
+            copy_pieces(source, iter_disk(spans, size), output.target.append)
+        output.flush()
+        source.check_unchanged()
+        output.commit()
+    return 0
+
+
+DESTINATION_SLACK = 4 << 20
+MAP_OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
+
+
+class Destination(NamedTuple):
+    """Where extract -r writes a device; without write_zeros the target is known to be zero."""
+
+    path: str
+    write_zeros: bool
+
+
+def parse_map(lines: Iterable[str]) -> dict[str, Destination | None]:
+    """Return where each device goes by its name, None for nowhere; raises VmaError.
+
+    A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
+    """
+    found: dict[str, Destination | None] = {}
+    for line in lines:
+        text = line.rstrip("\n")
+        if text in ("", "done"):
+            break
+        if text.startswith("skip="):
+            found[text[len("skip=") :]] = None
+            continue
+        rest = text
+        while rest.startswith(tuple(f"{option}=" for option in MAP_OPTIONS)):
+            option, _, rest = rest.partition(":")
+            if option.startswith("format="):
+                require_raw(option[len("format=") :], "PATH")
+        name, equals, path = rest[2:].partition("=")
+        if rest[:2] not in ("0:", "1:") or not equals or not name or not path:
+            raise VmaError(
+                f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
+            )
+        found[name] = Destination(path, rest[0] == "1")
+    return found
+
+
+def require_raw(image_format: str, path: str) -> None:
+    if image_format != "raw":
+        raise VmaError(
+            f"format={escape(image_format)} is not read or written here, only raw: first run "
+            f"qemu-img convert -O raw {escape(path)} {escape(path)}.raw"
+        )
+
+
+def extract_mapped(args: argparse.Namespace) -> int:
+    """Write configs into a directory, and disks where a map says, as Proxmox's qmrestore does."""
+    with contextlib.ExitStack() as stack:
+        with Signals.held():
+            source = stack.enter_context(open_input(args.archive))
+        progress = stack.enter_context(progress_of(args, source.name))
+        contents = load(source, progress)
+        header = contents.header
+        directory = stack.enter_context(make_directory(args.targetdir))
+        directory.require_empty()
+        # Who writes the map into a FIFO reads the configs first, and asks for these lines with -v.
+        write_configs(header, directory)
+        directory.commit(replace=False)
+        if args.verbose:
+            print(f"CTIME: {format_time(header.ctime)}")
+            for device in header.devices:
+                print(f"DEV: dev_id={device.dev_id} size: {device.size} devname: {device.name}")
+            sys.stdout.flush()
+        try:
+            with open(args.map, encoding="utf-8", errors="surrogateescape") as lines:
+                places = parse_map(lines)
+        except OSError as error:
+            raise VmaError(f"{escape(args.map)}: {reason(error)}") from error
+        targets: dict[int, Target] = {}
+        zeros = set()
+        for device in header.devices:
+            if device.is_vmstate:
+                targets[device.dev_id] = directory.create(disk_file_name(device))
+                continue
+            if device.name not in places:
+                raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
+            place = places[device.name]
+            if place is not None:
+                targets[device.dev_id] = stack.enter_context(open_destination(device, place.path))
+                if place.write_zeros:
+                    zeros.add(device.dev_id)
+        write_disks(contents, targets, zeros)
+        for target in targets.values():
+            target.sync()
+        source.check_unchanged()
+        directory.commit(replace=False)
+        print_totals(args, contents.index)
+    return 0
+
+
+@contextlib.contextmanager
+def open_destination(device: Device, path: str) -> Iterator[Target]:
+    """Open an existing file or block device to restore a device into."""
+    fd = open_path(path, os.O_RDWR)
+    try:
+        kind = os.fstat(fd).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise VmaError(f"{escape(path)}: neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END)
+        # Storages round sizes up; Proxmox demands the same.
+        if not device.size <= size <= device.size + DESTINATION_SLACK:
+            raise VmaError(
+                f"{escape(path)}: {size} bytes, device {quote(device.name)} needs {device.size}"
+            )
+        yield Target(fd, escape(path), seekable=True)
+    finally:
+        os.close(fd)
 
 
 def cmd_unpack(args: argparse.Namespace) -> int:
@@ -2473,9 +2951,11 @@ def restore(
 ) -> int:
     """Write an archive's configs, and the devices that get a file name, into a directory."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
-        progress = stack.enter_context(progress_of(args, source))
-        header, archive = load(source, progress)
+        with Signals.held():
+            source = stack.enter_context(open_input(args.archive))
+        progress = stack.enter_context(progress_of(args, source.name))
+        contents = load(source, progress)
+        header = contents.header
         names = file_names(header)
         extra = [DESCRIPTION_NAME] if description else []
         files = [*(config.name for config in header.configs), *names.values(), *extra]
@@ -2489,35 +2969,39 @@ def restore(
         elif not replace:
             directory.require_absent(files)
 
-        for config in header.configs:
-            directory.create(config.name).append([config.data])
+        write_configs(header, directory)
         targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
-        if archive is None:
-            index = stream_disks(source, header, targets)
-        else:
-            index = archive.index
-            watch(source, progress, sum(index.devices[dev_id].stored_size for dev_id in targets))
-            copy_disks(archive, targets)
+        write_disks(contents, targets)
         for dev_id, target in targets.items():
-            target.truncate(index.device_size(index.devices[dev_id].device))
-        source.check_unchanged()
+            target.truncate(contents.index.device_size(contents.index.devices[dev_id].device))
         if description:
             directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
+        directory.flush()
+        source.check_unchanged()
         directory.commit(replace)
+        print_totals(args, contents.index)
     return 0
 
 
-def load(source: Input, progress: Progress) -> tuple[Header, Archive | None]:
+def write_configs(header: Header, directory: Directory) -> None:
+    for config in header.configs:
+        directory.create(config.name).append([config.data])
+
+
+def load(
+    source: Input, progress: Progress, memory: int = DEFAULT_MEMORY, directory: str = ""
+) -> Archive | Reorderer:
     """Read and check what can be known before anything is written: of a stream, the header."""
-    archive = None
+    contents: Archive | Reorderer
     if source.size is None:
         watch(source, progress, source.compressed_size)
-        header = read_header(source)
+        contents = Reorderer(source, memory, directory)
     else:
-        archive = Archive(source)
-        header = archive.header
-    check_source(header, source)
-    return header, archive
+        contents = Archive(source)
+        stored = sum(index.stored_size for index in contents.index.devices.values())
+        watch(source, progress, stored)
+    check_source(contents.header, source)
+    return contents
 
 
 @contextlib.contextmanager
@@ -2581,16 +3065,66 @@ def cmd_pack(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_packed(args: argparse.Namespace, header: Header, disks: Sequence[Disk]) -> None:
+def write_packed(
+    args: argparse.Namespace, header: Header, disks: Sequence[Disk], replace: bool = True
+) -> None:
     layout = Layout(header, ALIGNS[args.align])
-    with Output(args.output) as output, Progress(not args.quiet, output.target.name) as progress:
+    with (
+        Output(args.output, replace) as output,
+        progress_of(args, output.target.name) as progress,
+    ):
         for disk in disks:
             watch(disk.source, progress, sum(disk.data_size for disk in disks))
         pack_disks(layout, disks, output.target)
+        check_written(output, layout)
+        output.flush()
         for disk in disks:
             disk.source.check_unchanged()
-        check_written(output, layout)
         output.commit()
+
+
+def cmd_create(args: argparse.Namespace) -> int:
+    """Write an archive of configs and raw disks, named one by one, as Proxmox's vma create does."""
+    paths: dict[str, str] = {}
+    for spec in [*args.devices, *args.disks]:
+        text = spec
+        if text.startswith("format="):
+            image_format, _, text = text[len("format=") :].partition(":")
+            require_raw(image_format, text.partition("=")[2])
+        name, _, path = text.partition("=")
+        if not name or not path or name in paths:
+            raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
+        paths[name] = path
+    configs = tuple(Config(os.path.basename(path), read_small(path)) for path in args.config)
+    devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
+    if len(devices) > len(DEV_IDS) or len(configs) > CONFIG_COUNT:
+        raise VmaError(
+            f"an archive holds {len(DEV_IDS)} devices and {CONFIG_COUNT} configs at most"
+        )
+    header = Header(CANONICAL_UUID, int(time.time()), configs, devices)
+    check_names(header)
+    with contextlib.ExitStack() as stack:
+        disks = [
+            open_disk(stack, device, paths[device.name], exact=False, quiet=args.quiet)
+            for device in canonical_order(devices)
+        ]
+        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
+        write_packed(args, header, disks, replace=args.force)
+    return 0
+
+
+def cmd_config(args: argparse.Namespace) -> int:
+    """Print one config, byte for byte, from the header alone."""
+    with open_input(args.archive) as source:
+        header = read_header(source)
+        data = dict(header.configs).get(args.config)
+    if data is None:
+        known = ", ".join(quote(config.name) for config in header.configs)
+        raise VmaError(
+            f"{source.name}: no config {quote(args.config)}, there are {known or 'none'}"
+        )
+    sys.stdout.buffer.write(data)
+    return 0
 
 
 def read_described(directory: str) -> Packing:
@@ -2598,8 +3132,7 @@ def read_described(directory: str) -> Packing:
     import json
 
     path = os.path.join(directory, DESCRIPTION_NAME)
-    with open(path, "rb") as file:
-        text = file.read()
+    text = read_small(path, DESCRIPTION_MAX_SIZE)
     try:
         value = json.loads(text)
         if value["format"] != DESCRIPTION_FORMAT:
@@ -2610,8 +3143,8 @@ def read_described(directory: str) -> Packing:
             Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
             for d in value["devices"]
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise VmaError(f"{escape(path)}: not what unpack writes: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VmaError(f"{escape(path)}: not what unpack writes: {escape(repr(error))}") from error
     ids = [device.dev_id for device in devices]
     if (
         len(set(ids)) < len(ids)
@@ -2628,7 +3161,7 @@ def read_described(directory: str) -> Packing:
             f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
             "list it there, or remove one of them"
         )
-    configs = tuple(Config(name, read_config(os.path.join(directory, name))) for name in names)
+    configs = tuple(Config(name, read_small(os.path.join(directory, name))) for name in names)
     paths = {device.dev_id: os.path.join(directory, device.name) for device in devices}
     return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
 
@@ -2649,7 +3182,7 @@ def read_undescribed(directory: str) -> Packing:
     for entry in sorted(os.listdir(directory), key=natural_key):
         path = os.path.join(directory, entry)
         if entry.endswith((".conf", ".fw")):
-            configs.append(Config(entry, read_config(path)))
+            configs.append(Config(entry, read_small(path)))
             continue
         if entry.startswith("disk-") and entry.endswith(".raw"):
             name = entry[len("disk-") : -len(".raw")]
@@ -2685,11 +3218,19 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
 
 
-def read_config(path: str) -> bytes:
-    with open(path, "rb") as file:
-        data = file.read(BLOB_MAX_SIZE + 1)
-    if len(data) > BLOB_MAX_SIZE:
-        raise VmaError(f"{escape(path)}: a config is at most {BLOB_MAX_SIZE} bytes")
+def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
+    """Return a regular file's contents of up to limit bytes."""
+    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
+    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise VmaError(f"{escape(path)}: not a file")
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise VmaError(f"{escape(path)}: {reason(error)}") from error
+    if len(data) > limit:
+        raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
     return data
 
 
@@ -2698,7 +3239,6 @@ def open_disk(
 ) -> Disk:
     """Open the file or block device of a disk; `exact` if device.size is to be its size."""
     name = escape(path)
-    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     file = stack.enter_context(os.fdopen(fd, "rb", buffering=0, closefd=True))
     state = os.fstat(fd)
@@ -2768,32 +3308,30 @@ def cmd_optimize(args: argparse.Namespace) -> int:
     output_path = args.archive if args.output is None else args.output
     align = ALIGNS[args.align]
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
+        with Signals.held():
+            source = stack.enter_context(open_input(args.archive))
         if in_place and source.size is None:
             raise VmaError(refusal_in_place(args.archive, source))
-        progress = stack.enter_context(progress_of(args, source))
-        header, archive = load(source, progress)
-        layout = Layout(header, align)
+        progress = stack.enter_context(progress_of(args, source.name))
+        beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
+        contents = load(source, progress, args.memory, beside)
+        layout = Layout(contents.header, align)
+        archive = contents if isinstance(contents, Archive) else None
         if archive and in_place and is_canonical(archive, align):
             report(args, f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(Output(output_path))
-        if archive:
-            stored = sum(index.stored_size for index in archive.index.devices.values())
-            watch(source, progress, stored)
-            if output.file:
-                output.file.allocate(stored)
-            spans = archive.spans(layout.clusters)
-        else:
-            directory = temporary_directory(output.directory)
-            reorderer = Reorderer(source, header, args.memory, directory)
-            spans = reorderer.spans(layout.clusters)
+        with Signals.held():
+            output = stack.enter_context(Output(output_path))
+        if archive and output.file:
+            output.file.allocate(sum(i.stored_size for i in archive.index.devices.values()))
+        spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
-        source.check_unchanged()
         check_written(output, layout)
         if args.check or (args.check is None and in_place):
             check_contents(args, archive, output)
-        output.commit(os.fstat(source.fd) if in_place else None)
+        output.flush(os.fstat(source.fd) if in_place else None)
+        source.check_unchanged(output_path if in_place else None)
+        output.commit()
         report(args, f"{source.name}: optimized (--align {args.align})", output)
     return 0
 
@@ -2808,13 +3346,6 @@ def check_contents(args: argparse.Namespace, archive: Archive | None, output: Ou
                 found = compare_disks(source, read_header(source), Archive(written))
     if found:
         raise VmaError(f"{output.target.name}: what was written differs: {found[0]}")
-
-
-def temporary_directory(default: str | None = None) -> str:
-    """Return where a stream's early clusters may wait: $TMPDIR, else the default or /tmp."""
-    import tempfile
-
-    return os.environ.get("TMPDIR") or default or tempfile.gettempdir()
 
 
 def is_same_file(path: str, output: str) -> bool:
@@ -2903,6 +3434,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("list", cmd_list, "show what an archive holds", "--scan backup.vma")
     command.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     command.add_argument(
+        "--partitions",
+        action="store_true",
+        help="show what the disks hold, without extracting them (a plain file only)",
+    )
+    command.add_argument(
         "--scan",
         action="store_true",
         help="read all extent headers too: bytes stored, order, layout",
@@ -2932,13 +3468,50 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "-d", dest="devices", metavar="NAME[,NAME...]", help="only these devices (default: all)"
     )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "-o", dest="output", metavar="PATH", help="write the one disk of -d there (-: to a pipe)"
+    )
+    where.add_argument(
+        "-r", dest="map", metavar="MAPFILE", help="write disks into files and devices, by a map"
+    )
     command.add_argument("archive", metavar="ARCHIVE")
-    command.add_argument("targetdir", metavar="TARGETDIR", help="must be new, or empty")
+    command.add_argument(
+        "targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)"
+    )
 
     command = add("unpack", cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
     command.add_argument("--force", action="store_true", help="replace files that exist")
     command.add_argument("archive", metavar="ARCHIVE")
     command.add_argument("directory", metavar="DIRECTORY")
+
+    command = add("config", cmd_config, "print one config of an archive", "backup.vma")
+    command.add_argument(
+        "-c", dest="config", metavar="NAME", default=CONFIG_NAME, help=f"(default {CONFIG_NAME})"
+    )
+    command.add_argument("archive", metavar="ARCHIVE")
+
+    command = add(
+        "create",
+        cmd_create,
+        "make an archive of raw disks or block devices",
+        "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
+    )
+    add_align(command)
+    command.add_argument(
+        "-c", dest="config", metavar="CONFIG", action="append", default=[], help="add a config file"
+    )
+    command.add_argument(
+        "-d",
+        dest="devices",
+        metavar="[format=raw:]NAME=PATH",
+        action="append",
+        default=[],
+        help="add a disk",
+    )
+    command.add_argument("--force", action="store_true", help="replace ARCHIVE if it exists")
+    command.add_argument("output", metavar="ARCHIVE", help="a file, or - for standard output")
+    command.add_argument("disks", metavar="NAME=PATH", nargs="*", help="add a disk")
 
     command = add("pack", cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma")
     add_align(command)
@@ -2964,7 +3537,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=parse_memory,
         default=DEFAULT_MEMORY,
         help="how much of a stream may wait in memory before a temporary file is used "
-        f"(default {DEFAULT_MEMORY})",
+        "(default 256M)",
     )
     command.add_argument(
         "--check",
@@ -2980,7 +3553,91 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         help="a file, or - for standard output (default: replace ARCHIVE)",
     )
+    command = add("completion", cmd_completion, "print a shell's completion", "bash")
+    command.add_argument("shell", choices=("bash", "zsh"))
     return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.func is cmd_extract:
+        if args.output is not None and args.devices is None:
+            parser.error("extract: -o writes one disk: choose it with -d NAME")
+        if (args.output is None) != (args.targetdir is not None):
+            parser.error("extract: name a TARGETDIR, or -o PATH")
+        if args.map is not None and args.devices is not None:
+            parser.error("extract: the devices are chosen by -d or by -r, not by both")
+    if args.func is cmd_optimize and args.archive == "-" and args.output is None:
+        parser.error("optimize: standard input cannot be replaced: name an OUTPUT")
+    if args.func is cmd_optimize and args.check and "-" in (args.archive, args.output):
+        parser.error("optimize: --check reads both archives again: name files")
+    return args
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    """Print a shell's completion of this command line, made from the parser itself."""
+    # argparse has no public way to ask a parser for its options.
+    actions = build_parser()._actions
+    commands = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
+    print((complete_bash if args.shell == "bash" else complete_zsh)(commands.choices))
+    return 0
+
+
+def complete_bash(commands: Mapping[str, argparse.ArgumentParser]) -> str:
+    cases = []
+    for name, command in commands.items():
+        options = [action for action in command._actions if action.option_strings]
+        for action in options:
+            if action.choices:
+                pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+                cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
+        names = " ".join(" ".join(action.option_strings) for action in options)
+        cases.append(f"    {name}:*) words='{names}' ;;")
+    return f"""# bash completion of vma-tool: source this from ~/.bashrc
+_vma_tool() {{
+  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
+  if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
+    case ${{COMP_WORDS[1]}}:$previous in
+{chr(10).join(cases)}
+    esac
+    if [[ $words == -* && $current != -* ]]; then words=; fi # files, until a dash is typed
+  fi
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _vma_tool vma-tool vma_tool.py"""
+
+
+def complete_zsh(commands: Mapping[str, argparse.ArgumentParser]) -> str:
+    def escaped(text: str) -> str:
+        text = "".join(f"\\{c}" if c in "[]:\\" else c for c in text)
+        return text.replace("'", "'\\''")
+
+    descriptions = []
+    cases = []
+    for name, command in commands.items():
+        descriptions.append(f"    '{name}:{escaped(command.description or '')}'")
+        specs = []
+        for action in command._actions:
+            value = ""
+            if action.nargs != 0:
+                what = f"({' '.join(action.choices)})" if action.choices else "_files"
+                value = f":{escaped(str(action.metavar or action.dest))}:{what}"
+            specs += [f"'{o}[{escaped(action.help or '')}]{value}'" for o in action.option_strings]
+        cases.append(f"    {name}) _arguments {' '.join(specs)} '*:file:_files' ;;")
+    return f"""#compdef vma-tool vma_tool.py
+# zsh completion of vma-tool: save this as _vma-tool in a directory of $fpath
+_vma_tool() {{
+  local -a commands=(
+{chr(10).join(descriptions)}
+  )
+  if ((CURRENT == 2)); then _describe command commands; return; fi
+  shift words; ((CURRENT--))
+  case $words[1] in
+{chr(10).join(cases)}
+  esac
+}}
+compdef _vma_tool vma-tool vma_tool.py"""
 
 
 def parse_option(text: str) -> tuple[str, str]:
@@ -3012,7 +3669,10 @@ def print_error(error: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names, where the locale is not UTF-8
+    args = parse_args(argv)
     Signals.install()
     try:
         status = int(args.func(args))
@@ -3022,6 +3682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         return 1
     except Interrupted as error:
+        print_error(f"ended by {signal.Signals(error.signum).name}")
         return 128 + error.signum
     except BrokenPipeError:
         discard_output()
