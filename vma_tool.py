@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 __version__ = "0.9.0"
@@ -79,6 +79,22 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+def reason(error: OSError) -> str:
+    """Return why the system refused something, without the file's name."""
+    return error.strerror or str(error) or repr(error)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn what the system refuses into a VmaError that names what it is about."""
+    try:
+        yield
+    except BrokenPipeError:  # who reads our output has gone: no error of ours, main ends quietly
+        raise
+    except OSError as error:
+        raise VmaError(f"{name}: {reason(error)}") from error
 
 
 def escape(text: str) -> str:
@@ -658,20 +674,11 @@ class Input:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
         if self._state is None:
             return
-        states = [os.fstat(self.fd)]
-        if path is not None:
-            try:
-                states.append(os.stat(path))
-            except OSError as error:
-                raise VmaError(f"{self.name}: {reason(error)}") from error
+        with naming(self.name):
+            states = [os.fstat(self.fd), os.fstat(self.fd) if path is None else os.stat(path)]
         for now in states:
             if any(getattr(now, field) != getattr(self._state, field) for field in STATE_FIELDS):
                 raise VmaError(f"{self.name}: the file was changed while it was read")
-
-
-def reason(error: BaseException) -> str:
-    """Return why the system refused something, without the file's name that we give ourselves."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
 
 
 class Codec(NamedTuple):
@@ -848,41 +855,40 @@ def open_input(path: str) -> Input:
     A plain regular file or block device can be read at any place; all else is a stream.
     """
     name = "standard input" if path == "-" else escape(path)
-    with Signals.held(), contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo, naming(name):
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
         refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
-        state = os.fstat(fd)
-        if stat.S_ISDIR(state.st_mode):
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
             raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
-        try:
-            seekable = stat.S_ISREG(state.st_mode) or stat.S_ISBLK(state.st_mode)
-            # The rest of a file that somebody has begun to read is a stream.
-            if seekable and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
-                size = os.lseek(fd, 0, os.SEEK_END)
-                os.lseek(fd, 0, os.SEEK_SET)
-                start = os.read(fd, MAGIC_SIZE)
-                os.lseek(fd, 0, os.SEEK_SET)
-                raw: io.RawIOBase = io.FileIO(fd, "rb")
-            else:
-                seekable = False
-                widen_pipe(fd)
-                start = b""
-                while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
-                    start += data
-                raw = RestOfPipe(start, fd)
-        except OSError as error:
-            raise VmaError(f"{name}: {reason(error)}") from error
-        source = None
+        size = None
+        # The rest of a file that somebody has begun to read is a stream.
+        if is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
+            size = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, 0, os.SEEK_SET)
+            start = os.read(fd, MAGIC_SIZE)
+            os.lseek(fd, 0, os.SEEK_SET)
+            raw: io.RawIOBase = io.FileIO(fd, "rb")
+        else:
+            widen_pipe(fd)
+            start = b""
+            while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
+                start += data
+            raw = RestOfPipe(start, fd)
         codec = next((c for c in CODECS if start.startswith(c.magics)), None)
         if codec is None:
-            buffered = io.BufferedReader(raw, BUFFER_SIZE)
-            source = Input(name, buffered, size if seekable else None)
+            source = Input(name, io.BufferedReader(raw, BUFFER_SIZE), size)
         else:
-            source = open_codec(name, codec, raw, seekable)
-        source.compressed_size = size if seekable else 0
+            source = open_codec(name, codec, raw, seekable=size is not None)
+            source.compressed_size = size or 0
         undo.pop_all()
         return source
+
+
+def is_disk(mode: int) -> bool:
+    """Say whether this is a file that can be read at any place."""
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def open_codec(name: str, codec: Codec, raw: io.RawIOBase, seekable: bool) -> Input:
@@ -949,11 +955,12 @@ class Target:
 
     def sync(self) -> None:
         """Wait until all is on the disk."""
-        try:
-            os.fsync(self.fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a pipe
-                raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+        with naming(f"{self.name}: cannot write"):
+            try:
+                os.fsync(self.fd)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a pipe
+                    raise
 
     def append(self, parts: Sequence[Buffer]) -> None:
         """Write parts behind all that was written before."""
@@ -972,10 +979,7 @@ class Directory:
         self._files: list[PartialFile] = []
         self._fd: int | None = None
         if os.open in os.supports_dir_fd:
-            try:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            except OSError as error:
-                raise VmaError(f"{escape(self.path)}: {reason(error)}") from error
+            self._fd = open_path(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     def __enter__(self) -> Directory:
         return self
@@ -997,13 +1001,10 @@ class Directory:
 
     def has(self, name: str) -> bool:
         """Say whether there is something of that name, be it a dangling symbolic link."""
-        try:
+        with naming(self._full(name)), contextlib.suppress(FileNotFoundError):
             os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise VmaError(f"{self._full(name)}: {reason(error)}") from error
-        return True
+            return True
+        return False
 
     def require_absent(self, names: Iterable[str]) -> None:
         for name in names:
@@ -1011,8 +1012,9 @@ class Directory:
                 raise VmaError(f"{self._full(name)}: {os.strerror(errno.EEXIST)}")
 
     def require_empty(self) -> None:
-        if os.listdir(self.path if self._fd is None else self._fd):
-            raise VmaError(f"{escape(self.path)}: {os.strerror(errno.ENOTEMPTY)}")
+        with naming(escape(self.path)):
+            if os.listdir(self.path if self._fd is None else self._fd):
+                raise VmaError(f"{escape(self.path)}: {os.strerror(errno.ENOTEMPTY)}")
 
     def _full(self, name: str) -> str:
         return escape(os.path.join(self.path, name))
@@ -1024,11 +1026,8 @@ class Directory:
         temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        with Signals.held():
-            try:
-                fd = os.open(self._at(temporary), flags, 0o666, dir_fd=self._fd)
-            except OSError as error:
-                raise VmaError(f"{self._full(name)}: {reason(error)}") from error
+        with Signals.held(), naming(self._full(name)):
+            fd = os.open(self._at(temporary), flags, 0o666, dir_fd=self._fd)
             file = PartialFile(fd, self._full(name), name, temporary)
             self._files.append(file)
         return file
@@ -1044,30 +1043,22 @@ class Directory:
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist.
         """
-        new = []
-        with Signals.held():
-            try:
-                while self._files:
-                    file = self._files[0]
-                    exists = self.has(file.final)
-                    if exists and not replace:
-                        raise VmaError(f"{file.name}: {os.strerror(errno.EEXIST)}")
-                    file.close()
-                    os.replace(
-                        self._at(file.temporary), self._at(file.final),
-                        src_dir_fd=self._fd, dst_dir_fd=self._fd,
-                    )  # fmt: skip
-                    self._files.pop(0)
-                    if not exists:
-                        new.append(file.final)
-                if self._fd is not None:
-                    os.fsync(self._fd)
-            except (OSError, VmaError) as error:
-                for name in new:
-                    os.unlink(self._at(name), dir_fd=self._fd)
-                if isinstance(error, VmaError):
-                    raise
-                raise VmaError(f"{escape(self.path)}: cannot write: {reason(error)}") from error
+        with contextlib.ExitStack() as undo, Signals.held():
+            undo.enter_context(naming(f"{escape(self.path)}: cannot write"))
+            while self._files:
+                file = self._files[0]
+                exists = self.has(file.final)
+                if exists and not replace:
+                    raise VmaError(f"{file.name}: {os.strerror(errno.EEXIST)}")
+                file.close()
+                old, new = self._at(file.temporary), self._at(file.final)
+                os.replace(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                self._files.pop(0)
+                if not exists:
+                    undo.callback(os.unlink, new, dir_fd=self._fd)
+            if self._fd is not None:
+                os.fsync(self._fd)
+            undo.pop_all()
 
 
 class PartialFile(Target):
@@ -1081,24 +1072,17 @@ class PartialFile(Target):
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
-        try:
+        with naming(f"{self.name}: cannot write"):
             os.ftruncate(self.fd, size)
-        except OSError as error:
-            raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
 
     def allocate(self, size: int) -> None:
         """Take size bytes of disk space now, so that a full disk is an error at once.
 
         Only where the file system does that without writing them.
         """
-        if not size or not hasattr(os, "posix_fallocate") or not cheap_allocation(self.fd):
-            return
-        try:
-            os.posix_fallocate(self.fd, 0, size)
-        except OSError as error:
-            raise VmaError(
-                f"{self.name}: cannot take {format_size(size)}: {reason(error)}"
-            ) from error
+        if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
+            with naming(f"{self.name}: cannot take {format_size(size)}"):
+                os.posix_fallocate(self.fd, 0, size)
 
     def close(self) -> None:
         if self._open:
@@ -1106,7 +1090,7 @@ class PartialFile(Target):
             os.close(self.fd)
 
 
-def cheap_allocation(fd: int) -> bool:
+def allocates_cheaply(fd: int) -> bool:
     """Say whether the file is on a file system known to reserve space without writing it.
 
     Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
@@ -1114,14 +1098,12 @@ def cheap_allocation(fd: int) -> bool:
     """
     device = os.fstat(fd).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                fields = line.split()
-                if fields[2] == number:
-                    return fields[fields.index("-") + 1] in ("ext4", "xfs")
-    except OSError:
-        pass  # no Linux: there is no list of what is cheap
+    # Where there is no such list (not on Linux), nothing is known to be cheap.
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.decode(errors="replace").split()
+            if fields[2] == number:
+                return fields[fields.index("-") + 1] in ("ext4", "xfs")
     return False
 
 
@@ -1133,48 +1115,41 @@ class Output:
     """
 
     def __init__(self, path: str, replace: bool = True) -> None:
-        self.path = path
-        self.replace = replace
-        self.target: Target
         self.file: PartialFile | None = None
-        self._stack = contextlib.ExitStack()
-        self._replaced: os.stat_result | None = None
-        if path != "-":
-            # As cp does: what a symbolic link points to is written, the link stays.
-            path = os.path.realpath(path)
-            try:
-                self._replaced = os.stat(path)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise VmaError(f"{escape(path)}: {reason(error)}") from error
-        if self._replaced and stat.S_ISREG(self._replaced.st_mode) and not replace:
-            raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
-        if path == "-":
-            refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-            self.target = Target(1, "standard output", seekable=False)
-        elif self._replaced and stat.S_ISDIR(self._replaced.st_mode):
-            raise VmaError(f"{escape(path)}: {os.strerror(errno.EISDIR)}")
-        elif self._replaced and not stat.S_ISREG(self._replaced.st_mode):
-            with Signals.held():
-                fd = open_path(path, os.O_WRONLY)
-                self._stack.callback(os.close, fd)
-            refuse_terminal(fd, f"{escape(path)} is a terminal")
-            self.target = Target(fd, escape(path), seekable=False)
-        else:
-            self._files = self._stack.enter_context(Directory(os.path.dirname(path)))
+        self._replace = replace
+        self._old: os.stat_result | None = None
+        with contextlib.ExitStack() as undo, Signals.held():
+            if path == "-":
+                refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
+                self.target = Target(1, "standard output", seekable=False)
+            else:
+                # As cp does: what a symbolic link points to is written, the link stays.
+                self._open(os.path.realpath(path), undo)
+            self._stack = undo.pop_all()
+
+    def _open(self, path: str, undo: contextlib.ExitStack) -> None:
+        name = escape(path)
+        with naming(name), contextlib.suppress(FileNotFoundError):
+            self._old = os.stat(path)
+        mode = self._old.st_mode if self._old else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
+        if stat.S_ISREG(mode):
+            if self._old and not self._replace:
+                raise VmaError(f"{name}: {os.strerror(errno.EEXIST)}, --force replaces it")
+            self._files = undo.enter_context(Directory(os.path.dirname(path)))
             self.target = self.file = self._files.create(os.path.basename(path))
+            return
+        fd = open_path(path, os.O_WRONLY)
+        undo.callback(os.close, fd)
+        refuse_terminal(fd, f"{name} is a terminal")
+        self.target = Target(fd, name, seekable=False)
 
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def read_back(self) -> Input:
         """Return the written file, from its beginning."""
@@ -1188,24 +1163,20 @@ class Output:
         if self.file is None:
             self.target.sync()
             return
-        old = self._replaced
-        try:
-            if old and hasattr(os, "fchown"):
-                own = os.fstat(self.file.fd)
-                if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
-                    os.fchown(self.file.fd, old.st_uid, old.st_gid)
-                os.fchmod(self.file.fd, stat.S_IMODE(old.st_mode))
+        with naming(f"{self.file.name}: cannot keep owner, mode and times"):
+            own = os.fstat(self.file.fd)
+            if self._old and hasattr(os, "fchown"):
+                if (own.st_uid, own.st_gid) != (self._old.st_uid, self._old.st_gid):
+                    os.fchown(self.file.fd, self._old.st_uid, self._old.st_gid)
+                os.fchmod(self.file.fd, stat.S_IMODE(self._old.st_mode))
             if times and os.utime in os.supports_fd:
                 os.utime(self.file.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
-        except OSError as error:
-            message = f"{self.file.name}: cannot keep owner and mode: {reason(error)}"
-            raise VmaError(message) from error
         self._files.flush()
 
     def commit(self) -> None:
         """Put the complete archive under its name."""
         if self.file is not None:
-            self._files.commit(self.replace)
+            self._files.commit(self._replace)
 
 
 def refuse_terminal(fd: int, message: str) -> None:
@@ -1215,10 +1186,8 @@ def refuse_terminal(fd: int, message: str) -> None:
 
 def open_path(path: str, flags: int) -> int:
     """Return a file descriptor of an existing file; raises VmaError with its name."""
-    try:
+    with naming(escape(path)):
         return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise VmaError(f"{escape(path)}: {reason(error)}") from error
 
 
 R = TypeVar("R")
@@ -1923,12 +1892,9 @@ class Reorderer:
 
         directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
         name = f"temporary file in {escape(directory)}"
-        try:
-            with Signals.held():
-                file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - held
+        with naming(name):
+            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - kept open
             return Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
-        except OSError as error:
-            raise VmaError(f"{name}: {reason(error)}") from error
 
     def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
         held = self._held[device.dev_id]
@@ -2888,11 +2854,8 @@ def extract_mapped(args: argparse.Namespace) -> int:
             for device in header.devices:
                 print(f"DEV: dev_id={device.dev_id} size: {device.size} devname: {device.name}")
             sys.stdout.flush()
-        try:
-            with open(args.map, encoding="utf-8", errors="surrogateescape") as lines:
-                places = parse_map(lines)
-        except OSError as error:
-            raise VmaError(f"{escape(args.map)}: {reason(error)}") from error
+        with naming(escape(args.map)), open(args.map, "rb") as lines:
+            places = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
         targets: dict[int, Target] = {}
         zeros = set()
         for device in header.devices:
@@ -2920,8 +2883,7 @@ def open_destination(device: Device, path: str) -> Iterator[Target]:
     """Open an existing file or block device to restore a device into."""
     fd = open_path(path, os.O_RDWR)
     try:
-        kind = os.fstat(fd).st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        if not is_disk(os.fstat(fd).st_mode):
             raise VmaError(f"{escape(path)}: neither a file nor a block device")
         size = os.lseek(fd, 0, os.SEEK_END)
         # Storages round sizes up; Proxmox demands the same.
@@ -3007,23 +2969,18 @@ def load(
 @contextlib.contextmanager
 def make_directory(path: str) -> Iterator[Directory]:
     """Open a directory, made if it is not there; one that was made here goes away on an error."""
-    made = False
-    try:
-        with Signals.held():
-            try:
-                os.mkdir(path)
-                made = True
-            except FileExistsError:
-                pass
+    with contextlib.ExitStack() as undo:
+        with Signals.held(), naming(escape(path)), contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            undo.callback(remove_directory, path)
         with Directory(path) as directory:
             yield directory
-            made = False
-    except OSError as error:
-        raise VmaError(f"{escape(path)}: {reason(error)}") from error
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # somebody else put something there
-                os.rmdir(path)
+        undo.pop_all()
+
+
+def remove_directory(path: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else put something there
+        os.rmdir(path)
 
 
 def describe_for_pack(header: Header) -> bytes:
@@ -3050,10 +3007,8 @@ def cmd_pack(args: argparse.Namespace) -> int:
     """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
     with contextlib.ExitStack() as stack:
-        try:
+        with naming(escape(args.directory)):
             packing = (read_described if described else read_undescribed)(args.directory)
-        except OSError as error:
-            raise VmaError(f"{escape(str(error.filename))}: {reason(error)}") from error
         header = set_options(packing.header, args.options)
         check_names(header)
         disks = []
@@ -3222,13 +3177,10 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     """Return a regular file's contents of up to limit bytes."""
     # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(fd, "rb") as file, naming(escape(path)):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise VmaError(f"{escape(path)}: not a file")
-        try:
-            data = file.read(limit + 1)
-        except OSError as error:
-            raise VmaError(f"{escape(path)}: {reason(error)}") from error
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
     return data
@@ -3242,7 +3194,7 @@ def open_disk(
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     file = stack.enter_context(os.fdopen(fd, "rb", buffering=0, closefd=True))
     state = os.fstat(fd)
-    if not stat.S_ISREG(state.st_mode) and not stat.S_ISBLK(state.st_mode):
+    if not is_disk(state.st_mode):
         raise VmaError(f"{name}: neither a file nor a block device")
     size = os.lseek(fd, 0, os.SEEK_END)
     if exact:
@@ -3352,12 +3304,9 @@ def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links."""
     if "-" in (path, output):
         return False
-    try:
+    with naming(escape(output)), contextlib.suppress(FileNotFoundError):
         return os.path.samefile(path, output)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise VmaError(f"{escape(error.filename or output)}: {reason(error)}") from error
+    return False
 
 
 def refusal_in_place(path: str, source: Input) -> str:

@@ -9,7 +9,7 @@ of fixed blocks tell how much new data the second day is: for the archives as wr
 `vma_tool.py optimize` makes of them, and for the raw disks, which are the limit. What comes back
 from restic, borg, rdiff and xdelta3 is compared byte by byte, and verified.
 
-    python3 tests/dedup.py                      the table of the README, in about half an hour
+    python3 tests/dedup.py                      the table of the README, in ten to twenty minutes
     python3 tests/dedup.py --size small         a smaller guest, in a few minutes
     python3 tests/dedup.py --svg docs/gains.svg
 

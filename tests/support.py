@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import unittest
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -152,6 +153,9 @@ def call_tool(*args: Argument, input: bytes | Iterable[bytes] | None = None) -> 
     errors = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept_signals())
+        # What a call leaves open is a test of its own, not a line among the tool's.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", ResourceWarning)
         output = stack.enter_context(tempfile.TemporaryFile())
         stack.enter_context(_standard_input(input))
         stack.enter_context(_redirected(1, output.fileno()))

@@ -150,7 +150,7 @@ class Blobs(unittest.TestCase):
             (end - 2, None), (end - 1, None), (end, None), (end + 1, None), (1 << 32, None),
         ):  # fmt: skip
             with self.subTest(offset=offset):
-                self.assertEqual(vma_tool.parse_blob(buffer, offset), data)
+                self.assertEqual(vma_tool.parse_blob(memoryview(buffer), offset), data)
 
     def test_parse_name(self) -> None:
         for blob, name in (
@@ -160,7 +160,7 @@ class Blobs(unittest.TestCase):
         ):  # fmt: skip
             with self.subTest(blob=blob):
                 buffer = b"\0" + struct.pack("<H", len(blob)) + blob
-                self.assertEqual(vma_tool.parse_name(buffer, 1), name)
+                self.assertEqual(vma_tool.parse_name(memoryview(buffer), 1), name)
                 if name:
                     self.assertEqual(vma_tool.encode_name(name), blob.split(b"\0")[0])
 

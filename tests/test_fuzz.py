@@ -1,0 +1,140 @@
+"""The structural fuzzer's own tests, a bounded run of it, and what fuzzing has found so far."""
+
+from __future__ import annotations
+
+import random
+import struct
+import unittest
+from collections.abc import Callable
+from unittest import mock
+
+import vma_tool
+from tests import archives, fuzz
+from tests.archives import BLOCK, CLUSTER, HEADER
+from tests.damage import damages, good
+from tests.fuzz import Draft, FindingError, Sandbox, judge
+from tests.support import ToolTest, golden, manifest, sha256
+
+CASES = 2000
+SEED = 20251120
+
+
+class Judge(unittest.TestCase):
+    """What the tool is measured against has to be right itself."""
+
+    def test_golden_archives(self) -> None:
+        """They restore to what the manifest says."""
+        for name, want in manifest().items():
+            with self.subTest(archive=name):
+                contents = judge(golden(name)).contents
+                assert contents is not None
+                archive = contents.archive
+                self.assertEqual((archive.uuid.hex(), archive.ctime), (want["uuid"], want["ctime"]))
+                self.assertEqual(
+                    {str(config, "utf-8"): sha256(data) for config, data in archive.configs},
+                    want["configs"],
+                )
+                self.assertEqual(
+                    [(d.dev_id, d.raw_name.decode(), d.size, sha256(d.data)) for d in archive.devices],
+                    [(d["dev_id"], d["name"], d["size"], d["sha256"]) for d in want["devices"]],
+                )
+
+    def test_damages(self) -> None:
+        """Each damaged archive of the table is refused, the sound one is not."""
+        self.assertIsNotNone(judge(good()).contents)
+        for damage in damages():
+            with self.subTest(damage.name):
+                self.assertIsNone(judge(damage.data).contents)
+
+    def test_taken_apart(self) -> None:
+        """A draft without a mutation is the archive that it was made of."""
+        for name in manifest():
+            draft = Draft.of(golden(name))
+            self.assertEqual(draft.pack(), golden(name))
+            for part in draft.parts:
+                fuzz.put_cells(part, fuzz.cells_of(part))
+            self.assertEqual(draft.pack(), golden(name))
+
+
+class SandboxFinds(ToolTest):
+    """The sandbox sees what it is there for; each fault is put into the tool on purpose."""
+
+    def found(self, data: bytes, command: str, fault: Callable[[], object]) -> str:
+        """Return what is found if `fault` is called in the tool in the middle of a command."""
+        real = vma_tool.read_header
+
+        def read_header(source: vma_tool.Input) -> vma_tool.Header:
+            fault()
+            return real(source)
+
+        with mock.patch.object(vma_tool, "read_header", read_header):
+            with self.assertRaises(FindingError) as caught:
+                Sandbox(self.directory).check(data, [command])
+        return str(caught.exception)
+
+    def test_faults(self) -> None:
+        outside = self.directory / "outside"
+        kept: list[object] = []
+
+        def fail() -> None:
+            raise ValueError("a traceback")
+
+        for what, says, fault in (
+            ("an exception", "ValueError: a traceback", fail),
+            ("a file outside", "there is .*'outside'", lambda: outside.write_text("x")),
+            ("the source changed", "changed", lambda: (self.directory / "in.vma").write_bytes(b"")),
+            ("a file left open", "left open: ", lambda: kept.append(open("/dev/null", "rb"))),
+            ("memory", "MiB of memory", lambda: kept.append(b"x" * (100 << 20))),
+            ("a line more", "standard error", lambda: vma_tool.print_error("x")),
+        ):  # type: tuple[str, str, Callable[[], object]]
+            with self.subTest(what):
+                if what == "memory" and not fuzz.peak_memory():
+                    self.skipTest("the system does not tell its peak")
+                self.assertRegex(self.found(golden("odd-size"), "scan", fault), says)
+                kept.clear()
+
+    def test_wrong_verdict(self) -> None:
+        """A damaged archive that passes, or a good one that does not, is a finding."""
+        cut = golden("odd-size")[: -BLOCK - 512]
+        with mock.patch.object(vma_tool, "read_extents", lambda source, header: iter(())):
+            with mock.patch.object(vma_tool.Index, "finish", lambda self: None):
+                with self.assertRaisesRegex(FindingError, "cut inside an extent; the tool says: "):
+                    Sandbox(self.directory).check(cut, ["verify"])
+            with self.assertRaisesRegex(FindingError, "restores completely; the tool says: vma"):
+                Sandbox(self.directory).check(golden("odd-size"), ["verify stream"])
+
+
+class Fuzzing(ToolTest):
+    def test_bounded_run(self) -> None:
+        """A few thousand archives: whether each restores is what the format says."""
+        sandbox = Sandbox(self.directory)
+        others = [command for command in sandbox.COMMANDS if not command.startswith("verify")]
+        good = 0
+        for number in range(CASES):
+            case = fuzz.draw(SEED, number)
+            commands = ["verify", "verify stream", *random.Random(number).sample(others, 2)]
+            try:
+                sandbox.check(case.data, commands, number)
+            except FindingError as finding:
+                self.fail(f"python3 tests/fuzz.py --case {SEED}:{number} ({case.what}): {finding}")
+            good += sandbox.judgement.contents is not None
+        # A fuzzer that makes only good archives, or only bad ones, shows little.
+        self.assertGreater(good, CASES // 4)
+        self.assertLess(good, CASES * 3 // 4)
+
+    def test_random_bytes(self) -> None:
+        """Not an archive at all, or one of which a part is noise."""
+        rng = random.Random(SEED)
+        sandbox = Sandbox(self.directory)
+        data = golden("odd-size")
+        for number in range(150):
+            noise = rng.randbytes(rng.choice([0, 1, 3, 4, 60, 511, 512, 4096, 12288, 20000]))
+            at = rng.choice([0, 4, HEADER, len(data) - 512, rng.randrange(len(data))])
+            for new in (noise, data[:at] + noise, data[:at] + noise + data[at + len(noise) :]):
+                if new[:4] in (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18") or new[:2] == b"\x1f\x8b":
+                    continue  # compressed: another program's faults
+                sandbox.check(new, rng.sample(sandbox.COMMANDS, 2), number)
+
+
+if __name__ == "__main__":
+    unittest.main()
