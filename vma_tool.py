@@ -36,7 +36,6 @@ import importlib
 import io
 import itertools
 import os
-import queue
 import signal
 import stat
 import struct
@@ -181,6 +180,11 @@ class Device(NamedTuple):
         # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
         blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
         return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
+
+    def ends_inside_block(self, mask: int) -> bool:
+        """Say whether the end is inside a block, and the last cluster's mask has that block."""
+        last_block = self.block_mask(self.cluster_count - 1) + 1 >> 1
+        return bool(self.size % BLOCK_SIZE and not self.is_vmstate and mask & last_block)
 
 
 class Header(NamedTuple):
@@ -1204,6 +1208,8 @@ def run_steps(
     release the interpreter's lock, so that one processor reads while the other one writes. Two
     threads that both write are slower: the kernel lets only one at a time into a file.
     """
+    import queue
+
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     filled: queue.SimpleQueue[tuple[memoryview, R] | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
@@ -1559,13 +1565,23 @@ class Archive:
             for first in range(0, len(index.entries), clusters):
                 entries = index.slice(first, clusters)
                 masks = [entry & FULL_MASK for entry in entries]
-                payload: Sequence[Range | None] = ()
+                payload: list[Piece | None] = []
                 if any(masks):
                     payload = [
                         Range(entry >> 16, mask_size(mask)) if mask else None
                         for entry, mask in zip(entries, masks)
                     ]
+                    last = first + len(masks) == device.cluster_count
+                    if last and device.ends_inside_block(masks[-1]):
+                        payload[-1] = zero_tail(device, self.read_stored(entries[-1]))
                 yield Span(device, first, masks, payload)
+
+
+def zero_tail(device: Device, stored: bytearray) -> bytearray:
+    """Zero what the last of a device's blocks holds behind its end, as the format has it."""
+    tail = -device.size % BLOCK_SIZE
+    stored[len(stored) - tail :] = bytes(tail)
+    return stored
 
 
 def expand(stored: Buffer, mask: int) -> bytes:
@@ -1899,7 +1915,7 @@ class Reorderer:
     def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
         held = self._held[device.dev_id]
         masks = [entry & FULL_MASK for entry in entries]
-        payload: list[bytes | None] = []
+        payload: list[Buffer | None] = []
         for i, entry in enumerate(entries) if any(masks) else ():
             data = held.pop(first + i, None)
             if data is not None:
@@ -1910,6 +1926,9 @@ class Reorderer:
                 self._file.source.read_at(memoryview(stored), entry >> 16)
                 data = bytes(stored)
             payload.append(data)
+        last = first + len(masks) == device.cluster_count
+        if last and payload and payload[-1] and device.ends_inside_block(masks[-1]):
+            payload[-1] = zero_tail(device, bytearray(payload[-1]))
         return Span(device, first, masks, payload)
 
 
@@ -3337,173 +3356,104 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be read line by line
     """Return the parser; each command sets `func` to the function that runs it."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--version", action="version", version=f"vma-tool {__version__}")
-    common.add_argument(
-        "-q", "--quiet", action="store_true", help="print errors only, and no progress"
-    )
+    common.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     common.add_argument("-v", "--verbose", action="store_true", help="print more")
+    layout = argparse.ArgumentParser(add_help=False)
+    layout.add_argument(
+        "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
+        help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
+        f"(default {DEFAULT_ALIGN})",
+    )  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="vma-tool",
         parents=[common],
-        description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma). "
-        "ARCHIVE is a file, plain or compressed, or - for standard input.",
+        description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(
-        name: str, func: Callable[[argparse.Namespace], int], text: str, example: str
-    ) -> argparse.ArgumentParser:
+        func: Callable[[argparse.Namespace], int], text: str, example: str, *parents: Any
+    ) -> Callable[..., argparse.Action]:
+        name = func.__name__[len("cmd_") :]
         command = commands.add_parser(
             name,
-            parents=[common],
+            parents=[common, *parents],
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  vma-tool {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(func=func)
-        return command
+        return command.add_argument
 
-    def add_align(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--align",
-            choices=ALIGNS,
-            default=DEFAULT_ALIGN,
-            type=str.upper,
-            help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
-            f"(default {DEFAULT_ALIGN})",
-            metavar="SIZE",
-        )
+    flag: Any = {"action": "store_true"}
+    several: Any = {"action": "append", "default": []}
+    text = "a file, plain or compressed, or - for standard input"
+    archive: Any = {"dest": "archive", "metavar": "ARCHIVE", "help": text}
+    output: Any = {"dest": "output", "help": "a file, or - for standard output"}
 
-    command = add("list", cmd_list, "show what an archive holds", "--scan backup.vma")
-    command.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-    command.add_argument(
-        "--partitions",
-        action="store_true",
-        help="show what the disks hold, without extracting them (a plain file only)",
-    )
-    command.add_argument(
-        "--scan",
-        action="store_true",
-        help="read all extent headers too: bytes stored, order, layout",
-    )
-    command.add_argument("archive", metavar="ARCHIVE")
+    arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
+    arg("--json", **flag, help="print one JSON object, for scripts")
+    arg("--partitions", **flag, help="show what the disks hold (of a plain file only)")
+    arg("--scan", **flag, help="read all extent headers too: bytes stored, order, layout")
+    arg(**archive)
 
-    command = add("verify", cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
-    mode = command.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--against", metavar="OTHER", help="compare configs and disk contents with another archive"
-    )
-    mode.add_argument(
-        "--digest", action="store_true", help="print the SHA-256 of each disk, as sha256sum does"
-    )
-    command.add_argument(
-        "--ignore-ctime", action="store_true", help="with --against: the time may differ"
-    )
-    command.add_argument("--json", action="store_true", help="print one JSON object an archive")
-    command.add_argument("archive", metavar="ARCHIVE", nargs="+")
+    arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
+    arg("--against", metavar="OTHER", help="compare configs and disk contents with this archive")
+    arg("--ignore-ctime", **flag, help="with --against: the time may differ")
+    arg("--digest", **flag, help="print the SHA-256 of each config and disk, as sha256sum does")
+    arg("--json", **flag, help="print one JSON object an archive")
+    arg(**archive, nargs="+")
 
-    command = add(
-        "extract",
-        cmd_extract,
-        "write configs and disks as Proxmox's own vma extract does",
-        "-d drive-scsi0 backup.vma disks/",
-    )
-    command.add_argument(
-        "-d", dest="devices", metavar="NAME[,NAME...]", help="only these devices (default: all)"
-    )
-    where = command.add_mutually_exclusive_group()
-    where.add_argument(
-        "-o", dest="output", metavar="PATH", help="write the one disk of -d there (-: to a pipe)"
-    )
-    where.add_argument(
-        "-r", dest="map", metavar="MAPFILE", help="write disks into files and devices, by a map"
-    )
-    command.add_argument("archive", metavar="ARCHIVE")
-    command.add_argument(
-        "targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)"
-    )
+    text = "write configs and disks as Proxmox's own vma extract does"
+    arg = add(cmd_extract, text, "-d drive-scsi0 backup.vma disks/")
+    arg("-d", dest="devices", metavar="NAME[,NAME...]", help="only these devices (default: all)")
+    arg("-o", dest="output", metavar="PATH", help="write the one disk of -d there (-: to a pipe)")
+    arg("-r", dest="map", metavar="MAPFILE", help="write disks into files and devices, by a map")
+    arg(**archive)
+    arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
-    command = add("unpack", cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
-    command.add_argument("--force", action="store_true", help="replace files that exist")
-    command.add_argument("archive", metavar="ARCHIVE")
-    command.add_argument("directory", metavar="DIRECTORY")
+    arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
+    arg("--force", **flag, help="replace files that exist")
+    arg(**archive)
+    arg("directory", metavar="DIRECTORY")
 
-    command = add("config", cmd_config, "print one config of an archive", "backup.vma")
-    command.add_argument(
-        "-c", dest="config", metavar="NAME", default=CONFIG_NAME, help=f"(default {CONFIG_NAME})"
-    )
-    command.add_argument("archive", metavar="ARCHIVE")
+    arg = add(cmd_config, "print one config of an archive", "backup.vma")
+    arg("-c", dest="config", metavar="NAME", default=CONFIG_NAME, help=f"(default {CONFIG_NAME})")
+    arg(**archive)
 
-    command = add(
-        "create",
-        cmd_create,
-        "make an archive of raw disks or block devices",
-        "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
-    )
-    add_align(command)
-    command.add_argument(
-        "-c", dest="config", metavar="CONFIG", action="append", default=[], help="add a config file"
-    )
-    command.add_argument(
-        "-d",
-        dest="devices",
-        metavar="[format=raw:]NAME=PATH",
-        action="append",
-        default=[],
-        help="add a disk",
-    )
-    command.add_argument("--force", action="store_true", help="replace ARCHIVE if it exists")
-    command.add_argument("output", metavar="ARCHIVE", help="a file, or - for standard output")
-    command.add_argument("disks", metavar="NAME=PATH", nargs="*", help="add a disk")
+    example = "-c qemu-server.conf new.vma drive-scsi0=disk.raw"
+    arg = add(cmd_create, "make an archive of raw disks or block devices", example, layout)
+    arg("-c", dest="config", metavar="CONFIG", **several, help="add a config file")
+    arg("-d", dest="devices", metavar="[format=raw:]NAME=PATH", **several, help="add a disk")
+    arg("--force", **flag, help="replace ARCHIVE if it exists")
+    arg(**output, metavar="ARCHIVE")
+    arg("disks", metavar="NAME=PATH", nargs="*", help="add a disk")
 
-    command = add("pack", cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma")
-    add_align(command)
-    command.add_argument(
-        "-u",
-        dest="options",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=parse_option,
-        help=f"set a line of {CONFIG_NAME}, for instance -u name=web2",
-    )
-    command.add_argument("directory", metavar="DIRECTORY")
-    command.add_argument("output", metavar="ARCHIVE", help="a file, or - for standard output")
+    arg = add(cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma", layout)
+    text = f"set a line of {CONFIG_NAME}, for instance -u name=web2"
+    arg("-u", dest="options", metavar="KEY=VALUE", type=parse_option, **several, help=text)
+    arg("directory", metavar="DIRECTORY")
+    arg(**output, metavar="ARCHIVE")
 
-    command = add(
-        "optimize", cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma"
-    )
-    add_align(command)
-    command.add_argument(
-        "--memory",
-        metavar="SIZE",
-        type=parse_memory,
-        default=DEFAULT_MEMORY,
-        help="how much of a stream may wait in memory before a temporary file is used "
-        "(default 256M)",
-    )
-    command.add_argument(
-        "--check",
-        action="store_true",
-        default=None,
-        help="read the written archive back and compare all disks (default in place)",
-    )
-    command.add_argument("--no-check", dest="check", action="store_false", help="do not")
-    command.add_argument("archive", metavar="ARCHIVE")
-    command.add_argument(
-        "output",
-        metavar="OUTPUT",
-        nargs="?",
-        help="a file, or - for standard output (default: replace ARCHIVE)",
-    )
-    command = add("completion", cmd_completion, "print a shell's completion", "bash")
-    command.add_argument("shell", choices=("bash", "zsh"))
+    arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
+    text = "of a stream, what may wait in memory and not in a temporary file (default 256M)"
+    arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
+    text = "read the written archive back and compare all disks (default in place)"
+    arg("--check", action="store_true", default=None, help=text)
+    arg("--no-check", dest="check", action="store_false", help="do not")
+    arg(**archive)
+    output["help"] += " (default: replace ARCHIVE)"
+    arg(**output, metavar="OUTPUT", nargs="?")
+
+    arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
+    arg("shell", choices=("bash", "zsh"))
     return parser
 
 
@@ -3517,6 +3467,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("extract: name a TARGETDIR, or -o PATH")
         if args.map is not None and args.devices is not None:
             parser.error("extract: the devices are chosen by -d or by -r, not by both")
+        if args.map is not None and args.output is not None:
+            parser.error("extract: disks go where -o or -r says, not both")
+    if args.func is cmd_verify and args.against is not None and args.digest:
+        parser.error("verify: --against or --digest, not both")
     if args.func is cmd_optimize and args.archive == "-" and args.output is None:
         parser.error("optimize: standard input cannot be replaced: name an OUTPUT")
     if args.func is cmd_optimize and args.check and "-" in (args.archive, args.output):

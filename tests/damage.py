@@ -119,7 +119,7 @@ def header_damages() -> Iterator[Damage]:
     for size in (0, 512, 12287, 12288, (64 << 20) + 1, 0xFFFFFE00, 0xFFFFFFFF):
         yield Damage(f"header_size {size}", field(56, size), f"header_size is {size}", 56)
     yield Damage(
-        "header_size behind the file's end", field(56, 32 << 20), "ends inside its header, after"
+        "header_size behind the file's end", field(56, 16 << 20), "ends inside its header, after"
     )
     for offset, what in ((48, "offset"), (52, "size")):
         for number in (1 << 30, 0xFFFFFFFF):

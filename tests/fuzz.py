@@ -716,7 +716,7 @@ def time_limit(seconds: int) -> Iterator[None]:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def peak_memory(reset: bool = False) -> int:

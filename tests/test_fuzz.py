@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
-import struct
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import vma_tool
-from tests import archives, fuzz
-from tests.archives import BLOCK, CLUSTER, HEADER
+from tests import fuzz
+from tests.archives import BLOCK, HEADER
 from tests.damage import damages, good
 from tests.fuzz import Draft, FindingError, Sandbox, judge
 from tests.support import ToolTest, golden, manifest, sha256
@@ -35,7 +36,10 @@ class Judge(unittest.TestCase):
                     want["configs"],
                 )
                 self.assertEqual(
-                    [(d.dev_id, d.raw_name.decode(), d.size, sha256(d.data)) for d in archive.devices],
+                    [
+                        (d.dev_id, d.raw_name.decode(), d.size, sha256(d.data))
+                        for d in archive.devices
+                    ],
                     [(d["dev_id"], d["name"], d["size"], d["sha256"]) for d in want["devices"]],
                 )
 
@@ -54,6 +58,14 @@ class Judge(unittest.TestCase):
             for part in draft.parts:
                 fuzz.put_cells(part, fuzz.cells_of(part))
             self.assertEqual(draft.pack(), golden(name))
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    data = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([data[-1] ^ 1]))
 
 
 class SandboxFinds(ToolTest):
@@ -82,7 +94,7 @@ class SandboxFinds(ToolTest):
         for what, says, fault in (
             ("an exception", "ValueError: a traceback", fail),
             ("a file outside", "there is .*'outside'", lambda: outside.write_text("x")),
-            ("the source changed", "changed", lambda: (self.directory / "in.vma").write_bytes(b"")),
+            ("the source changed", "changed", lambda: flip(self.directory / "in.vma")),
             ("a file left open", "left open: ", lambda: kept.append(open("/dev/null", "rb"))),
             ("memory", "MiB of memory", lambda: kept.append(b"x" * (100 << 20))),
             ("a line more", "standard error", lambda: vma_tool.print_error("x")),

@@ -101,11 +101,11 @@ class Listing(ToolTest):
         lines = self.ok("list", path).splitlines()
         self.assertEqual(lines[0], f"archive  {path}")
         self.assertIn("uuid     f1cc38f1-2eaf-4cf3-a03d-8a4d483c63ff", lines)
-        self.assertIn("device   2    drive-scsi0  6.0 MiB, 6291456 bytes", lines)
+        self.assertRegex("\n".join(lines), r"device +2 +drive-scsi0 +6\.0 MiB, 6291456 bytes")
         self.assertEqual(len(lines), 3 + 2 + 3)
         scanned = self.ok("list", "--scan", path)
         self.assertIn("layout   not canonical\n", scanned)
-        self.assertIn("286720 bytes stored, 6004736 zero, clusters ascending\n", scanned)
+        self.assertIn("286720 bytes stored, 6004736 zero, ", scanned)
 
     def test_local_time(self) -> None:
         """Times are local, ISO 8601."""
@@ -141,7 +141,7 @@ class Listing(ToolTest):
     def test_header_sizes(self) -> None:
         """A header may be larger than it needs, and no multiple of 512."""
         exact = extents()[0]
-        for size in (exact - 100, exact, 16384, 20001, 1 << 20, 64 << 20):
+        for size in (exact - 100, exact, 16384, 20001, 1 << 20, 17 << 20):
             with self.subTest(size=size):
                 data = archives.header_bytes(good_archive(), size) + good()[exact:]
                 path = self.file("a.vma", data)
