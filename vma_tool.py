@@ -1740,6 +1740,7 @@ def is_canonical(archive: Archive, align: int) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Reorder: from any order to the canonical one, and to the disks
 
+EMPTY_GROUPS = 1024  # headers of empty extents that are written at once
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
@@ -2124,61 +2125,97 @@ def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: in
     ]
 
 
+class Group(NamedTuple):
+    """The clusters of one extent to pack, and where their data is, (start, end) on the disk.
+
+    `empty` are the headers of extents before it that hold nothing, so that each step has work.
+    """
+
+    disk: Disk
+    first: int
+    cluster_count: int
+    data: Sequence[tuple[int, int]]
+    empty: Sequence[bytes]
+
+
+def iter_groups(layout: Layout, disk: Disk) -> Iterator[Group]:
+    """Yield the extents of a disk; those without data only as the headers that they will have."""
+    parts = iter_data(disk)
+    part = next(parts, None)
+    empty: list[bytes] = []
+    cluster_count = -(-disk.size // CLUSTER_SIZE)
+    for first in range(0, cluster_count, layout.clusters):
+        count = min(layout.clusters, cluster_count - first)
+        start, end = first * CLUSTER_SIZE, min((first + count) * CLUSTER_SIZE, disk.size)
+        data = []
+        while part and part[0] < end:
+            data.append((max(part[0], start), min(part[1], end)))
+            if part[1] > end:
+                break
+            part = next(parts, None)
+        if data or len(empty) == EMPTY_GROUPS:
+            yield Group(disk, first, count, data, empty)
+            empty = []
+        else:
+            empty.append(lay_out_extent(disk.device, first, [0] * count, layout.align)[0])
+    if empty:
+        yield Group(disk, cluster_count, 0, (), empty)
+
+
 def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
     """Write a canonical archive of disks: read what is not a hole, store what is not zero."""
 
-    def step(
-        disk: Disk, first: int, parts: list[tuple[int, int]]
-    ) -> Callable[[memoryview], list[Buffer]]:
-        count = min(layout.clusters, -(-disk.size // CLUSTER_SIZE) - first)
-
-        def fill(buffer: memoryview) -> list[Buffer]:
-            start = first * CLUSTER_SIZE
-            blocks = []
-            at = 0
-            for data_start, data_end in parts:
-                clear(buffer[at : data_start - start])
-                at = data_end - start
-                disk.source.read_at(buffer[data_start - start : at], data_start)
-                block_start = (data_start - start) // BLOCK_SIZE * BLOCK_SIZE
-                blocks.append((block_start, -(-at // BLOCK_SIZE) * BLOCK_SIZE))
-            if parts:
-                clear(buffer[at : count * CLUSTER_SIZE])
-            masks = stored_masks(buffer, blocks, count)
-            data, stored = lay_out_extent(disk.device, first, masks, layout.align)
-            clusters = ((i, mask, i * CLUSTER_SIZE) for i, mask in enumerate(stored) if mask)
-            runs = iter_runs(clusters, count * CLUSTER_SIZE)
-            return [data, *(buffer[run.disk_offset :][: run.size] for run in runs)]
+    def step(group: Group) -> Callable[[memoryview], tuple[list[bytes], list[Piece]]]:
+        def fill(buffer: memoryview) -> tuple[list[bytes], list[Piece]]:
+            if not group.cluster_count:
+                return list(group.empty), []
+            span = read_group(group, buffer)
+            header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
+            return [*group.empty, header], list(iter_pieces(span, masks))
 
         return fill
 
-    def steps() -> Iterator[Callable[[memoryview], list[Buffer]]]:
-        for disk in disks:
-            data = iter_data(disk)
-            part = next(data, None)
-            for first in range(0, -(-disk.size // CLUSTER_SIZE), layout.clusters):
-                start = first * CLUSTER_SIZE
-                end = min(start + layout.clusters * CLUSTER_SIZE, disk.size)
-                parts = []
-                while part and part[0] < end:
-                    parts.append((max(part[0], start), min(part[1], end)))
-                    if part[1] > end:
-                        break
-                    part = next(data, None)
-                yield step(disk, first, parts)
-
-    def deliver(parts: list[Buffer]) -> None:
-        layout.digest.update(parts[0][EXTENT_MD5])
-        target.append(parts)
+    def deliver(result: tuple[list[bytes], list[Any]]) -> None:
+        headers, payload = result
+        for header in headers:
+            layout.digest.update(header[EXTENT_MD5])
+        target.append([*headers, *payload])
 
     target.append([lay_out_header(layout.header, layout.align)])
     for data, _, _ in layout.extents(()):
         target.append([data])
-    run_steps(steps(), deliver, layout.clusters * CLUSTER_SIZE)
+    groups = itertools.chain.from_iterable(iter_groups(layout, disk) for disk in disks)
+    run_steps(map(step, groups), deliver, layout.clusters * CLUSTER_SIZE)
 
 
-def clear(view: memoryview) -> None:
-    view[:] = bytes(len(view))
+def read_group(group: Group, buffer: memoryview) -> Span:
+    """Read a group's data to its place in the buffer, and return what of it is not zero."""
+    start = group.first * CLUSTER_SIZE
+    parts = []
+    filled = 0
+    for data_start, data_end in group.data:
+        first, end = data_start - start, data_end - start
+        block_start, block_end = (
+            first // BLOCK_SIZE * BLOCK_SIZE,
+            -(-end // BLOCK_SIZE) * BLOCK_SIZE,
+        )
+        # Holes may be smaller than a block, and this one may hold data of the part before.
+        filled = max(filled, block_start)
+        buffer[filled:first] = bytes(first - filled)
+        buffer[end:block_end] = bytes(block_end - end)
+        group.disk.source.read_at(buffer[first:end], data_start)
+        filled = end
+        parts.append((block_start, block_end))
+    masks = stored_masks(buffer, parts, group.cluster_count)
+    payload: list[Piece | None] = []
+    for i, mask in enumerate(masks):
+        cluster = buffer[i * CLUSTER_SIZE : (i + 1) * CLUSTER_SIZE]
+        if mask and mask != FULL_MASK:
+            runs = [(n * BLOCK_SIZE, count * BLOCK_SIZE) for n, count in iter_block_runs(mask)]
+            payload.append(b"".join(cluster[at : at + size] for at, size in runs))
+        else:
+            payload.append(cluster if mask else None)
+    return Span(group.disk.device, group.first, masks, payload)
 
 
 def check_written(output: Output, layout: Layout) -> None:

@@ -142,8 +142,12 @@ def refuse_names(archive: Archive) -> None:
             need(is_file_name(name), f"name {name!r}")
 
 
+def bytes_of(name: str | bytes) -> bytes:
+    return name.encode() if isinstance(name, str) else name
+
+
 def is_file_name(name: str | bytes) -> bool:
-    raw = name.encode() if isinstance(name, str) else name
+    raw = bytes_of(name)
     text = raw.decode("utf-8", "surrogateescape")
     return (
         raw not in (b"", b".", b"..")
@@ -761,7 +765,7 @@ class Sandbox:
         self.judgement = Judgement(None, "", False)
 
     def check(self, data: bytes, commands: Sequence[str] = COMMANDS, rng_seed: int = 0) -> None:
-        """Give an archive to these commands; raises FindingError, or what the tool itself raises."""
+        """Give an archive to these commands; raises FindingError, whatever went wrong."""
         self.data = data
         self.judgement = judge(data)
         for number, command in enumerate(commands):
@@ -934,7 +938,7 @@ class Sandbox:
         files: list[tuple[bytes, bytes | None]] = [(more, None)] if more else []
         if contents:
             for config, data in contents.archive.configs:
-                files.append((config if isinstance(config, bytes) else config.encode(), data))
+                files.append((bytes_of(config), data))
             files += [(name(device), device.data) for device in contents.archive.devices]
         names = [file for file, _ in files]
         writable = len(set(names)) == len(names) and all(len(file) <= 255 for file in names)

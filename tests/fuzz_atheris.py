@@ -24,7 +24,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import atheris
+import atheris  # type: ignore[import-untyped]  # it is only where it was installed for a run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +37,13 @@ from tests.archives import BLOCK, CLUSTER, Archive, Device
 MAX_SIZE = 128 << 10
 KEPT_OF_A_KIND = 3
 # Python's handlers, and the sandbox's, are to stay; a slow input is the sandbox's finding.
-OPTIONS = ["-handle_int=0", "-handle_term=0", "-timeout=0", "-rss_limit_mb=0", f"-max_len={MAX_SIZE}"]
+OPTIONS = [
+    "-handle_int=0",
+    "-handle_term=0",
+    "-timeout=0",
+    "-rss_limit_mb=0",
+    f"-max_len={MAX_SIZE}",
+]
 
 
 def seeds() -> list[bytes]:

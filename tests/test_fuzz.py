@@ -13,7 +13,7 @@ import vma_tool
 from tests import fuzz
 from tests.archives import BLOCK, HEADER
 from tests.damage import damages, good
-from tests.fuzz import Draft, FindingError, Sandbox, judge
+from tests.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 from tests.support import ToolTest, golden, manifest, sha256
 
 CASES = 2000
@@ -25,14 +25,14 @@ class Judge(unittest.TestCase):
 
     def test_golden_archives(self) -> None:
         """They restore to what the manifest says."""
-        for name, want in manifest().items():
-            with self.subTest(archive=name):
-                contents = judge(golden(name)).contents
+        for golden_name, want in manifest().items():
+            with self.subTest(archive=golden_name):
+                contents = judge(golden(golden_name)).contents
                 assert contents is not None
                 archive = contents.archive
                 self.assertEqual((archive.uuid.hex(), archive.ctime), (want["uuid"], want["ctime"]))
                 self.assertEqual(
-                    {str(config, "utf-8"): sha256(data) for config, data in archive.configs},
+                    {bytes_of(name).decode(): sha256(data) for name, data in archive.configs},
                     want["configs"],
                 )
                 self.assertEqual(
@@ -79,9 +79,11 @@ class SandboxFinds(ToolTest):
             fault()
             return real(source)
 
-        with mock.patch.object(vma_tool, "read_header", read_header):
-            with self.assertRaises(FindingError) as caught:
-                Sandbox(self.directory).check(data, [command])
+        with (
+            mock.patch.object(vma_tool, "read_header", read_header),
+            self.assertRaises(FindingError) as caught,
+        ):
+            Sandbox(self.directory).check(data, [command])
         return str(caught.exception)
 
     def test_faults(self) -> None:
@@ -95,7 +97,7 @@ class SandboxFinds(ToolTest):
             ("an exception", "ValueError: a traceback", fail),
             ("a file outside", "there is .*'outside'", lambda: outside.write_text("x")),
             ("the source changed", "changed", lambda: flip(self.directory / "in.vma")),
-            ("a file left open", "left open: ", lambda: kept.append(open("/dev/null", "rb"))),
+            ("a file left open", "left open: ", lambda: kept.append(os.dup(0))),
             ("memory", "MiB of memory", lambda: kept.append(b"x" * (100 << 20))),
             ("a line more", "standard error", lambda: vma_tool.print_error("x")),
         ):  # type: tuple[str, str, Callable[[], object]]
@@ -103,17 +105,23 @@ class SandboxFinds(ToolTest):
                 if what == "memory" and not fuzz.peak_memory():
                     self.skipTest("the system does not tell its peak")
                 self.assertRegex(self.found(golden("odd-size"), "scan", fault), says)
+                for fd in kept:
+                    if isinstance(fd, int):
+                        os.close(fd)
                 kept.clear()
 
     def test_wrong_verdict(self) -> None:
         """A damaged archive that passes, or a good one that does not, is a finding."""
         cut = golden("odd-size")[: -BLOCK - 512]
-        with mock.patch.object(vma_tool, "read_extents", lambda source, header: iter(())):
-            with mock.patch.object(vma_tool.Index, "finish", lambda self: None):
-                with self.assertRaisesRegex(FindingError, "cut inside an extent; the tool says: "):
-                    Sandbox(self.directory).check(cut, ["verify"])
-            with self.assertRaisesRegex(FindingError, "restores completely; the tool says: vma"):
-                Sandbox(self.directory).check(golden("odd-size"), ["verify stream"])
+        sandbox = Sandbox(self.directory)
+        no_extents = mock.patch.object(vma_tool, "read_extents", lambda source, header: iter(()))
+        nothing_missing = mock.patch.object(vma_tool.Index, "finish", lambda self: None)
+        passes = self.assertRaisesRegex(FindingError, "cut inside an extent; the tool says: ")
+        with no_extents, nothing_missing, passes:
+            sandbox.check(cut, ["verify"])
+        fails = self.assertRaisesRegex(FindingError, "restores completely; the tool says: vma")
+        with no_extents, fails:
+            sandbox.check(golden("odd-size"), ["verify stream"])
 
 
 class Fuzzing(ToolTest):

@@ -19,18 +19,19 @@ from tests.support import OsProxy, ToolTest, call_tool, sha256
 
 # What some system in use lacks: an old kernel or C library, macOS, Windows.
 CALLS = (
-    "preadv", "pwritev", "readv", "writev", "posix_fadvise", "posix_fallocate", "SEEK_DATA",
-    "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "fchown", "fchmod",
+    ["preadv"], ["pwritev"], ["readv"], ["writev"], ["posix_fadvise"], ["posix_fallocate"],
+    ["SEEK_DATA", "SEEK_HOLE"], ["O_NOFOLLOW"], ["O_CLOEXEC"], ["fchown", "fchmod"],
 )  # fmt: skip
+ALL_CALLS = [name for names in CALLS for name in names]
 
 
 class NoDirectoryDescriptors(OsProxy):
     """A system on which directories cannot be opened, and files not be named relative to them."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("supports_dir_fd", "supports_fd", "supports_follow_symlinks"):
-            return set()
-        return super().__getattr__(name)
+    def __init__(self) -> None:
+        super().__init__([*ALL_CALLS, "O_DIRECTORY"])
+        for name in ("supports_dir_fd", "supports_fd", "supports_follow_symlinks"):
+            setattr(self, name, set())
 
 
 class HiddenCalls(ToolTest):
@@ -49,12 +50,9 @@ class HiddenCalls(ToolTest):
         """Yield a context for each call that is hidden, and for all of them."""
         import vma_tool
 
-        for hidden in [*([name] for name in CALLS), list(CALLS)]:
+        for hidden in (*CALLS, ALL_CALLS):
             yield " ".join(hidden), mock.patch.object(vma_tool, "os", OsProxy(hidden))
-        bare = NoDirectoryDescriptors(CALLS)
-        for name in ("supports_dir_fd", "supports_fd", "supports_follow_symlinks"):
-            delattr(bare, name)
-        yield "all, and dir_fd", mock.patch.object(vma_tool, "os", bare)
+        yield "all, and dir_fd", mock.patch.object(vma_tool, "os", NoDirectoryDescriptors())
         yield "fcntl", hidden_modules("fcntl")
         yield "F_SETPIPE_SZ", mock.patch("fcntl.fcntl", side_effect=OSError(errno.EINVAL, "no"))
 
@@ -108,7 +106,7 @@ class HiddenCalls(ToolTest):
 def hidden_modules(*names: str) -> Iterator[None]:
     """Let modules be as if they were not there."""
     hidden: dict[str, ModuleType | None] = dict.fromkeys(names)
-    with mock.patch.dict("sys.modules", hidden):  # type: ignore[arg-type]  # None hides a module
+    with mock.patch.dict("sys.modules", hidden):
         yield
 
 
