@@ -181,11 +181,6 @@ class Device(NamedTuple):
         blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
         return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
 
-    def ends_inside_block(self, mask: int) -> bool:
-        """Say whether the end is inside a block, and the last cluster's mask has that block."""
-        last_block = self.block_mask(self.cluster_count - 1) + 1 >> 1
-        return bool(self.size % BLOCK_SIZE and not self.is_vmstate and mask & last_block)
-
 
 class Header(NamedTuple):
     """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
@@ -368,7 +363,12 @@ def check_names(header: Header) -> None:
 
     Such an archive does not restore: Proxmox's program fails, or writes outside its target.
     """
-    for kind, names in (("config", header.configs), ("device", header.devices)):
+    for kind, names, limit in (
+        ("config", header.configs, CONFIG_COUNT),
+        ("device", header.devices, len(DEV_IDS)),
+    ):
+        if len(names) > limit:
+            raise FormatError(f"{len(names)} {kind}s, an archive holds {limit} at most")
         seen = set()
         for item in names:
             fault = "occurs twice" if item.name in seen else name_fault(item.name)
@@ -589,7 +589,8 @@ class Input:
         self.progress: Progress | None = None
         self.fd = file.fileno()
         self._lock = threading.Lock()
-        self._state = os.fstat(self.fd) if size is not None else None
+        with naming(name):
+            self._state = os.fstat(self.fd) if size is not None else None
 
     def __enter__(self) -> Input:
         return self
@@ -599,7 +600,8 @@ class Input:
 
     def close(self, failed: bool = False) -> None:
         """Close; `failed` says that an error is under way, which no other may hide."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # all that was needed has been read
+            self.file.close()
 
     def read(self, size: int) -> bytes:
         """Return the next bytes; fewer than size only at the end."""
@@ -670,8 +672,8 @@ class Input:
             view = view[count:]
 
     def advise(self, offset: int, size: int) -> None:
-        """Tell the system that these bytes will be read soon."""
-        if hasattr(os, "posix_fadvise"):
+        """Tell the system that these bytes will be read soon; it need not listen."""
+        with contextlib.suppress(AttributeError, OSError):
             os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, path: str | None = None) -> None:
@@ -907,7 +909,7 @@ def open_codec(name: str, codec: Codec, raw: io.RawIOBase, seekable: bool) -> In
         return ProgramInput(name, program, raw, seekable)
     try:
         return ModuleInput(name, codec, raw)
-    except ImportError:
+    except (ImportError, ValueError):  # ValueError: no module's name at all
         raise VmaError(
             f"{name}: compressed with {codec.name}, which this machine lacks: install the package "
             f"{codec.package}, or decompress it elsewhere: "
@@ -996,7 +998,8 @@ class Directory:
                     os.unlink(self._at(file.temporary), dir_fd=self._fd)
             self._files.clear()
             if self._fd is not None:
-                os.close(self._fd)
+                with contextlib.suppress(OSError):  # it was only read
+                    os.close(self._fd)
                 self._fd = None
 
     def _at(self, name: str) -> bytes:
@@ -1084,8 +1087,8 @@ class PartialFile(Target):
 
         Only where the file system does that without writing them.
         """
-        if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
-            with naming(f"{self.name}: cannot take {format_size(size)}"):
+        with naming(f"{self.name}: cannot take {format_size(size)}"):
+            if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
                 os.posix_fallocate(self.fd, 0, size)
 
     def close(self) -> None:
@@ -1127,15 +1130,17 @@ class Output:
                 refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
                 self.target = Target(1, "standard output", seekable=False)
             else:
-                # As cp does: what a symbolic link points to is written, the link stays.
-                self._open(os.path.realpath(path), undo)
+                self._open(path, undo)
             self._stack = undo.pop_all()
 
     def _open(self, path: str, undo: contextlib.ExitStack) -> None:
-        name = escape(path)
-        with naming(name), contextlib.suppress(FileNotFoundError):
+        with naming(escape(path)), contextlib.suppress(FileNotFoundError):
             self._old = os.stat(path)
         mode = self._old.st_mode if self._old else stat.S_IFREG
+        if stat.S_ISREG(mode):
+            # As cp does: what a symbolic link points to is written, the link stays.
+            path = os.path.realpath(path)
+        name = escape(path)
         if stat.S_ISDIR(mode):
             raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
         if stat.S_ISREG(mode):
@@ -1158,9 +1163,10 @@ class Output:
     def read_back(self) -> Input:
         """Return the written file, from its beginning."""
         assert self.file is not None, "a pipe cannot be read back"
-        file = io.BufferedReader(io.FileIO(os.dup(self.file.fd)), BUFFER_SIZE)
-        file.seek(0)
-        return Input(self.file.name, file, os.fstat(self.file.fd).st_size)
+        with naming(self.file.name):
+            file = io.BufferedReader(io.FileIO(os.dup(self.file.fd)), BUFFER_SIZE)
+            file.seek(0)
+            return Input(self.file.name, file, os.fstat(self.file.fd).st_size)
 
     def flush(self, times: os.stat_result | None = None) -> None:
         """Wait until all is on the disk, with the times of another file, if given."""
@@ -1320,7 +1326,7 @@ class DeviceIndex:
     of its first stored block in the archive, in bytes.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, archive: str) -> None:
         self.device = device
         self.seen = 0
         self.stored_size = 0
@@ -1341,12 +1347,17 @@ class DeviceIndex:
             try:
                 memory = mmap.mmap(-1, 8 * count, **({"flags": private} if private else {}))
             except (OSError, OverflowError, ValueError) as error:
-                raise VmaError(
-                    f"device {quote(device.name)}: no memory for an index of {count} clusters"
-                ) from error
+                message = f"device {quote(device.name)}: no memory for its {count} clusters"
+                raise FormatError(message, archive=archive) from error
             with contextlib.suppress(AttributeError, OSError):
                 memory.madvise(mmap.MADV_NOHUGEPAGE)
             self.entries = memoryview(memory).cast("Q")
+
+    @property
+    def disk_size(self) -> int:
+        """How long the restored device is, in bytes."""
+        # Proxmox writes a vmstate as long as its clusters, whatever size the header says.
+        return self.seen * CLUSTER_SIZE if self.device.is_vmstate else self.device.size
 
     @property
     def zero_size(self) -> int:
@@ -1394,7 +1405,7 @@ class Index:
                     "format has cluster numbers for",
                     archive=self.name,
                 )
-            self.devices[device.dev_id] = DeviceIndex(device)
+            self.devices[device.dev_id] = DeviceIndex(device, self.name)
 
     def add(self, extent: Extent) -> None:
         """Enter the clusters of an extent; raises FormatError where they cannot be right."""
@@ -1500,11 +1511,6 @@ class Index:
                     archive=self.name,
                 )
 
-    def device_size(self, device: Device) -> int:
-        """Return how long the device is when it is restored, in bytes."""
-        # Proxmox writes a vmstate as long as its clusters, whatever size the header says.
-        return self.devices[device.dev_id].seen * CLUSTER_SIZE if device.is_vmstate else device.size
-
 
 class Range(NamedTuple):
     """Bytes of the source archive, by offset and size, that are to be copied."""
@@ -1545,7 +1551,7 @@ class Archive:
     def read(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device, from offset; fewer than size at the device's end."""
         index = self.index.devices[dev_id]
-        end = min(offset + size, self.index.device_size(index.device))
+        end = min(offset + size, index.disk_size)
         first = offset // CLUSTER_SIZE
         clusters = bytearray()
         for entry in index.slice(first, -(-end // CLUSTER_SIZE) - first):
@@ -1571,17 +1577,7 @@ class Archive:
                         Range(entry >> 16, mask_size(mask)) if mask else None
                         for entry, mask in zip(entries, masks)
                     ]
-                    last = first + len(masks) == device.cluster_count
-                    if last and device.ends_inside_block(masks[-1]):
-                        payload[-1] = zero_tail(device, self.read_stored(entries[-1]))
                 yield Span(device, first, masks, payload)
-
-
-def zero_tail(device: Device, stored: bytearray) -> bytearray:
-    """Zero what the last of a device's blocks holds behind its end, as the format has it."""
-    tail = -device.size % BLOCK_SIZE
-    stored[len(stored) - tail :] = bytes(tail)
-    return stored
 
 
 def expand(stored: Buffer, mask: int) -> bytes:
@@ -1670,13 +1666,29 @@ def fill_up(
     return filled, block_count - wanted
 
 
-def iter_pieces(span: Span, masks: Sequence[int]) -> Iterator[Piece]:
-    """Yield an extent's payload: the span's stored blocks, and zeros where only masks has some."""
+def extent_payload(span: Span, masks: Sequence[int]) -> list[Piece]:
+    """Return an extent's payload: the span's stored blocks, and zeros where only masks has some."""
+    pieces: list[Piece] = []
     for i, piece in enumerate(span.payload):
         if masks[i] != span.masks[i]:
-            yield from fill_piece(piece, span.masks[i], masks[i])
+            pieces.extend(fill_piece(piece, span.masks[i], masks[i]))
         elif piece is not None:
-            yield piece
+            pieces.append(piece)
+    # Where the device ends inside its last block, that is zeros from there on, here if not before.
+    tail = -span.device.size % BLOCK_SIZE
+    last = span.device.cluster_count - 1
+    whole = span.device.is_vmstate or span.first + len(masks) - 1 < last
+    if tail and pieces and not whole and masks[-1] > span.device.block_mask(last) >> 1:
+        pieces[-1:] = [cut(pieces[-1], piece_size(pieces[-1]) - tail), bytes(tail)]
+    return pieces
+
+
+def piece_size(piece: Piece) -> int:
+    return piece.size if isinstance(piece, Range) else len(piece)
+
+
+def cut(piece: Piece, size: int) -> Piece:
+    return Range(piece.offset, size) if isinstance(piece, Range) else piece[:size]
 
 
 def fill_piece(piece: Piece | None, mask: int, filled: int) -> Iterator[Piece]:
@@ -1723,7 +1735,7 @@ class Layout:
         for data, span, masks in self.extents(spans):
             yield data
             if span is not None:
-                yield from iter_pieces(span, masks)
+                yield from extent_payload(span, masks)
 
 
 def is_canonical(archive: Archive, align: int) -> bool:
@@ -1927,9 +1939,6 @@ class Reorderer:
                 self._file.source.read_at(memoryview(stored), entry >> 16)
                 data = bytes(stored)
             payload.append(data)
-        last = first + len(masks) == device.cluster_count
-        if last and payload and payload[-1] and device.ends_inside_block(masks[-1]):
-            payload[-1] = zero_tail(device, bytearray(payload[-1]))
         return Span(device, first, masks, payload)
 
 
@@ -1998,7 +2007,7 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
             index = archive.index.devices[dev_id]
             runs: list[Run] = []
             room = CHUNK_SIZE
-            for run in iter_runs(stored_clusters(index), archive.index.device_size(index.device)):
+            for run in iter_runs(stored_clusters(index), index.disk_size):
                 disk_offset, source_offset, size = run
                 archive.source.advise(source_offset, size)
                 while size:
@@ -2056,16 +2065,20 @@ def write_disks(
 ) -> None:
     """Write disks to targets by dev_id; those in zeros with their zero blocks, the others without.
 
-    Of a stream, the clusters are written in the order in which they come.
+    New files become as long as the disks. Of a stream, clusters are written as they come.
     """
+    devices = contents.index.devices
     if isinstance(contents, Reorderer):
         stream_disks(contents, targets, zeros)
-        return
-    copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
-    for dev_id in zeros:
-        spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
-        pieces = iter_disk(spans, contents.index.devices[dev_id].device.size)
-        copy_pieces(contents.source, pieces, targets[dev_id].append)
+    else:
+        copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
+        for dev_id in zeros:
+            spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
+            pieces = iter_disk(spans, devices[dev_id].disk_size)
+            copy_pieces(contents.source, pieces, targets[dev_id].append)
+    for dev_id, target in targets.items():
+        if isinstance(target, PartialFile):
+            target.truncate(devices[dev_id].disk_size)
 
 
 class Disk(NamedTuple):
@@ -2171,7 +2184,7 @@ def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
                 return list(group.empty), []
             span = read_group(group, buffer)
             header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
-            return [*group.empty, header], list(iter_pieces(span, masks))
+            return [*group.empty, header], extent_payload(span, masks)
 
         return fill
 
@@ -2244,9 +2257,9 @@ def iter_disk(spans: Iterable[Span], size: int) -> Iterator[Piece]:
                     (piece,) if piece and mask == FULL_MASK else fill_piece(piece, mask, FULL_MASK)
                 )
             for piece in pieces:
-                length = min(piece.size if isinstance(piece, Range) else len(piece), size)
+                length = min(piece_size(piece), size)
                 size -= length
-                yield Range(piece.offset, length) if isinstance(piece, Range) else piece[:length]
+                yield cut(piece, length)
 
 
 def digest_disks(source: Input, spans: Iterable[Span], sizes: Mapping[int, int]) -> dict[int, str]:
@@ -2310,7 +2323,7 @@ def compare_disks(source: Input, header: Header, archive: Archive) -> list[str]:
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in sorted(common.items()):
-        sizes = index.device_size(device), archive.index.device_size(device)
+        sizes = index.devices[dev_id].disk_size, archive.index.devices[dev_id].disk_size
         if sizes[0] != sizes[1]:
             found.append(
                 f"device {quote(device.name)} (dev_id {dev_id}): {sizes[0]} bytes, the other "
@@ -2744,7 +2757,7 @@ def verify_digest(args: argparse.Namespace, source: Input, progress: Progress) -
     source.check_unchanged()
     files = [(config.name, len(config.data), sha256(config.data)) for config in header.configs]
     for device in header.devices:
-        size = contents.index.device_size(device)
+        size = contents.index.devices[device.dev_id].disk_size
         files.append((device.name, size, digests[device.dev_id]))
     if args.json:
         items = [{"name": name, "size": size, "sha256": digest} for name, size, digest in files]
@@ -2783,7 +2796,7 @@ def print_totals(args: argparse.Namespace, index: Index) -> None:
     """With -v, print what Proxmox's own program prints at its end."""
     if args.verbose:
         zero = sum(device.zero_size for device in index.devices.values())
-        total = sum(index.device_size(device.device) for device in index.devices.values())
+        total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
         print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
 
@@ -2827,6 +2840,7 @@ def extract_one(args: argparse.Namespace) -> int:
         with Signals.held():
             source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
+        refuse_same([args.archive], args.output)
         contents = load(source, progress)
         device, *more = choose(contents.header, args.devices)
         if more:
@@ -2835,7 +2849,6 @@ def extract_one(args: argparse.Namespace) -> int:
             output = stack.enter_context(Output(args.output))
         if output.file:
             write_disks(contents, {device.dev_id: output.file})
-            output.file.truncate(contents.index.device_size(device))
         else:
             spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
             size = sys.maxsize if device.is_vmstate else device.size
@@ -2906,13 +2919,15 @@ def extract_mapped(args: argparse.Namespace) -> int:
         write_configs(header, directory)
         directory.commit(replace=False)
         if args.verbose:
-            print(f"CTIME: {format_time(header.ctime)}")
-            for device in header.devices:
-                print(f"DEV: dev_id={device.dev_id} size: {device.size} devname: {device.name}")
-            sys.stdout.flush()
+            for config in header.configs:
+                print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
+            for dev_id, name, size in header.devices:
+                print(f"DEV: dev_id={dev_id} size: {size} devname: {escape(name)}")
+            print(f"CTIME: {format_time(header.ctime)}", flush=True)
         with naming(escape(args.map)), open(args.map, "rb") as lines:
             places = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
         targets: dict[int, Target] = {}
+        used = [args.archive]
         zeros = set()
         for device in header.devices:
             if device.is_vmstate:
@@ -2922,6 +2937,8 @@ def extract_mapped(args: argparse.Namespace) -> int:
                 raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
             place = places[device.name]
             if place is not None:
+                refuse_same(used, place.path)
+                used.append(place.path)
                 targets[device.dev_id] = stack.enter_context(open_destination(device, place.path))
                 if place.write_zeros:
                     zeros.add(device.dev_id)
@@ -2990,8 +3007,6 @@ def restore(
         write_configs(header, directory)
         targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
         write_disks(contents, targets)
-        for dev_id, target in targets.items():
-            target.truncate(contents.index.device_size(contents.index.devices[dev_id].device))
         if description:
             directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
         directory.flush()
@@ -3064,6 +3079,8 @@ def cmd_pack(args: argparse.Namespace) -> int:
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
     with contextlib.ExitStack() as stack:
         with naming(escape(args.directory)):
+            names = os.listdir(args.directory)
+            refuse_same([os.path.join(args.directory, name) for name in names], args.output)
             packing = (read_described if described else read_undescribed)(args.directory)
         header = set_options(packing.header, args.options)
         check_names(header)
@@ -3106,12 +3123,9 @@ def cmd_create(args: argparse.Namespace) -> int:
         if not name or not path or name in paths:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
         paths[name] = path
+    refuse_same([*paths.values(), *args.config], args.output)
     configs = tuple(Config(os.path.basename(path), read_small(path)) for path in args.config)
     devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
-    if len(devices) > len(DEV_IDS) or len(configs) > CONFIG_COUNT:
-        raise VmaError(
-            f"an archive holds {len(DEV_IDS)} devices and {CONFIG_COUNT} configs at most"
-        )
     header = Header(CANONICAL_UUID, int(time.time()), configs, devices)
     check_names(header)
     with contextlib.ExitStack() as stack:
@@ -3157,12 +3171,10 @@ def read_described(directory: str) -> Packing:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VmaError(f"{escape(path)}: not what unpack writes: {escape(repr(error))}") from error
     ids = [device.dev_id for device in devices]
-    if (
-        len(set(ids)) < len(ids)
-        or not set(ids) <= set(DEV_IDS)
-        or not -(1 << 63) <= ctime < 1 << 63
-    ):
-        raise VmaError(f"{escape(path)}: a dev_id or ctime is out of range, or there twice")
+    if len(set(ids)) < len(ids) or not set(ids) <= set(DEV_IDS):
+        raise VmaError(f"{escape(path)}: a dev_id is there twice, or not from 1 to 254")
+    if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
+        raise VmaError(f"{escape(path)}: a size or the ctime is out of range")
     # Names are checked before they are opened: vma.json may come from anywhere.
     check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
@@ -3233,7 +3245,7 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     """Return a regular file's contents of up to limit bytes."""
     # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(fd, "rb") as file, naming(escape(path)):
+    with naming(escape(path)), os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise VmaError(f"{escape(path)}: not a file")
         data = file.read(limit + 1)
@@ -3248,7 +3260,8 @@ def open_disk(
     """Open the file or block device of a disk; `exact` if device.size is to be its size."""
     name = escape(path)
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    file = stack.enter_context(os.fdopen(fd, "rb", buffering=0, closefd=True))
+    with naming(name):
+        file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
     state = os.fstat(fd)
     if not is_disk(state.st_mode):
         raise VmaError(f"{name}: neither a file nor a block device")
@@ -3356,6 +3369,13 @@ def check_contents(args: argparse.Namespace, archive: Archive | None, output: Ou
         raise VmaError(f"{output.target.name}: what was written differs: {found[0]}")
 
 
+def refuse_same(paths: Iterable[str], output: str) -> None:
+    """Raise VmaError if what is to be written is one of the files that are read."""
+    for path in paths:
+        if is_same_file(path, output):
+            raise VmaError(f"{escape(output)}: is read here, and cannot be written as well")
+
+
 def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links."""
     if "-" in (path, output):
@@ -3393,13 +3413,30 @@ examples:
 """
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed:  # called by parse_known_intermixed_args itself
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        return self.parse_known_intermixed_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be read line by line
     """Return the parser; each command sets `func` to the function that runs it."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--version", action="version", version=f"vma-tool {__version__}")
-    common.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    common.add_argument("-v", "--verbose", action="store_true", help="print more")
-    layout = argparse.ArgumentParser(add_help=False)
+
+    def common(default: Any) -> CommandParser:
+        options = CommandParser(add_help=False)
+        flag: Any = {"action": "store_true", "default": default}
+        options.add_argument("--version", action="version", version=f"vma-tool {__version__}")
+        options.add_argument("-q", "--quiet", **flag, help="print errors only")
+        options.add_argument("-v", "--verbose", **flag, help="print more")
+        return options
+
+    layout = CommandParser(add_help=False)
     layout.add_argument(
         "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
@@ -3407,12 +3444,12 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="vma-tool",
-        parents=[common],
+        parents=[common(False)],
         description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def add(
         func: Callable[[argparse.Namespace], int], text: str, example: str, *parents: Any
@@ -3420,7 +3457,8 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
         name = func.__name__[len("cmd_") :]
         command = commands.add_parser(
             name,
-            parents=[common, *parents],
+            # What was said before the command stays said.
+            parents=[common(argparse.SUPPRESS), *parents],
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  vma-tool {name} {example}",
@@ -3577,7 +3615,9 @@ _vma_tool() {{
 {chr(10).join(cases)}
   esac
 }}
-compdef _vma_tool vma-tool vma_tool.py"""
+if [[ $funcstack[1] == _vma-tool ]]; then _vma_tool "$@"; else
+  compdef _vma_tool vma-tool vma_tool.py
+fi"""
 
 
 def parse_option(text: str) -> tuple[str, str]:

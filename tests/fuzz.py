@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import os
 import random
@@ -39,6 +38,7 @@ if __name__ == "__main__":
 import vma_tool
 from tests import archives
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, HEADER, Archive, Device
+from tests.faults import build_parser, has_child, open_files
 from tests.support import Answer, call_tool, golden, manifest
 
 MEMORY_LIMIT = 64 << 20  # over what the process has before
@@ -70,20 +70,20 @@ class Contents:
 
 
 class Judgement(NamedTuple):
-    """The verdict: `contents`, or why there are none; `listed` if the header alone is good."""
+    """The verdict: `contents`, or why there are none; `listed` is what a good header says."""
 
     contents: Contents | None
     fault: str
-    listed: bool
+    listed: Archive | None
 
 
 def judge(data: bytes) -> Judgement:
     """Say what the format says of these bytes."""
-    listed = False
+    listed = None
     try:
         archive = judge_header(data)
         refuse_names(archive)
-        listed = True
+        listed = archive
         return Judgement(judge_extents(data, archive), "", listed)
     except RestoreError as fault:
         return Judgement(None, str(fault), listed)
@@ -286,7 +286,8 @@ def put_cells(part: Part, cells: Sequence[Cell]) -> None:
     """Make an extent of up to 59 slots, with the block_count that their blocks have."""
     padded = [*cells[:59], *[NO_CELL] * (59 - len(cells))]
     for slot, cell in enumerate(padded):
-        struct.pack_into(">HBBI", part.info, 40 + 8 * slot, *cell[:4])
+        number = cell.cluster_num & 0xFFFFFFFF
+        struct.pack_into(">HBBI", part.info, 40 + 8 * slot, *cell[:3], number)
     part.payload = b"".join(block for cell in padded for block in cell.blocks)
     struct.pack_into(">H", part.info, 6, len(part.payload) // BLOCK)
 
@@ -407,7 +408,7 @@ def device_entry(rng: random.Random, draft: Draft) -> str:
         (old,) = struct.unpack_from(">Q", draft.header, offset)
         steps = (-CLUSTER, -BLOCK, -1, 1, BLOCK, CLUSTER)
         near = [old + step for step in steps] + [-(-old // CLUSTER) * CLUSTER, old // BLOCK * BLOCK]
-        struct.pack_into(">Q", draft.header, offset, max(rng.choice(near), 0))
+        struct.pack_into(">Q", draft.header, offset, min(max(rng.choice(near), 0), (1 << 64) - 1))
     else:
         change(rng, draft.header, offset, size)
     return f"device {dev_id}, field {what}"
@@ -696,7 +697,8 @@ def draw(seed: int, number: int) -> Case:
 
 # ---- what the tool makes of it ------------------------------------------------------------------
 
-build_parser = functools.cache(vma_tool.build_parser)
+
+ONE_LINE = r"vma-tool: [^\n]+\n"
 
 
 class FindingError(AssertionError):
@@ -735,25 +737,13 @@ def peak_memory(reset: bool = False) -> int:
     return int(found.group(1)) << 10 if found else 0
 
 
-def open_files() -> list[str]:
-    """Return what the open file descriptors are, where the system tells."""
-    with contextlib.suppress(OSError):
-        numbers = sorted(map(int, os.listdir("/proc/self/fd")))
-        found = []
-        for number in numbers:
-            with contextlib.suppress(OSError):  # that of the listing itself
-                found.append(f"{number}: {os.readlink(f'/proc/self/fd/{number}')}")
-        return found
-    return []
-
-
 class Sandbox:
     """A directory in which the commands run, and which is looked through after each."""
 
     COMMANDS = (
-        "list", "scan", "json", "verify", "verify stream", "digest", "digest stream", "against",
-        "against stream", "optimize", "optimize stream", "in place", "unpack", "unpack stream",
-        "extract", "extract stream",
+        "list", "scan", "json", "partitions", "config", "verify", "verify stream", "digest",
+        "digest stream", "against", "against stream", "optimize", "optimize stream", "in place",
+        "unpack", "unpack stream", "extract", "extract stream", "one", "one stream",
     )  # fmt: skip
 
     def __init__(self, directory: Path) -> None:
@@ -762,7 +752,7 @@ class Sandbox:
         self.output = directory / "out.vma"
         self.target = directory / "target"
         self.data = b""
-        self.judgement = Judgement(None, "", False)
+        self.judgement = Judgement(None, "", None)
 
     def check(self, data: bytes, commands: Sequence[str] = COMMANDS, rng_seed: int = 0) -> None:
         """Give an archive to these commands; raises FindingError, whatever went wrong."""
@@ -786,12 +776,14 @@ class Sandbox:
         method = getattr(self, "run_" + ("in_place" if command == "in place" else verb))
         method(rng, stream == "stream")
 
-    def call(self, *args: str | Path, stream: bool = False, says: str | None = None) -> bool:
+    def call(
+        self, *args: str | Path, stream: bool = False, says: str = ONE_LINE, raw: bool = False
+    ) -> bool:
         """Run a command on the archive; return whether it succeeded.
 
-        `says` replaces what standard error must be if it fails, a regular expression.
+        `says` is what standard error must be if it fails, a regular expression; `raw` allows
+        anything on standard output.
         """
-        # The parser of the command line is made once: making it takes longer than most archives.
         one_parser = mock.patch.object(vma_tool, "build_parser", build_parser)
         before = open_files()
         resident = peak_memory(reset=True)
@@ -804,13 +796,14 @@ class Sandbox:
         self.expect(grown < MEMORY_LIMIT, f"{args[0]} took {grown >> 20} MiB of memory")
         self.expect(open_files() == before, f"left open: {set(open_files()) - set(before)}")
         self.expect(not has_child(), "left a child")
-        self.expect_text(answer, says or r"vma-tool: [^\n]+\n")
+        self.expect_text(answer, says, raw)
         self.answer = answer
         return answer.returncode == 0
 
-    def expect_text(self, answer: Answer[bytes], says: str) -> None:
+    def expect_text(self, answer: Answer[bytes], says: str, raw: bool = False) -> None:
         """Check exit status, standard error, and that nothing printed acts on a terminal."""
-        errors, text = answer.stderr.decode(), answer.stdout.decode("utf-8", "surrogateescape")
+        errors = answer.stderr.decode()
+        text = "" if raw else answer.stdout.decode("utf-8", "surrogateescape")
         if answer.returncode:
             self.expect(answer.returncode == 1, f"exit status {answer.returncode}: {errors}")
             self.expect(re.fullmatch(says, errors), f"standard error: {errors!r}")
@@ -840,7 +833,7 @@ class Sandbox:
     # One method for each command: run it, and compare with what the format says.
 
     def run_list(self, _rng: random.Random, _stream: bool) -> None:
-        self.expect_verdict(self.call("list", self.source), self.judgement.listed)
+        self.expect_verdict(self.call("list", self.source), self.judgement.listed is not None)
         self.expect_files()
 
     def run_scan(self, _rng: random.Random, _stream: bool) -> None:
@@ -849,6 +842,22 @@ class Sandbox:
 
     def run_json(self, _rng: random.Random, _stream: bool) -> None:
         self.expect_verdict(self.call("list", "--scan", "--json", self.source))
+        self.expect_files()
+
+    def run_partitions(self, rng: random.Random, _stream: bool) -> None:
+        more = rng.choice([[], ["--json"], ["--scan"]])
+        self.expect_verdict(self.call("list", "--partitions", *more, self.source))
+        self.expect_files()
+
+    def run_config(self, rng: random.Random, _stream: bool) -> None:
+        """Print a config; the disks are not looked at."""
+        configs = self.judgement.listed.configs if self.judgement.listed else []
+        wanted = rng.choice([*configs, (b"qemu-server.conf", b"")])
+        good = self.call("config", "-c", os.fsdecode(bytes_of(wanted[0])), self.source, raw=True)
+        found = [data for name, data in configs if bytes_of(name) == bytes_of(wanted[0])]
+        if self.judgement.listed or not good:  # a bad name elsewhere does not matter to it
+            self.expect_verdict(good, bool(found))
+        self.expect(not found or self.answer.stdout == found[0], "another config")
         self.expect_files()
 
     def run_verify(self, _rng: random.Random, stream: bool) -> None:
@@ -884,7 +893,7 @@ class Sandbox:
         )  # fmt: skip
         self.expect_verdict(good, contents is not None and contents.same_as(wanted))
         if contents is None:
-            self.expect_text(self.answer, r"vma-tool: [^\n]+\n")
+            self.expect_text(self.answer, ONE_LINE)
         self.expect_files(self.output)
 
     def run_optimize(self, rng: random.Random, stream: bool) -> None:
@@ -926,6 +935,22 @@ class Sandbox:
 
         self.restore("extract", name, b"", rng, stream)
 
+    def run_one(self, rng: random.Random, stream: bool) -> None:
+        """Write one disk to a file."""
+        contents = self.judgement.contents
+        devices = contents.archive.devices if contents else []
+        device = rng.choice(devices) if devices else None
+        name = device.raw_name if device else b"drive-scsi0"
+        good = self.call(
+            "extract", "-q", "-d", os.fsdecode(name), "-o", self.output,
+            "-" if stream else self.source, stream=stream,
+        )  # fmt: skip
+        # A comma is what separates the names of -d.
+        self.expect_verdict(good, device is not None and b"," not in name)
+        self.expect_files(*([self.output] if good else []))
+        if good and device is not None:
+            self.expect(self.output.read_bytes() == device.data, "another disk")
+
     def restore(
         self, command: str, name: Callable[[Device], bytes], more: bytes, rng: random.Random,
         stream: bool,
@@ -956,15 +981,6 @@ class Sandbox:
             if wanted is not None:
                 with open(path, "rb") as restored:
                     self.expect(restored.read() == wanted, f"{file!r} is something else")
-
-
-def has_child() -> bool:
-    """Say whether there is a child process, running or not yet waited for."""
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return False
-    return True
 
 
 # ---- a long run ---------------------------------------------------------------------------------

@@ -1,0 +1,406 @@
+"""Faults, and the roads on which they are met: what the tests of faults have in common.
+
+A `Road` is a command with all that it needs, in a `Workshop`: a directory with an archive, the same
+one compressed, and one unpacked. `intercepted` lets a test interfere with each call that the tool
+makes to the system, in its order.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import fcntl
+import fnmatch
+import functools
+import gzip
+import io
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import vma_tool
+from tests import archives
+from tests.archives import CLUSTER, Archive
+from tests.support import Answer, OsProxy, call_tool, sha256
+
+# Making the command line's parser takes longer than most archives here.
+build_parser = functools.cache(vma_tool.build_parser)
+
+# ---- what a process has -------------------------------------------------------------------------
+
+
+def open_files() -> list[str]:
+    """Return what the open file descriptors are, where the system tells."""
+    found = []
+    with contextlib.suppress(OSError):
+        for number in sorted(map(int, os.listdir("/proc/self/fd"))):
+            with contextlib.suppress(OSError):  # that of the listing itself
+                found.append(f"{number}: {os.readlink(f'/proc/self/fd/{number}')}")
+    return found
+
+
+def has_child() -> bool:
+    """Say whether there is a child process, running or not yet waited for."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file below a directory, by relative path; "" for a directory."""
+    return {
+        os.fsdecode(path.relative_to(directory)): "" if path.is_dir() else sha256(path)
+        for path in directory.rglob("*")
+    }
+
+
+# ---- calls to the system ------------------------------------------------------------------------
+
+CALLS = (
+    "close", "dup", "dup2", "fchmod", "fchown", "fdatasync", "fsync", "fstat", "ftruncate", "link",
+    "listdir", "lseek", "lstat", "mkdir", "open", "posix_fadvise", "posix_fallocate", "pread",
+    "preadv", "pwrite", "pwritev", "read", "readv", "rename", "replace", "rmdir", "scandir", "stat",
+    "unlink", "utime", "write", "writev",
+)  # fmt: skip
+
+READ_CLOSE = "close of what is only read"
+Before = Callable[[str], None]
+
+
+class Intercepted(OsProxy):
+    """`os` as the tool sees it, with `before(name)` called ahead of each of CALLS."""
+
+    def __init__(self, before: Before) -> None:
+        super().__init__(watched=CALLS, before=before)
+        self._wrappers["close"] = self._close
+        self._before = before
+
+    def _close(self, fd: int) -> None:
+        # A close that fails has closed nevertheless; none does of what is only read.
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            self._before("close" if flags & os.O_ACCMODE != os.O_RDONLY else READ_CLOSE)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def intercepted(before: Before) -> Iterator[None]:
+    """Call `before` with its name ahead of each call to the system; it may raise, or do more.
+
+    Those that are not made through `os` are there too: reads of a file object, open, Popen, mmap
+    and temporary files.
+    """
+
+    class AnyFileIO(type(io.FileIO)):  # type: ignore[misc]  # known only when it runs
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, io.FileIO)
+
+    class FileIO(io.FileIO, metaclass=AnyFileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            before("FileIO.readinto")
+            return super().readinto(buffer)
+
+    class BufferedReader(io.BufferedReader):
+        def readinto(self, buffer: Any, /) -> int:
+            before("BufferedReader.readinto")
+            return super().readinto(buffer)
+
+    class Io:
+        def __getattr__(self, name: str) -> Any:
+            own = {"FileIO": FileIO, "BufferedReader": BufferedReader}
+            return own.get(name) or getattr(io, name)
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kw: Any) -> Any:
+            before(name)
+            return function(*args, **kw)
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        patches: list[Any] = [
+            mock.patch.object(vma_tool, "os", Intercepted(before)),
+            mock.patch.object(vma_tool, "io", Io()),
+            mock.patch.object(vma_tool, "open", wrapped("open()", builtins.open), create=True),
+            mock.patch("mmap.mmap", wrapped("mmap", mmap.mmap)),
+            mock.patch("subprocess.Popen", wrapped("Popen", subprocess.Popen)),
+            mock.patch("tempfile.TemporaryFile", wrapped("TemporaryFile", tempfile.TemporaryFile)),
+        ]
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+class Nth:
+    """Does something ahead of the N-th call of a run, of which it gets the name, and nothing else.
+
+    `name` is that of the call, "" as long as there were not so many.
+    """
+
+    def __init__(self, number: int, act: Before) -> None:
+        self.number = number
+        self.act = act
+        self.name = ""
+        self.names: list[str] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> None:
+        with self._lock:
+            self.names.append(name)
+            now = len(self.names) == self.number
+        if now:
+            self.name = name
+            self.act(name)
+
+
+class Lines:
+    """Sends SIGTERM ahead of the N-th line of the tool that the main thread runs.
+
+    `names` are those of the functions that the lines are of, `name` that of the one and its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.name = ""
+        self.names: list[str] = []
+        self._functions: dict[CodeType, str] = {}
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._enter_function)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter_function(self, frame: FrameType, _event: str, _arg: object) -> Any:
+        return self._line if frame.f_code.co_filename == vma_tool.__file__ else None
+
+    def _line(self, frame: FrameType, event: str, _arg: object) -> Any:
+        # Before the tool has a handler, there is nothing yet that it could leave.
+        if event == "line" and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            self.names.append(self._function(frame))
+            if len(self.names) == self.number:
+                self.name = f"{self.names[-1]} {frame.f_lineno}"
+                signal.raise_signal(signal.SIGTERM)
+        return self._line
+
+    def _function(self, frame: FrameType) -> str:
+        """Return the name of a function with that of its class."""
+        code = frame.f_code
+        if code not in self._functions:
+            owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+            names = [c.__name__ for c in type(owner).__mro__ if code.co_name in vars(c)]
+            self._functions[code] = ".".join([*names[:1], code.co_name])
+        return self._functions[code]
+
+
+# ---- roads --------------------------------------------------------------------------------------
+
+
+class Road(NamedTuple):
+    """A command, what its standard input is, and which files of what content it makes.
+
+    `makes` are paths below the workshop; `reads` is what of the workshop it reads, "-" for a
+    stream. `hidden` are programs that are to be missing.
+    """
+
+    name: str
+    args: tuple[str, ...]
+    makes: tuple[str, ...] = ()
+    reads: str = "in.vma"
+    hidden: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        return self.reads in self.makes
+
+    @property
+    def replaces(self) -> bool:
+        """Say whether what it makes had been something else."""
+        return self.makes in (("in.vma",), ("old.vma",))
+
+
+OPTIMIZED, PACKED = ("out.vma",), ("out.vma",)
+UNPACKED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/drive-efidisk0",
+            "new/drive-scsi0", "new/drive-tpmstate0-backup", "new/vma.json")  # fmt: skip
+EXTRACTED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/disk-drive-efidisk0.raw",
+             "new/disk-drive-scsi0.raw", "new/disk-drive-tpmstate0-backup.raw")  # fmt: skip
+
+
+def there(files: tuple[str, ...], directory: str) -> tuple[str, ...]:
+    """Return the files as they are called in a directory that exists already."""
+    return tuple(file.replace("new/", f"{directory}/") for file in files if file != "new")
+
+
+WRITING = (
+    Road("optimize", ("optimize", "in.vma", "out.vma"), OPTIMIZED),
+    Road("optimize --check", ("optimize", "--check", "in.vma", "out.vma"), OPTIMIZED),
+    Road("optimize over another", ("optimize", "in.vma", "old.vma"), ("old.vma",)),
+    Road("optimize in place", ("optimize", "in.vma"), ("in.vma",)),
+    Road("optimize in place unchecked", ("optimize", "--no-check", "in.vma"), ("in.vma",)),
+    Road("optimize a stream", ("optimize", "--memory=0", "-", "out.vma"), OPTIMIZED, "-"),
+    Road("optimize gzip", ("optimize", "in.vma.gz", "out.vma"), OPTIMIZED, "in.vma.gz"),
+    Road("optimize gzip by a module", ("optimize", "in.vma.gz", "out.vma"), OPTIMIZED,
+         "in.vma.gz", hidden=True),
+    Road("pack", ("pack", "full", "out.vma"), PACKED, "full/drive-scsi0"),
+    Road("unpack", ("unpack", "in.vma", "new"), UNPACKED),
+    Road("unpack a stream", ("unpack", "-", "new"), UNPACKED, "-"),
+    Road("unpack into a directory", ("unpack", "in.vma", "empty"), there(UNPACKED, "empty")),
+    Road("extract", ("extract", "in.vma", "new"), EXTRACTED),
+    Road("extract a stream", ("extract", "-", "new"), EXTRACTED, "-"),
+    Road("extract into a directory", ("extract", "in.vma", "empty"), there(EXTRACTED, "empty")),
+)  # fmt: skip
+PRINTING = (
+    Road("optimize to a pipe", ("optimize", "in.vma", "-")),
+    Road("pack to a pipe", ("pack", "full", "-"), (), "full/drive-scsi0"),
+    Road("list", ("list", "--scan", "in.vma")),
+    Road("verify", ("verify", "in.vma")),
+    Road("verify a stream", ("verify", "-"), (), "-"),
+    Road("verify --digest", ("verify", "--digest", "in.vma")),
+    Road("verify --digest a stream", ("verify", "--digest", "-"), (), "-"),
+    Road("verify --against", ("verify", "in.vma", "--against", "same.vma")),
+)
+ROADS = {road.name: road for road in WRITING + PRINTING}
+
+
+@functools.cache
+def small_archive() -> bytes:
+    """Return an archive of three disks in a live backup's order, half a megabyte."""
+    rng = random.Random(7)
+    disks = [
+        archives.Device(1, "drive-efidisk0", archives.disk(rng, 2 * CLUSTER + 16384, "sparse")),
+        archives.Device(2, "drive-scsi0", archives.disk(rng, 12 * CLUSTER)),
+        archives.Device(3, "drive-tpmstate0-backup", archives.disk(rng, CLUSTER, "sparse")),
+    ]
+    configs: list[archives.Config] = [("qemu-server.conf", b"cores: 2\n"), ("qemu-server.fw", b"")]
+    archive = Archive(disks, configs, uuid=rng.randbytes(16))
+    return archives.build(archive, archives.live_order(archive, rng, window=6), slots=5)
+
+
+class Workshop:
+    """A directory in which roads are gone: the archive in all forms, and what comes of it."""
+
+    def __init__(self, directory: Path, data: bytes | None = None) -> None:
+        self.directory = directory
+        self.data = small_archive() if data is None else data
+        self.archive: Archive = archives.parse(self.data).archive
+        masks = archives.parse(self.data).masks
+        self.canonical = archives.canonical(self.archive, stored=masks)
+        self.write("in.vma", self.data)
+        self.write("same.vma", self.canonical)
+        self.write("old.vma", b"an older archive")
+        self.write("in.vma.gz", gzip.compress(self.data, 1))
+        (directory / "empty").mkdir()
+        call_tool("unpack", directory / "in.vma", directory / "full")
+        self.description = sha256(directory / "full" / "vma.json")
+        for path in directory.rglob("*"):
+            os.utime(path, ns=(10**18, 10**18))  # long ago: any change shows
+        self.before = digests(directory)
+
+    def write(self, name: str, data: bytes) -> None:
+        (self.directory / name).write_bytes(data)
+
+    def wanted(self, road: Road) -> dict[str, str]:
+        """Return the digests of all files after the road was gone to its end."""
+        disks = {d.raw_name.decode(): d.data for d in self.archive.devices}
+        files = {str(name): data for name, data in self.archive.configs}
+        files.update(disks)
+        files.update({f"disk-{name}.raw": data for name, data in disks.items()})
+        after = dict(self.before)
+        for path in road.makes:
+            name = Path(path).name
+            if name.endswith(".vma"):
+                after[path] = sha256(self.canonical)
+            elif name == "vma.json":
+                after[path] = self.description
+            else:
+                after[path] = sha256(files[name]) if name in files else ""
+        return after
+
+    def go(
+        self,
+        road: Road,
+        before: Before = lambda name: None,
+        main_thread: contextlib.AbstractContextManager[object] | None = None,
+    ) -> Answer[bytes]:
+        """Run a road's command in this process, with each of its calls intercepted."""
+        real_main = vma_tool.main
+
+        def main(argv: Sequence[str]) -> int:
+            # and not what call_tool does
+            with intercepted(before), main_thread or contextlib.nullcontext():
+                return real_main(argv)
+
+        here = os.getcwd()
+        os.chdir(self.directory)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(
+                    mock.patch.dict(os.environ, TMPDIR=str(self.directory / "empty"))
+                )
+                if road.hidden:
+                    stack.enter_context(mock.patch("shutil.which", lambda name: None))
+                stack.enter_context(mock.patch.object(vma_tool, "main", main))
+                stack.enter_context(mock.patch.object(vma_tool, "build_parser", build_parser))
+                command, *rest = road.args
+                quiet = [] if command in ("list", "verify") else ["-q"]
+                stream = self.data if road.reads == "-" else None
+                return call_tool(command, *quiet, *rest, input=stream)
+        finally:
+            os.chdir(here)
+
+    def undo(self, road: Road) -> None:
+        """Make all as it was before a road was gone."""
+        for path in sorted(self.directory.rglob("*"), key=lambda path: -len(path.parts)):
+            if os.fsdecode(path.relative_to(self.directory)) not in self.before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name, data in (("in.vma", self.data), ("old.vma", b"an older archive")):
+            if name in road.makes:
+                (self.directory / name).unlink(missing_ok=True)
+                self.write(name, data)
+                os.utime(self.directory / name, ns=(10**18, 10**18))
+
+    def strange(self, road: Road) -> list[str]:
+        """Return what a killed run must not leave: all but old files, complete new ones, partial.
+
+        Partial files have names of their own, which no `*.vma*` takes for an archive.
+        """
+        wanted, found = self.wanted(road), digests(self.directory)
+        strange = [f"{name} is gone" for name in self.before if name not in found]
+        for name, digest in found.items():
+            if digest in (self.before.get(name), wanted.get(name)):
+                continue
+            if not fnmatch.fnmatch(Path(name).name, "vma-tool-*.partial"):
+                strange.append(name)
+            if fnmatch.fnmatch(Path(name).name, "*.vma*"):
+                strange.append(f"{name} looks like an archive")
+        return strange
+
+
+def in_child(function: Callable[[], object], timeout: int = 60) -> int:
+    """Run a function in a forked child; return its exit status as waitpid has it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(timeout)
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    return status
