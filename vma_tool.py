@@ -515,6 +515,9 @@ class Signals:
                 cls._interrupt()
 
 
+T = TypeVar("T")
+
+
 class Progress:
     """What is done of a long work: a line on the terminal, or with `verbose` a line per percent.
 
@@ -590,7 +593,7 @@ class Input:
         self.fd = file.fileno()
         self._lock = threading.Lock()
         with naming(name):
-            self._state = os.fstat(self.fd) if size is not None else None
+            self.state = os.fstat(self.fd) if size is not None else None
 
     def __enter__(self) -> Input:
         return self
@@ -678,12 +681,12 @@ class Input:
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
-        if self._state is None:
+        if self.state is None:
             return
         with naming(self.name):
             states = [os.fstat(self.fd), os.fstat(self.fd) if path is None else os.stat(path)]
         for now in states:
-            if any(getattr(now, field) != getattr(self._state, field) for field in STATE_FIELDS):
+            if any(getattr(now, field) != getattr(self.state, field) for field in STATE_FIELDS):
                 raise VmaError(f"{self.name}: the file was changed while it was read")
 
 
@@ -741,8 +744,8 @@ class ModuleInput(Input):
     """The bytes that one of Python's own modules decompresses."""
 
     def __init__(self, name: str, codec: Codec, raw: io.RawIOBase) -> None:
-        file = importlib.import_module(codec.module).open(io.BufferedReader(raw, PIPE_SIZE))
-        super().__init__(name, file)
+        self._buffered = io.BufferedReader(raw, PIPE_SIZE)
+        super().__init__(name, importlib.import_module(codec.module).open(self._buffered))
         self._codec = codec
         self._raw = raw
 
@@ -760,7 +763,7 @@ class ModuleInput(Input):
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
-        self._raw.close()
+        self._buffered.close()
 
 
 class ProgramInput(Input):
@@ -855,12 +858,31 @@ def widen_pipe(fd: int) -> None:
         pass  # it only saves time
 
 
-def open_input(path: str) -> Input:
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
     A plain regular file or block device can be read at any place; all else is a stream.
     """
     name = "standard input" if path == "-" else escape(path)
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as undo:
+            raw, start, size = open_raw(path, name)
+            undo.callback(raw.close)
+            codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
+            with Signals.held():
+                if codec is None:
+                    source = Input(name, io.BufferedReader(raw, BUFFER_SIZE), size)
+                else:
+                    source = open_codec(name, codec, raw, seekable=size is not None)
+                    source.compressed_size = size or 0
+                stack.enter_context(source)
+            undo.pop_all()  # the input closes it
+        yield source
+
+
+def open_raw(path: str, name: str) -> tuple[io.RawIOBase, bytes, int | None]:
+    """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
     with contextlib.ExitStack() as undo, naming(name):
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
@@ -868,28 +890,21 @@ def open_input(path: str) -> Input:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
-        size = None
         # The rest of a file that somebody has begun to read is a stream.
         if is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
             start = os.read(fd, MAGIC_SIZE)
             os.lseek(fd, 0, os.SEEK_SET)
-            raw: io.RawIOBase = io.FileIO(fd, "rb")
-        else:
-            widen_pipe(fd)
-            start = b""
-            while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
-                start += data
-            raw = RestOfPipe(start, fd)
-        codec = next((c for c in CODECS if start.startswith(c.magics)), None)
-        if codec is None:
-            source = Input(name, io.BufferedReader(raw, BUFFER_SIZE), size)
-        else:
-            source = open_codec(name, codec, raw, seekable=size is not None)
-            source.compressed_size = size or 0
+            raw = io.FileIO(fd, "rb")
+            undo.pop_all()
+            return raw, start, size
+        widen_pipe(fd)
+        start = b""
+        while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
+            start += data
         undo.pop_all()
-        return source
+        return RestOfPipe(start, fd), start, None
 
 
 def is_disk(mode: int) -> bool:
@@ -1013,10 +1028,13 @@ class Directory:
             return True
         return False
 
-    def require_absent(self, names: Iterable[str]) -> None:
+    def require_free(self, names: Iterable[str], replace: bool) -> None:
+        """Raise VmaError if there is something of one of the names: a directory if `replace`."""
         for name in names:
-            if self.has(name):
+            if self.has(name) and not replace:
                 raise VmaError(f"{self._full(name)}: {os.strerror(errno.EEXIST)}")
+            if replace and os.path.isdir(os.path.join(self.path, name)):
+                raise VmaError(f"{self._full(name)}: {os.strerror(errno.EISDIR)}")
 
     def require_empty(self) -> None:
         with naming(escape(self.path)):
@@ -1038,6 +1056,11 @@ class Directory:
             file = PartialFile(fd, self._full(name), name, temporary)
             self._files.append(file)
         return file
+
+    def remove(self, name: str) -> None:
+        """Remove a file that was committed."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._at(name), dir_fd=self._fd)
 
     def flush(self) -> None:
         """Wait until all files are on the disk."""
@@ -1064,6 +1087,7 @@ class Directory:
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self._fd)
             if self._fd is not None:
+                undo.enter_context(naming("what was replaced is the new file, but not safely"))
                 os.fsync(self._fd)
             undo.pop_all()
 
@@ -1115,62 +1139,33 @@ def allocates_cheaply(fd: int) -> bool:
 
 
 class Output:
-    """Where optimize and pack write an archive: a file, standard output, a pipe or a device.
+    """Where an archive or disk is written to: a file, standard output, a pipe or a device.
 
-    A file keeps mode and owner of the one that it replaces. It appears at `commit`, and never if
-    the block is left before.
+    A file keeps mode and owner of the one that it replaces, and appears at `commit`.
     """
 
-    def __init__(self, path: str, replace: bool = True) -> None:
-        self.file: PartialFile | None = None
-        self._replace = replace
-        self._old: os.stat_result | None = None
-        with contextlib.ExitStack() as undo, Signals.held():
-            if path == "-":
-                refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-                self.target = Target(1, "standard output", seekable=False)
-            else:
-                self._open(path, undo)
-            self._stack = undo.pop_all()
-
-    def _open(self, path: str, undo: contextlib.ExitStack) -> None:
-        with naming(escape(path)), contextlib.suppress(FileNotFoundError):
-            self._old = os.stat(path)
-        mode = self._old.st_mode if self._old else stat.S_IFREG
-        if stat.S_ISREG(mode):
-            # As cp does: what a symbolic link points to is written, the link stays.
-            path = os.path.realpath(path)
-        name = escape(path)
-        if stat.S_ISDIR(mode):
-            raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
-        if stat.S_ISREG(mode):
-            if self._old and not self._replace:
-                raise VmaError(f"{name}: {os.strerror(errno.EEXIST)}, --force replaces it")
-            self._files = undo.enter_context(Directory(os.path.dirname(path)))
-            self.target = self.file = self._files.create(os.path.basename(path))
-            return
-        fd = open_path(path, os.O_WRONLY)
-        undo.callback(os.close, fd)
-        refuse_terminal(fd, f"{name} is a terminal")
-        self.target = Target(fd, name, seekable=False)
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __init__(
+        self, target: Target, files: Directory | None = None, old: os.stat_result | None = None
+    ) -> None:
+        self.target = target
+        self.file = target if isinstance(target, PartialFile) else None
+        self._files = files
+        self._old = old
 
     def read_back(self) -> Input:
         """Return the written file, from its beginning."""
         assert self.file is not None, "a pipe cannot be read back"
-        with naming(self.file.name):
+        with naming(self.file.name), contextlib.ExitStack() as undo:
             file = io.BufferedReader(io.FileIO(os.dup(self.file.fd)), BUFFER_SIZE)
+            undo.callback(file.close)
             file.seek(0)
-            return Input(self.file.name, file, os.fstat(self.file.fd).st_size)
+            source = Input(self.file.name, file, os.fstat(self.file.fd).st_size)
+            undo.pop_all()
+            return source
 
     def flush(self, times: os.stat_result | None = None) -> None:
         """Wait until all is on the disk, with the times of another file, if given."""
-        if self.file is None:
+        if self.file is None or self._files is None:
             self.target.sync()
             return
         with naming(f"{self.file.name}: cannot keep owner, mode and times"):
@@ -1184,9 +1179,40 @@ class Output:
         self._files.flush()
 
     def commit(self) -> None:
-        """Put the complete archive under its name."""
-        if self.file is not None:
-            self._files.commit(self._replace)
+        """Put the complete file under its name."""
+        if self._files is not None:
+            self._files.commit(replace=self._old is not None)
+
+
+@contextlib.contextmanager
+def open_output(path: str, replace: bool = True) -> Iterator[Output]:
+    """Open a file to be written and then committed, or (`-`) standard output, or what is there.
+
+    What is not committed when the block is left, is removed.
+    """
+    name = escape(path)
+    old = None
+    with naming(name), contextlib.suppress(FileNotFoundError):
+        old = os.stat(path) if path != "-" else os.fstat(1)
+    mode = old.st_mode if old else stat.S_IFREG
+    if stat.S_ISDIR(mode) or path.endswith(os.sep):
+        raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
+    if path == "-":
+        refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
+        yield Output(Target(1, "standard output", seekable=False))
+    elif stat.S_ISREG(mode):
+        # As cp does: what a symbolic link points to is written, the link stays.
+        path = os.path.realpath(path)
+        if old and not replace:
+            raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
+        with Directory(os.path.dirname(path)) as files:
+            yield Output(files.create(os.path.basename(path)), files, old)
+    else:
+        with contextlib.ExitStack() as stack:
+            fd = open_path(path, os.O_WRONLY)
+            stack.callback(os.close, fd)
+            refuse_terminal(fd, f"{name} is a terminal")
+            yield Output(Target(fd, name, seekable=False))
 
 
 def refuse_terminal(fd: int, message: str) -> None:
@@ -1903,7 +1929,7 @@ class Reorderer:
         """Write clusters that are needed last to the temporary file until the rest is in bounds."""
         if self._file is None:
             self._file = self._create()
-        goal = max(self.memory - SPILL_SIZE, 0)
+        goal = self.memory - min(SPILL_SIZE, self.memory // 8)
         for device in reversed(self._order):
             held = self._held[device.dev_id]
             entries = self.index.devices[device.dev_id].entries
@@ -2358,11 +2384,12 @@ def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | N
 MBR_SIGNATURE = b"\x55\xaa"
 MBR_ENTRY = struct.Struct("<B3xB3xII")  # status, type, first sector, sector count
 MBR_EXTENDED = (0x05, 0x0F, 0x85)
+MBR_PROTECTIVE = 0xEE
 MBR_TYPES = {
     0x01: "FAT12", 0x04: "FAT16", 0x05: "extended", 0x06: "FAT16", 0x07: "NTFS or exFAT",
     0x0B: "FAT32", 0x0C: "FAT32", 0x0E: "FAT16", 0x0F: "extended", 0x27: "Windows recovery",
     0x82: "Linux swap", 0x83: "Linux", 0x85: "extended", 0x8E: "Linux LVM", 0xA5: "FreeBSD",
-    0xEE: "GPT protective", 0xEF: "EFI system", 0xFD: "Linux RAID",
+    0xEF: "EFI system", 0xFD: "Linux RAID",
 }  # fmt: skip
 GPT_MAGIC = b"EFI PART"
 # UEFI specification, "GPT Header": signature, revision, header size, CRC, reserved, my LBA,
@@ -2441,7 +2468,7 @@ def read_table(read: Read, size: int) -> Table:
     start = read(0, 512)
     for sector in (512, 4096):
         header = read(sector, GPT_HEADER.size)
-        if header.startswith(GPT_MAGIC):
+        if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
             return read_gpt(read, size, sector, header)
     whole = recognise(read, 0, 0, size, "", "")
     entries = [MBR_ENTRY.unpack_from(start.ljust(512, b"\0"), 446 + 16 * i) for i in range(4)]
@@ -2459,6 +2486,9 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
     faults = []
 
     def add(number: int, kind: int, start: int, count: int) -> None:
+        if start >= size:
+            faults.append(f"partition {number} begins at {start}, behind the disk's {size}")
+            return
         if start + count > size:
             faults.append(f"partition {number} ends at {start + count}, behind the disk's {size}")
         name = MBR_TYPES.get(kind, f"type 0x{kind:02x}")
@@ -2467,9 +2497,10 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
     for number, (_, kind, base, length) in enumerate(entries, 1):
         if not kind or not length:
             continue
-        add(number, kind, base * 512, length * 512)
-        if kind == 0xEE:
+        if kind == MBR_PROTECTIVE:
             faults.append("a protective MBR, but no GPT header")
+            continue
+        add(number, kind, base * 512, length * 512)
         if kind not in MBR_EXTENDED:
             continue
         table = base
@@ -2582,7 +2613,7 @@ def cmd_list(args: argparse.Namespace) -> int:
     else:
         print_listing(source.name, header, scanned, tables)
     # It is shown for what it is, but a script must not take it for an archive that restores.
-    check_names(header)
+    check_source(header, source)
     return 0
 
 
@@ -2696,7 +2727,9 @@ def cmd_verify(args: argparse.Namespace) -> int:
     bad = 0
     for path in args.archive:
         try:
-            with open_input(path) as source, progress_of(args, source.name) as progress:
+            with contextlib.ExitStack() as stack:
+                source = stack.enter_context(open_input(path))
+                progress = stack.enter_context(progress_of(args, source.name))
                 watch(source, progress, source.size or source.compressed_size)
                 if args.against is not None:
                     bad += verify_against(args, source)
@@ -2705,6 +2738,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
                 else:
                     archive = Archive(source)
                     check_source(archive.header, source)
+                    source.check_unchanged()
                     if args.json:
                         print_json(
                             {"archive": path, "ok": True, **describe(archive.header, archive)}
@@ -2772,12 +2806,11 @@ def sha256(data: bytes) -> str:
 
 
 def check_source(header: Header, source: Input) -> None:
-    """Raise VmaError for names that do not restore, or a file that was changed meanwhile."""
+    """Raise FormatError for names that do not restore."""
     try:
         check_names(header)
     except FormatError as error:
         raise FormatError(error.message, archive=source.name) from error
-    source.check_unchanged()
 
 
 def summary(archive: Archive) -> str:
@@ -2837,16 +2870,14 @@ def choose(header: Header, names: str | None) -> list[Device]:
 def extract_one(args: argparse.Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
     with contextlib.ExitStack() as stack:
-        with Signals.held():
-            source = stack.enter_context(open_input(args.archive))
+        source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
         refuse_same([args.archive], args.output)
         contents = load(source, progress)
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        with Signals.held():
-            output = stack.enter_context(Output(args.output))
+        output = stack.enter_context(open_output(args.output))
         if output.file:
             write_disks(contents, {device.dev_id: output.file})
         else:
@@ -2908,8 +2939,7 @@ def require_raw(image_format: str, path: str) -> None:
 def extract_mapped(args: argparse.Namespace) -> int:
     """Write configs into a directory, and disks where a map says, as Proxmox's qmrestore does."""
     with contextlib.ExitStack() as stack:
-        with Signals.held():
-            source = stack.enter_context(open_input(args.archive))
+        source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
         contents = load(source, progress)
         header = contents.header
@@ -2918,6 +2948,9 @@ def extract_mapped(args: argparse.Namespace) -> int:
         # Who writes the map into a FIFO reads the configs first, and asks for these lines with -v.
         write_configs(header, directory)
         directory.commit(replace=False)
+        undo = stack.enter_context(contextlib.ExitStack())
+        for config in header.configs:
+            undo.callback(directory.remove, config.name)
         if args.verbose:
             for config in header.configs:
                 print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
@@ -2947,6 +2980,7 @@ def extract_mapped(args: argparse.Namespace) -> int:
             target.sync()
         source.check_unchanged()
         directory.commit(replace=False)
+        undo.pop_all()
         print_totals(args, contents.index)
     return 0
 
@@ -2986,8 +3020,7 @@ def restore(
 ) -> int:
     """Write an archive's configs, and the devices that get a file name, into a directory."""
     with contextlib.ExitStack() as stack:
-        with Signals.held():
-            source = stack.enter_context(open_input(args.archive))
+        source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
         contents = load(source, progress)
         header = contents.header
@@ -3001,8 +3034,8 @@ def restore(
         replace = description and args.force
         if not description:
             directory.require_empty()
-        elif not replace:
-            directory.require_absent(files)
+        else:
+            directory.require_free(files, replace)
 
         write_configs(header, directory)
         targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
@@ -3097,10 +3130,10 @@ def write_packed(
     args: argparse.Namespace, header: Header, disks: Sequence[Disk], replace: bool = True
 ) -> None:
     layout = Layout(header, ALIGNS[args.align])
-    with (
-        Output(args.output, replace) as output,
-        progress_of(args, output.target.name) as progress,
-    ):
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(open_output(args.output, replace))
+        progress = stack.enter_context(progress_of(args, output.target.name))
+        stack.enter_context(warning_of_partial(output))
         for disk in disks:
             watch(disk.source, progress, sum(disk.data_size for disk in disks))
         pack_disks(layout, disks, output.target)
@@ -3189,9 +3222,6 @@ def read_described(directory: str) -> Packing:
     return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
 
 
-T = TypeVar("T")
-
-
 def require(value: object, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r} is no {kind.__name__}")
@@ -3221,6 +3251,8 @@ def read_undescribed(directory: str) -> Packing:
         if name in devices:
             raise VmaError(f"{escape(path)}: a second file for device {quote(name)}")
         devices[name] = path
+    if not configs and not devices:
+        raise VmaError(f"{escape(directory)}: there is nothing to pack")
     order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
     return Packing(
         Header(
@@ -3262,10 +3294,10 @@ def open_disk(
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with naming(name):
         file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
-    state = os.fstat(fd)
-    if not is_disk(state.st_mode):
-        raise VmaError(f"{name}: neither a file nor a block device")
-    size = os.lseek(fd, 0, os.SEEK_END)
+        state = os.fstat(fd)
+        if not is_disk(state.st_mode):
+            raise VmaError(f"{name}: neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END)
     if exact:
         # A vmstate restores as long as its clusters.
         padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
@@ -3329,10 +3361,9 @@ def cmd_optimize(args: argparse.Namespace) -> int:
     output_path = args.archive if args.output is None else args.output
     align = ALIGNS[args.align]
     with contextlib.ExitStack() as stack:
-        with Signals.held():
-            source = stack.enter_context(open_input(args.archive))
-        if in_place and source.size is None:
-            raise VmaError(refusal_in_place(args.archive, source))
+        source = stack.enter_context(open_input(args.archive))
+        if in_place:
+            require_replaceable(args.archive, source)
         progress = stack.enter_context(progress_of(args, source.name))
         beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
         contents = load(source, progress, args.memory, beside)
@@ -3341,16 +3372,16 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         if archive and in_place and is_canonical(archive, align):
             report(args, f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        with Signals.held():
-            output = stack.enter_context(Output(output_path))
+        output = stack.enter_context(open_output(output_path))
         if archive and output.file:
             output.file.allocate(sum(i.stored_size for i in archive.index.devices.values()))
+        stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
         check_written(output, layout)
         if args.check or (args.check is None and in_place):
             check_contents(args, archive, output)
-        output.flush(os.fstat(source.fd) if in_place else None)
+        output.flush(source.state if in_place else None)
         source.check_unchanged(output_path if in_place else None)
         output.commit()
         report(args, f"{source.name}: optimized (--align {args.align})", output)
@@ -3385,19 +3416,34 @@ def is_same_file(path: str, output: str) -> bool:
     return False
 
 
-def refusal_in_place(path: str, source: Input) -> str:
-    if not source.compressed_size:
-        return f"{source.name}: a stream cannot be replaced: name an OUTPUT"
-    plain = path.rsplit(".", 1)[0] if not path.endswith(".vma") else path + ".new"
-    return (
-        f"{source.name}: a compressed archive is not replaced by a plain one: "
-        f"vma-tool optimize {escape(path)} {escape(plain)}"
-    )
+@contextlib.contextmanager
+def warning_of_partial(output: Output) -> Iterator[None]:
+    """Let an error say that what went into a pipe before it cannot be taken back."""
+    try:
+        yield
+    except VmaError as error:
+        if output.file is not None or not output.target.position:
+            raise
+        raise VmaError(
+            f"{error}; what {output.target.name} got is incomplete, and no archive"
+        ) from error
+
+
+def require_replaceable(path: str, source: Input) -> None:
+    """Raise VmaError for an archive that cannot be optimized in its place."""
+    if source.compressed_size:
+        plain = path.rsplit(".", 1)[0] if not path.endswith(".vma") else path + ".new"
+        raise VmaError(
+            f"{source.name}: a compressed archive is not replaced by a plain one: "
+            f"vma-tool optimize {escape(path)} {escape(plain)}"
+        )
+    if source.state is None or not stat.S_ISREG(source.state.st_mode):
+        raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
 
 
 def report(args: argparse.Namespace, message: str, output: Output | None = None) -> None:
     """Print what was done, unless that would get into an archive on standard output."""
-    if not args.quiet and args.output != "-":
+    if not args.quiet and (output is None or output.file is not None):
         size = output.target.position if output else 0
         print(message + (f", {format_size(size)}" if size else ""))
 
@@ -3656,7 +3702,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Signals.install()
     try:
         status = int(args.func(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status
     except VmaError as error:
         print_error(error)
@@ -3678,7 +3725,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def discard_output() -> None:
     """Let what standard output still buffers go nowhere, so that the exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(fd, 1)
+    os.close(fd)
 
 
 if __name__ == "__main__":

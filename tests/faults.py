@@ -16,6 +16,7 @@ import gzip
 import io
 import mmap
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -26,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import vma_tool
@@ -78,6 +79,8 @@ CALLS = (
 
 READ_CLOSE = "close of what is only read"
 Before = Callable[[str], None]
+R = TypeVar("R")
+NOBODY = 65534
 
 
 class Intercepted(OsProxy):
@@ -145,6 +148,29 @@ def intercepted(before: Before) -> Iterator[None]:
         yield
 
 
+class Short(OsProxy):
+    """`os` with reads and writes that do less than they are asked, as all of them may.
+
+    `counts` says how many bytes the next one does at most.
+    """
+
+    def __init__(self, counts: Iterator[int]) -> None:
+        super().__init__()
+        self._counts = counts
+        for name in ("preadv", "readv", "pwritev", "writev"):
+            if hasattr(os, name):
+                self._wrappers[name] = self._vector(getattr(os, name))
+        self._wrappers["read"] = lambda fd, size: os.read(fd, min(size, next(counts)))
+        self._wrappers["write"] = lambda fd, data: os.write(fd, data[: next(counts)])
+
+    def _vector(self, function: Callable[..., int]) -> Callable[..., int]:
+        def wrapper(fd: int, buffers: Sequence[Any], *offset: int) -> int:
+            first = next(buffer for buffer in buffers if len(buffer))
+            return function(fd, [memoryview(first)[: next(self._counts)]], *offset)
+
+        return wrapper
+
+
 class Nth:
     """Does something ahead of the N-th call of a run, of which it gets the name, and nothing else.
 
@@ -168,16 +194,17 @@ class Nth:
 
 
 class Lines:
-    """Sends SIGTERM ahead of the N-th line of the tool that the main thread runs.
+    """Sends SIGTERM ahead of the N-th line of some of the tool's functions, in the main thread.
 
-    `names` are those of the functions that the lines are of, `name` that of the one and its number.
+    `names` are those of the lines that were run, function and number; `name` is that of the N-th.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, functions: Sequence[str]) -> None:
         self.number = number
+        self.functions = functions
         self.name = ""
         self.names: list[str] = []
-        self._functions: dict[CodeType, str] = {}
+        self._known: dict[CodeType, str] = {}
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
@@ -187,25 +214,27 @@ class Lines:
         sys.settrace(self._before)
 
     def _enter_function(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        return self._line if frame.f_code.co_filename == vma_tool.__file__ else None
+        if frame.f_code.co_filename != vma_tool.__file__:
+            return None
+        return self._line if self._function(frame) in self.functions else None
 
     def _line(self, frame: FrameType, event: str, _arg: object) -> Any:
         # Before the tool has a handler, there is nothing yet that it could leave.
         if event == "line" and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-            self.names.append(self._function(frame))
+            self.names.append(f"{self._function(frame)} {frame.f_lineno}")
             if len(self.names) == self.number:
-                self.name = f"{self.names[-1]} {frame.f_lineno}"
+                self.name = self.names[-1]
                 signal.raise_signal(signal.SIGTERM)
         return self._line
 
     def _function(self, frame: FrameType) -> str:
         """Return the name of a function with that of its class."""
         code = frame.f_code
-        if code not in self._functions:
+        if code not in self._known:
             owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
             names = [c.__name__ for c in type(owner).__mro__ if code.co_name in vars(c)]
-            self._functions[code] = ".".join([*names[:1], code.co_name])
-        return self._functions[code]
+            self._known[code] = ".".join([*names[:1], code.co_name])
+        return self._known[code]
 
 
 # ---- roads --------------------------------------------------------------------------------------
@@ -296,6 +325,7 @@ class Workshop:
 
     def __init__(self, directory: Path, data: bytes | None = None) -> None:
         self.directory = directory
+        self.temporary = directory / "empty"
         self.data = small_archive() if data is None else data
         self.archive: Archive = archives.parse(self.data).archive
         masks = archives.parse(self.data).masks
@@ -335,23 +365,23 @@ class Workshop:
         self,
         road: Road,
         before: Before = lambda name: None,
-        main_thread: contextlib.AbstractContextManager[object] | None = None,
+        within: contextlib.AbstractContextManager[object] | None = None,
     ) -> Answer[bytes]:
-        """Run a road's command in this process, with each of its calls intercepted."""
+        """Run a road's command in this process, with each of its calls intercepted.
+
+        The tool runs `within` a context that its surroundings here are not in.
+        """
         real_main = vma_tool.main
 
         def main(argv: Sequence[str]) -> int:
-            # and not what call_tool does
-            with intercepted(before), main_thread or contextlib.nullcontext():
+            with intercepted(before), within or contextlib.nullcontext():
                 return real_main(argv)
 
         here = os.getcwd()
         os.chdir(self.directory)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(
-                    mock.patch.dict(os.environ, TMPDIR=str(self.directory / "empty"))
-                )
+                stack.enter_context(mock.patch.dict(os.environ, TMPDIR=str(self.temporary)))
                 if road.hidden:
                     stack.enter_context(mock.patch("shutil.which", lambda name: None))
                 stack.enter_context(mock.patch.object(vma_tool, "main", main))
@@ -391,16 +421,36 @@ class Workshop:
         return strange
 
 
-def in_child(function: Callable[[], object], timeout: int = 60) -> int:
-    """Run a function in a forked child; return its exit status as waitpid has it."""
+def forked(function: Callable[[], R], timeout: int = 60) -> R:
+    """Run a function in a forked child, and return what it returned; ChildProcessError if it died.
+
+    What the child does to itself (its user, its limits) does not outlive it.
+    """
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             signal.alarm(timeout)
-            function()
+            os.close(reading)
+            with open(writing, "wb") as pipe:
+                pickle.dump(function(), pipe)
             status = 0
         finally:
             os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        answer = pipe.read()
     _, status = os.waitpid(pid, 0)
-    return status
+    if status:
+        raise ChildProcessError(status, f"the child ended with {status}")
+    result: R = pickle.loads(answer)
+    return result
+
+
+def become_nobody() -> None:
+    """Give up all rights, in a child; without root's rights there is nothing to give up."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)

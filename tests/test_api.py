@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import random
@@ -18,9 +19,9 @@ from tests.support import ToolTest, golden, manifest, sha256
 class ApiTest(ToolTest):
     def open(self, data: bytes) -> vma_tool.Input:
         """Return a file with these bytes, open until the test has ended."""
-        source = vma_tool.open_input(str(self.file("a.vma", data)))
-        self.addCleanup(source.close)
-        return source
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        return stack.enter_context(vma_tool.open_input(str(self.file("a.vma", data))))
 
 
 class Reading(ApiTest):
@@ -126,8 +127,9 @@ class Reading(ApiTest):
             source.check_unchanged()
 
     def test_no_such_file(self) -> None:
-        with self.assertRaisesRegex(vma_tool.VmaError, "No such file"):
-            vma_tool.open_input(str(self.directory / "missing"))
+        missing = vma_tool.open_input(str(self.directory / "missing"))
+        with self.assertRaisesRegex(vma_tool.VmaError, "No such file"), missing:
+            pass
 
 
 class Extents(ApiTest):

@@ -231,8 +231,8 @@ class Create(ToolTest):
             ("device name", ["..=disk"]),
             ("device name", ["a\nb=disk"]),
             ("device name", ["a" * 256 + "=disk"]),
-            ("254 devices", [f"drive-scsi{i}=disk" for i in range(255)]),
-            ("256 configs", [f"-c{i}.conf" for i in range(257)]),
+            ("254", [f"drive-scsi{i}=disk" for i in range(255)]),
+            ("256", [f"-c{i}.conf" for i in range(257)]),
         ):
             with self.subTest(args=args[:3]):
                 if "256" in says:
