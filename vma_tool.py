@@ -441,7 +441,7 @@ def format_size(size: float) -> str:
     """Return a number of bytes as people read it: 8.0 GiB."""
     if size < 1024:
         return f"{size:.0f} B"
-    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
+    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB"))
     unit = next(units)
     while (size := size / 1024) >= 1024:
         unit = next(units)
@@ -2590,13 +2590,312 @@ def ext_version(data: bytes) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Commands: each takes the parsed command line and returns the exit status
+# Files: what extract and unpack write, what pack and create read
 
 DESCRIPTION_NAME = "vma.json"
 DESCRIPTION_FORMAT = 1
 DESCRIPTION_MAX_SIZE = 1 << 20
 CONFIG_NAME = "qemu-server.conf"
 SECTOR_SIZE = 512
+DESTINATION_SLACK = 4 << 20
+MAP_OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
+
+
+def disk_file_name(device: Device) -> str:
+    """Return what Proxmox's own vma extract calls a device's file."""
+    return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
+
+
+@contextlib.contextmanager
+def make_directory(path: str) -> Iterator[Directory]:
+    """Open a directory, made if it is not there; one that was made here goes away on an error."""
+    with contextlib.ExitStack() as undo:
+        with Signals.held(), naming(escape(path)), contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            undo.callback(remove_directory, path)
+        with Directory(path) as directory:
+            yield directory
+        undo.pop_all()
+
+
+def remove_directory(path: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else put something there
+        os.rmdir(path)
+
+
+def write_configs(header: Header, directory: Directory) -> None:
+    for config in header.configs:
+        directory.create(config.name).append([config.data])
+
+
+def describe_for_pack(header: Header) -> bytes:
+    """Return vma.json: what the other files cannot say."""
+    import json
+
+    value = {
+        "format": DESCRIPTION_FORMAT,
+        "ctime": header.ctime,
+        "configs": [config.name for config in header.configs],
+        "devices": [device._asdict() for device in header.devices],
+    }
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+class Packing(NamedTuple):
+    """What pack found in a directory: the archive's header, and each device's file."""
+
+    header: Header
+    paths: dict[int, str]
+
+
+def read_described(directory: str) -> Packing:
+    """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
+    import json
+
+    path = os.path.join(directory, DESCRIPTION_NAME)
+    text = read_small(path, DESCRIPTION_MAX_SIZE)
+    try:
+        value = json.loads(text)
+        if value["format"] != DESCRIPTION_FORMAT:
+            raise VmaError(f"{escape(path)}: format {value['format']!r} is not supported")
+        ctime = require(value["ctime"], int)
+        names = [require(name, str) for name in value["configs"]]
+        devices = tuple(
+            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
+            for d in value["devices"]
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VmaError(f"{escape(path)}: not what unpack writes: {escape(repr(error))}") from error
+    ids = [device.dev_id for device in devices]
+    if len(set(ids)) < len(ids) or not set(ids) <= set(DEV_IDS):
+        raise VmaError(f"{escape(path)}: a dev_id is there twice, or not from 1 to 254")
+    if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
+        raise VmaError(f"{escape(path)}: a size or the ctime is out of range")
+    # Names are checked before they are opened: vma.json may come from anywhere.
+    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
+    extra = sorted(set(os.listdir(directory)) - known)
+    if extra:
+        raise VmaError(
+            f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
+            "list it there, or remove one of them"
+        )
+    configs = tuple(Config(name, read_small(os.path.join(directory, name))) for name in names)
+    paths = {device.dev_id: os.path.join(directory, device.name) for device in devices}
+    return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
+
+
+def require(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def read_undescribed(directory: str) -> Packing:
+    """Read a directory by the names of its files; raises VmaError for one that says nothing."""
+    configs = []
+    devices: dict[str, str] = {}
+    for entry in sorted(os.listdir(directory), key=natural_key):
+        path = os.path.join(directory, entry)
+        if entry.endswith((".conf", ".fw")):
+            configs.append(Config(entry, read_small(path)))
+            continue
+        if entry.startswith("disk-") and entry.endswith(".raw"):
+            name = entry[len("disk-") : -len(".raw")]
+        elif entry.startswith("drive-") or entry == VMSTATE:
+            name = entry
+        elif entry == "vmstate.bin":
+            name = VMSTATE
+        else:
+            raise VmaError(
+                f"{escape(path)}: neither a config (*.conf, *.fw) nor a device (disk-NAME.raw, "
+                "drive-*, vmstate): rename or remove it"
+            )
+        if name in devices:
+            raise VmaError(f"{escape(path)}: a second file for device {quote(name)}")
+        devices[name] = path
+    if not configs and not devices:
+        raise VmaError(f"{escape(directory)}: there is nothing to pack")
+    order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
+    return Packing(
+        Header(
+            CANONICAL_UUID,
+            int(time.time()),
+            tuple(configs),
+            tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(order, DEV_IDS[0])),
+        ),
+        {dev_id: devices[name] for dev_id, name in enumerate(order, DEV_IDS[0])},
+    )
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts scsi2 before scsi10."""
+    import re
+
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
+
+
+def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
+    """Return a regular file's contents of up to limit bytes."""
+    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
+    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with naming(escape(path)), os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise VmaError(f"{escape(path)}: not a file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
+    return data
+
+
+def open_disk(
+    stack: contextlib.ExitStack, device: Device, path: str, exact: bool, quiet: bool
+) -> Disk:
+    """Open the file or block device of a disk; `exact` if device.size is to be its size."""
+    name = escape(path)
+    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with naming(name):
+        file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
+        state = os.fstat(fd)
+        if not is_disk(state.st_mode):
+            raise VmaError(f"{name}: neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END)
+    if exact:
+        # A vmstate restores as long as its clusters.
+        padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
+        if size != device.size and not padded:
+            raise VmaError(
+                f"{name}: {size} bytes, expected the {device.size} that {DESCRIPTION_NAME} says"
+            )
+    else:
+        device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
+        if size % SECTOR_SIZE and not quiet:
+            print(
+                f"{name}: {size} bytes, rounded up to {device.size}, as disks have whole sectors",
+                file=sys.stderr,
+            )
+    if not device.size:
+        raise VmaError(f"{name}: an empty file is no disk")
+    if device.cluster_count > 1 << 32:
+        raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
+    allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
+    return Disk(device, Input(name, file, size), size, min(allocated, size) or size)
+
+
+def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
+    """Return the header with lines of qemu-server.conf replaced or added."""
+    if not options:
+        return header
+    configs = list(header.configs)
+    i = next((i for i, c in enumerate(configs) if c.name == CONFIG_NAME), None)
+    if i is None:
+        raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
+    data = configs[i].data
+    for key, value in options:
+        data = set_option(data, key, value)
+    configs[i] = Config(CONFIG_NAME, data)
+    return header._replace(configs=tuple(configs))
+
+
+def set_option(data: bytes, key: str, value: str) -> bytes:
+    """Return a configuration with `key: value` in its main section, all else as it was.
+
+    The main section ends at the first line that begins with `[`: a snapshot, or pending changes.
+    """
+    lines = data.splitlines(keepends=True)
+    main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
+    new = encode_name(f"{key}: {value}\n")
+    for i, line in enumerate(lines[:main]):
+        if line.split(b":")[0].strip() == encode_name(key) and b":" in line:
+            lines[i] = new
+            return b"".join(lines)
+    while main and not lines[main - 1].strip():
+        main -= 1  # blank lines belong to the section that follows
+    if main and not lines[main - 1].endswith(b"\n"):
+        lines[main - 1] += b"\n"
+    lines.insert(main, new)
+    return b"".join(lines)
+
+
+def require_raw(image_format: str, path: str) -> None:
+    if image_format != "raw":
+        raise VmaError(
+            f"format={escape(image_format)} is not read or written here, only raw: first run "
+            f"qemu-img convert -O raw {escape(path)} {escape(path)}.raw"
+        )
+
+
+class Destination(NamedTuple):
+    """Where extract -r writes a device; without write_zeros the target is known to be zero."""
+
+    path: str
+    write_zeros: bool
+
+
+def parse_map(lines: Iterable[str]) -> dict[str, Destination | None]:
+    """Return where each device goes by its name, None for nowhere; raises VmaError.
+
+    A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
+    """
+    found: dict[str, Destination | None] = {}
+    for line in lines:
+        text = line.rstrip("\n")
+        if text in ("", "done"):
+            break
+        if text.startswith("skip="):
+            found[text[len("skip=") :]] = None
+            continue
+        rest = text
+        while rest.startswith(tuple(f"{option}=" for option in MAP_OPTIONS)):
+            option, _, rest = rest.partition(":")
+            if option.startswith("format="):
+                require_raw(option[len("format=") :], "PATH")
+        name, equals, path = rest[2:].partition("=")
+        if rest[:2] not in ("0:", "1:") or not equals or not name or not path:
+            raise VmaError(
+                f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
+            )
+        found[name] = Destination(path, rest[0] == "1")
+    return found
+
+
+@contextlib.contextmanager
+def open_destination(device: Device, path: str) -> Iterator[Target]:
+    """Open an existing file or block device to restore a device into."""
+    fd = open_path(path, os.O_RDWR)
+    try:
+        if not is_disk(os.fstat(fd).st_mode):
+            raise VmaError(f"{escape(path)}: neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END)
+        # Storages round sizes up; Proxmox demands the same.
+        if not device.size <= size <= device.size + DESTINATION_SLACK:
+            raise VmaError(
+                f"{escape(path)}: {size} bytes, device {quote(device.name)} needs {device.size}"
+            )
+        yield Target(fd, escape(path), seekable=True)
+    finally:
+        os.close(fd)
+
+
+def refuse_same(paths: Iterable[str], output: str) -> None:
+    """Raise VmaError if what is to be written is one of the files that are read."""
+    for path in paths:
+        if is_same_file(path, output):
+            raise VmaError(f"{escape(output)}: is read here, and cannot be written as well")
+
+
+def is_same_file(path: str, output: str) -> bool:
+    """Say whether both are one file, by whatever links."""
+    if "-" in (path, output):
+        return False
+    with naming(escape(output)), contextlib.suppress(FileNotFoundError):
+        return os.path.samefile(path, output)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands: each takes the parsed command line and returns the exit status
 
 
 def cmd_list(args: argparse.Namespace) -> int:
@@ -2656,11 +2955,6 @@ def describe(
         align = find_align(archive)
         result.update(extents=archive.index.extent_count, canonical=bool(align), align=align)
     return result
-
-
-def disk_file_name(device: Device) -> str:
-    """Return what Proxmox's own vma extract calls a device's file."""
-    return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
 
 
 def mount_command(device: Device, partition: Partition) -> str | None:
@@ -2890,52 +3184,6 @@ def extract_one(args: argparse.Namespace) -> int:
     return 0
 
 
-DESTINATION_SLACK = 4 << 20
-MAP_OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
-
-
-class Destination(NamedTuple):
-    """Where extract -r writes a device; without write_zeros the target is known to be zero."""
-
-    path: str
-    write_zeros: bool
-
-
-def parse_map(lines: Iterable[str]) -> dict[str, Destination | None]:
-    """Return where each device goes by its name, None for nowhere; raises VmaError.
-
-    A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
-    """
-    found: dict[str, Destination | None] = {}
-    for line in lines:
-        text = line.rstrip("\n")
-        if text in ("", "done"):
-            break
-        if text.startswith("skip="):
-            found[text[len("skip=") :]] = None
-            continue
-        rest = text
-        while rest.startswith(tuple(f"{option}=" for option in MAP_OPTIONS)):
-            option, _, rest = rest.partition(":")
-            if option.startswith("format="):
-                require_raw(option[len("format=") :], "PATH")
-        name, equals, path = rest[2:].partition("=")
-        if rest[:2] not in ("0:", "1:") or not equals or not name or not path:
-            raise VmaError(
-                f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
-            )
-        found[name] = Destination(path, rest[0] == "1")
-    return found
-
-
-def require_raw(image_format: str, path: str) -> None:
-    if image_format != "raw":
-        raise VmaError(
-            f"format={escape(image_format)} is not read or written here, only raw: first run "
-            f"qemu-img convert -O raw {escape(path)} {escape(path)}.raw"
-        )
-
-
 def extract_mapped(args: argparse.Namespace) -> int:
     """Write configs into a directory, and disks where a map says, as Proxmox's qmrestore does."""
     with contextlib.ExitStack() as stack:
@@ -2985,24 +3233,6 @@ def extract_mapped(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def open_destination(device: Device, path: str) -> Iterator[Target]:
-    """Open an existing file or block device to restore a device into."""
-    fd = open_path(path, os.O_RDWR)
-    try:
-        if not is_disk(os.fstat(fd).st_mode):
-            raise VmaError(f"{escape(path)}: neither a file nor a block device")
-        size = os.lseek(fd, 0, os.SEEK_END)
-        # Storages round sizes up; Proxmox demands the same.
-        if not device.size <= size <= device.size + DESTINATION_SLACK:
-            raise VmaError(
-                f"{escape(path)}: {size} bytes, device {quote(device.name)} needs {device.size}"
-            )
-        yield Target(fd, escape(path), seekable=True)
-    finally:
-        os.close(fd)
-
-
 def cmd_unpack(args: argparse.Namespace) -> int:
     """Write configs, disks and vma.json, from which pack makes the archive again."""
 
@@ -3049,11 +3279,6 @@ def restore(
     return 0
 
 
-def write_configs(header: Header, directory: Directory) -> None:
-    for config in header.configs:
-        directory.create(config.name).append([config.data])
-
-
 def load(
     source: Input, progress: Progress, memory: int = DEFAULT_MEMORY, directory: str = ""
 ) -> Archive | Reorderer:
@@ -3068,43 +3293,6 @@ def load(
         watch(source, progress, stored)
     check_source(contents.header, source)
     return contents
-
-
-@contextlib.contextmanager
-def make_directory(path: str) -> Iterator[Directory]:
-    """Open a directory, made if it is not there; one that was made here goes away on an error."""
-    with contextlib.ExitStack() as undo:
-        with Signals.held(), naming(escape(path)), contextlib.suppress(FileExistsError):
-            os.mkdir(path)
-            undo.callback(remove_directory, path)
-        with Directory(path) as directory:
-            yield directory
-        undo.pop_all()
-
-
-def remove_directory(path: str) -> None:
-    with contextlib.suppress(OSError):  # somebody else put something there
-        os.rmdir(path)
-
-
-def describe_for_pack(header: Header) -> bytes:
-    """Return vma.json: what the other files cannot say."""
-    import json
-
-    value = {
-        "format": DESCRIPTION_FORMAT,
-        "ctime": header.ctime,
-        "configs": [config.name for config in header.configs],
-        "devices": [device._asdict() for device in header.devices],
-    }
-    return json.dumps(value, indent=2).encode() + b"\n"
-
-
-class Packing(NamedTuple):
-    """What pack found in a directory: the archive's header, and each device's file."""
-
-    header: Header
-    paths: dict[int, str]
 
 
 def cmd_pack(args: argparse.Namespace) -> int:
@@ -3181,178 +3369,8 @@ def cmd_config(args: argparse.Namespace) -> int:
         raise VmaError(
             f"{source.name}: no config {quote(args.config)}, there are {known or 'none'}"
         )
-    sys.stdout.buffer.write(data)
+    Target(1, "standard output", seekable=False).append([data])
     return 0
-
-
-def read_described(directory: str) -> Packing:
-    """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
-    import json
-
-    path = os.path.join(directory, DESCRIPTION_NAME)
-    text = read_small(path, DESCRIPTION_MAX_SIZE)
-    try:
-        value = json.loads(text)
-        if value["format"] != DESCRIPTION_FORMAT:
-            raise VmaError(f"{escape(path)}: format {value['format']!r} is not supported")
-        ctime = require(value["ctime"], int)
-        names = [require(name, str) for name in value["configs"]]
-        devices = tuple(
-            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
-            for d in value["devices"]
-        )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VmaError(f"{escape(path)}: not what unpack writes: {escape(repr(error))}") from error
-    ids = [device.dev_id for device in devices]
-    if len(set(ids)) < len(ids) or not set(ids) <= set(DEV_IDS):
-        raise VmaError(f"{escape(path)}: a dev_id is there twice, or not from 1 to 254")
-    if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
-        raise VmaError(f"{escape(path)}: a size or the ctime is out of range")
-    # Names are checked before they are opened: vma.json may come from anywhere.
-    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
-    known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
-    extra = sorted(set(os.listdir(directory)) - known)
-    if extra:
-        raise VmaError(
-            f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
-            "list it there, or remove one of them"
-        )
-    configs = tuple(Config(name, read_small(os.path.join(directory, name))) for name in names)
-    paths = {device.dev_id: os.path.join(directory, device.name) for device in devices}
-    return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
-
-
-def require(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
-
-
-def read_undescribed(directory: str) -> Packing:
-    """Read a directory by the names of its files; raises VmaError for one that says nothing."""
-    configs = []
-    devices: dict[str, str] = {}
-    for entry in sorted(os.listdir(directory), key=natural_key):
-        path = os.path.join(directory, entry)
-        if entry.endswith((".conf", ".fw")):
-            configs.append(Config(entry, read_small(path)))
-            continue
-        if entry.startswith("disk-") and entry.endswith(".raw"):
-            name = entry[len("disk-") : -len(".raw")]
-        elif entry.startswith("drive-") or entry == VMSTATE:
-            name = entry
-        elif entry == "vmstate.bin":
-            name = VMSTATE
-        else:
-            raise VmaError(
-                f"{escape(path)}: neither a config (*.conf, *.fw) nor a device (disk-NAME.raw, "
-                "drive-*, vmstate): rename or remove it"
-            )
-        if name in devices:
-            raise VmaError(f"{escape(path)}: a second file for device {quote(name)}")
-        devices[name] = path
-    if not configs and not devices:
-        raise VmaError(f"{escape(directory)}: there is nothing to pack")
-    order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
-    return Packing(
-        Header(
-            CANONICAL_UUID,
-            int(time.time()),
-            tuple(configs),
-            tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(order, DEV_IDS[0])),
-        ),
-        {dev_id: devices[name] for dev_id, name in enumerate(order, DEV_IDS[0])},
-    )
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that puts scsi2 before scsi10."""
-    import re
-
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
-
-
-def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
-    """Return a regular file's contents of up to limit bytes."""
-    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
-    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with naming(escape(path)), os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise VmaError(f"{escape(path)}: not a file")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
-    return data
-
-
-def open_disk(
-    stack: contextlib.ExitStack, device: Device, path: str, exact: bool, quiet: bool
-) -> Disk:
-    """Open the file or block device of a disk; `exact` if device.size is to be its size."""
-    name = escape(path)
-    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with naming(name):
-        file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
-        state = os.fstat(fd)
-        if not is_disk(state.st_mode):
-            raise VmaError(f"{name}: neither a file nor a block device")
-        size = os.lseek(fd, 0, os.SEEK_END)
-    if exact:
-        # A vmstate restores as long as its clusters.
-        padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
-        if size != device.size and not padded:
-            raise VmaError(
-                f"{name}: {size} bytes, expected the {device.size} that {DESCRIPTION_NAME} says"
-            )
-    else:
-        device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
-        if size % SECTOR_SIZE and not quiet:
-            print(
-                f"{name}: {size} bytes, rounded up to {device.size}, as disks have whole sectors",
-                file=sys.stderr,
-            )
-    if not device.size:
-        raise VmaError(f"{name}: an empty file is no disk")
-    if device.cluster_count > 1 << 32:
-        raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
-    allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
-    return Disk(device, Input(name, file, size), size, min(allocated, size) or size)
-
-
-def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
-    """Return the header with lines of qemu-server.conf replaced or added."""
-    if not options:
-        return header
-    configs = list(header.configs)
-    i = next((i for i, c in enumerate(configs) if c.name == CONFIG_NAME), None)
-    if i is None:
-        raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
-    data = configs[i].data
-    for key, value in options:
-        data = set_option(data, key, value)
-    configs[i] = Config(CONFIG_NAME, data)
-    return header._replace(configs=tuple(configs))
-
-
-def set_option(data: bytes, key: str, value: str) -> bytes:
-    """Return a configuration with `key: value` in its main section, all else as it was.
-
-    The main section ends at the first line that begins with `[`: a snapshot, or pending changes.
-    """
-    lines = data.splitlines(keepends=True)
-    main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
-    new = encode_name(f"{key}: {value}\n")
-    for i, line in enumerate(lines[:main]):
-        if line.split(b":")[0].strip() == encode_name(key) and b":" in line:
-            lines[i] = new
-            return b"".join(lines)
-    while main and not lines[main - 1].strip():
-        main -= 1  # blank lines belong to the section that follows
-    if main and not lines[main - 1].endswith(b"\n"):
-        lines[main - 1] += b"\n"
-    lines.insert(main, new)
-    return b"".join(lines)
 
 
 def cmd_optimize(args: argparse.Namespace) -> int:
@@ -3375,6 +3393,8 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         output = stack.enter_context(open_output(output_path))
         if archive and output.file:
             output.file.allocate(sum(i.stored_size for i in archive.index.devices.values()))
+        if args.check and (output.file is None or not (archive or source.compressed_size)):
+            raise VmaError(f"{source.name}: --check reads both archives again: name two files")
         stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
@@ -3398,22 +3418,6 @@ def check_contents(args: argparse.Namespace, archive: Archive | None, output: Ou
                 found = compare_disks(source, read_header(source), Archive(written))
     if found:
         raise VmaError(f"{output.target.name}: what was written differs: {found[0]}")
-
-
-def refuse_same(paths: Iterable[str], output: str) -> None:
-    """Raise VmaError if what is to be written is one of the files that are read."""
-    for path in paths:
-        if is_same_file(path, output):
-            raise VmaError(f"{escape(output)}: is read here, and cannot be written as well")
-
-
-def is_same_file(path: str, output: str) -> bool:
-    """Say whether both are one file, by whatever links."""
-    if "-" in (path, output):
-        return False
-    with naming(escape(output)), contextlib.suppress(FileNotFoundError):
-        return os.path.samefile(path, output)
-    return False
 
 
 @contextlib.contextmanager
@@ -3699,8 +3703,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names, where the locale is not UTF-8
     args = parse_args(argv)
-    Signals.install()
     try:
+        Signals.install()
         status = int(args.func(args))
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()

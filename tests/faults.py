@@ -344,17 +344,21 @@ class Workshop:
     def write(self, name: str, data: bytes) -> None:
         (self.directory / name).write_bytes(data)
 
-    def wanted(self, road: Road) -> dict[str, str]:
-        """Return the digests of all files after the road was gone to its end."""
-        disks = {d.raw_name.decode(): d.data for d in self.archive.devices}
-        files = {str(name): data for name, data in self.archive.configs}
+    def wanted(self, road: Road, data: bytes | None = None) -> dict[str, str]:
+        """Return the digests of all files after the road was gone to its end.
+
+        `data` is another archive that it may have been gone with.
+        """
+        parsed = archives.parse(data or self.data)
+        disks = {d.raw_name.decode(): d.data for d in parsed.archive.devices}
+        files = {str(name): data for name, data in parsed.archive.configs}
         files.update(disks)
         files.update({f"disk-{name}.raw": data for name, data in disks.items()})
         after = dict(self.before)
         for path in road.makes:
             name = Path(path).name
             if name.endswith(".vma"):
-                after[path] = sha256(self.canonical)
+                after[path] = sha256(archives.canonical(parsed.archive, stored=parsed.masks))
             elif name == "vma.json":
                 after[path] = self.description
             else:

