@@ -46,7 +46,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
-__version__ = "0.9.0"
+__version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------
 # Errors
