@@ -2097,6 +2097,9 @@ def write_disks(
     if isinstance(contents, Reorderer):
         stream_disks(contents, targets, zeros)
     else:
+        if contents.source.progress:
+            stored = sum(devices[dev_id].stored_size for dev_id in targets)
+            contents.source.progress.total = stored
         copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
         for dev_id in zeros:
             spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
@@ -3620,8 +3623,9 @@ def complete_bash(commands: Mapping[str, argparse.ArgumentParser]) -> str:
             if action.choices:
                 pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
-        names = " ".join(" ".join(action.option_strings) for action in options)
-        cases.append(f"    {name}:*) words='{names}' ;;")
+        words = [word for a in command._actions for word in a.choices or () if a not in options]
+        words += [option for action in options for option in action.option_strings]
+        cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
     return f"""# bash completion of vma-tool: source this from ~/.bashrc
 _vma_tool() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
@@ -3652,6 +3656,8 @@ def complete_zsh(commands: Mapping[str, argparse.ArgumentParser]) -> str:
                 what = f"({' '.join(action.choices)})" if action.choices else "_files"
                 value = f":{escaped(str(action.metavar or action.dest))}:{what}"
             specs += [f"'{o}[{escaped(action.help or '')}]{value}'" for o in action.option_strings]
+            if action.choices and not action.option_strings:
+                specs.append(f"'1{value}'")
         cases.append(f"    {name}) _arguments {' '.join(specs)} '*:file:_files' ;;")
     return f"""#compdef vma-tool vma_tool.py
 # zsh completion of vma-tool: save this as _vma-tool in a directory of $fpath

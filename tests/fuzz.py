@@ -853,7 +853,8 @@ class Sandbox:
         """Print a config; the disks are not looked at."""
         configs = self.judgement.listed.configs if self.judgement.listed else []
         wanted = rng.choice([*configs, (b"qemu-server.conf", b"")])
-        good = self.call("config", "-c", os.fsdecode(bytes_of(wanted[0])), self.source, raw=True)
+        name = os.fsdecode(bytes_of(wanted[0]))
+        good = self.call("config", f"-c{name}", self.source, raw=True)
         found = [data for name, data in configs if bytes_of(name) == bytes_of(wanted[0])]
         if self.judgement.listed or not good:  # a bad name elsewhere does not matter to it
             self.expect_verdict(good, bool(found))
@@ -942,7 +943,7 @@ class Sandbox:
         device = rng.choice(devices) if devices else None
         name = device.raw_name if device else b"drive-scsi0"
         good = self.call(
-            "extract", "-q", "-d", os.fsdecode(name), "-o", self.output,
+            "extract", "-q", f"-d{os.fsdecode(name)}", "-o", self.output,
             "-" if stream else self.source, stream=stream,
         )  # fmt: skip
         # A comma is what separates the names of -d.

@@ -857,10 +857,14 @@ class Verbose(ToolTest):
 
     def test_progress(self) -> None:
         """A line for each percent that is reached, ascending, the last one all of it."""
-        for args in (["verify", "-v"], ["extract", "-v"], ["unpack", "-v"]):
-            with self.subTest(command=args[0]):
+        for args in (
+            ["verify", "-v"], ["unpack", "-v"], ["extract", "-v"],
+            ["extract", "-v", "-d", manifest()["interleaved"]["devices"][0]["name"]],
+        ):  # fmt: skip
+            with self.subTest(args=args):
                 path = self.file("a.vma", golden("interleaved"))
-                target = [self.directory / args[0]] if args[0] != "verify" else []
+                target = [self.directory / str(len(args))] if args[0] != "verify" else []
+                shutil.rmtree(self.directory / "2", ignore_errors=True)
                 lines = call_tool(*args, path, *target).stderr.decode().splitlines()
                 form = re.compile(
                     r"progress ([0-9]+)% \(read ([0-9]+) bytes, duration [0-9]+ sec\)"

@@ -458,39 +458,81 @@ class Tables(PartitionsTest):
             found = self.listing(disk)
             self.assertEqual((found["partitions"], found["faults"]), ([], []))
 
+    def mounted(self, words: Sequence[str | Path], where: Path, file: str) -> str:
+        """Mount with a command, in a directory; return a file's text."""
+        point = self.directory / "mnt"
+        point.mkdir(exist_ok=True)
+        subprocess.run([*words, point], cwd=where, check=True, capture_output=True)
+        try:
+            return (point / file).read_text()
+        finally:
+            run("umount", point)
+
+    def commands(self, images: Sequence[Path]) -> list[str]:
+        """Put file systems on a disk, that into an archive, and extract it.
+
+        Return the commands that list --partitions prints, without the directory at their end.
+        """
+        sizes = [image.stat().st_size for image in images]
+        disk = self.disk("disk", sum(sizes) + 2 * MIB)
+        lines = [f"size={size // SECTOR}\n" for size in sizes]
+        table = self.sfdisk(disk, "label: gpt\n" + "".join(lines))
+        for image, entry in zip(images, table["partitions"]):
+            put(disk, entry["start"] * SECTOR, image)
+        path = self.directory / "a.vma"
+        write_archive(path, {"drive-scsi0": disk})
+        self.ok("extract", path, self.directory / "out")
+        text = self.ok("list", "--partitions", path)
+        return re.findall(r"^ +(mount .*) /mnt$", text, re.MULTILINE)
+
     def test_mounts(self) -> None:
         """The printed command opens the file system of an extracted disk."""
         require_root()
         require(SFDISK, MKE2FS, XFS)
         root = self.directory / "root"
-        (root / "etc").mkdir(parents=True)
-        (root / "etc" / "hostname").write_text("guest\n")
-        ext4 = self.disk("ext4.img", 16 * MIB)
+        root.mkdir()
+        (root / "hostname").write_text("guest\n")
+        ext4, xfs = self.disk("ext4.img", 16 * MIB), self.disk("xfs.img", 320 * MIB)
         run("mke2fs", "-q", "-F", "-t", "ext4", "-d", root, ext4)
-        xfs = self.disk("xfs.img", 320 * MIB)
-        prototype = self.directory / "prototype"
-        prototype.write_text(f"/\n0 0\nd--755 0 0\nhostname ---644 0 0 {root}/etc/hostname\n$\n")
+        text = f"/\n0 0\nd--755 0 0\nhostname ---644 0 0 {root}/hostname\n$\n"
+        prototype = self.file("prototype", text.encode())
         run("mkfs.xfs", "-q", "-p", prototype, xfs)
-        disk = self.disk("disk", 400 * MIB)
-        self.sfdisk(disk, "label: gpt\nstart=2048, size=16M\nsize=320M\n")
-        put(disk, MIB, ext4)
-        put(disk, 17 * MIB, xfs)
-        path, out = self.directory / "a.vma", self.directory / "out"
-        write_archive(path, {"drive-scsi0": disk})
-        self.ok("extract", path, out)
-        mount_point = self.directory / "mnt"
-        mount_point.mkdir()
-        text = self.ok("list", "--partitions", path)
-        commands = re.findall(r"^ +(mount .*) /mnt$", text, re.MULTILINE)
+        commands = self.commands([ext4, xfs])
         self.assertEqual(len(commands), 2)
-        for command, file in zip(commands, ("etc/hostname", "hostname")):
+        for command in commands:
             with self.subTest(command=command):
-                words = [*shlex.split(command), str(mount_point)]
-                subprocess.run(words, cwd=out, check=True, capture_output=True)
-                try:
-                    self.assertEqual((mount_point / file).read_text(), "guest\n")
-                finally:
-                    run("umount", mount_point)
+                words = shlex.split(command)
+                found = self.mounted(words, self.directory / "out", "hostname")
+                self.assertEqual(found, "guest\n")
+
+    def test_mounts_of_a_running_guest(self) -> None:
+        """What was mounted during the backup has a journal to replay: without `ro`, as README says.
+
+        The loop device would be read-only as well.
+        """
+        require_root()
+        require(SFDISK, MKE2FS, XFS)
+        images = []
+        point = self.directory / "live"
+        point.mkdir()
+        for name, make in (("ext4", ["mke2fs", "-q", "-F", "-t", "ext4"]), ("xfs", XFS[:1])):
+            image = self.disk(f"{name}.img", MADE[name][2])
+            run(*make, image)
+            run("mount", "-o", "loop", image, point)
+            try:
+                (point / "hostname").write_text("guest\n")
+                run("sync", "-f", point)
+                images.append(self.directory / f"{name}.live")
+                run("cp", "--sparse=always", image, images[-1])
+            finally:
+                run("umount", point)
+        commands = self.commands(images)
+        self.assertEqual(len(commands), 2)
+        for command in commands:
+            with self.subTest(command=command):
+                words = shlex.split(command.replace("ro,loop", "loop"))
+                found = self.mounted(words, self.directory / "out", "hostname")
+                self.assertEqual(found, "guest\n")
 
 
 # ---- hand-made tables, for what no program writes ------------------------------------------------
