@@ -713,37 +713,26 @@ CODECS = (
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 
 
-class RestOfPipe(io.RawIOBase):
+class RestOfPipe(io.FileIO):
     """A pipe of which the first bytes have been read already."""
 
     def __init__(self, start: bytes, fd: int) -> None:
+        super().__init__(fd, "rb")
         self._start = start
-        self._fd = fd
-
-    def readable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._fd
 
     def readinto(self, buffer: Any) -> int:
-        if not self._start and hasattr(os, "readv"):
-            return os.readv(self._fd, [buffer])
-        data = self._start[: len(buffer)] or os.read(self._fd, len(buffer))
+        if not self._start:
+            return super().readinto(buffer) or 0
+        data = self._start[: len(buffer)]
         self._start = self._start[len(data) :]
         buffer[: len(data)] = data
         return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._fd)
-        super().close()
 
 
 class ModuleInput(Input):
     """The bytes that one of Python's own modules decompresses."""
 
-    def __init__(self, name: str, codec: Codec, raw: io.RawIOBase) -> None:
+    def __init__(self, name: str, codec: Codec, raw: io.FileIO) -> None:
         self._buffered = io.BufferedReader(raw, PIPE_SIZE)
         super().__init__(name, importlib.import_module(codec.module).open(self._buffered))
         self._codec = codec
@@ -769,7 +758,7 @@ class ModuleInput(Input):
 class ProgramInput(Input):
     """The bytes that a decompressor, run as a child, makes of a file or pipe."""
 
-    def __init__(self, name: str, program: str, raw: io.RawIOBase, seekable: bool) -> None:
+    def __init__(self, name: str, program: str, raw: io.FileIO, seekable: bool) -> None:
         import subprocess
         import tempfile
 
@@ -778,9 +767,9 @@ class ProgramInput(Input):
         self._ended = False
         self._feeding_error: OSError | None = None
         self._program = os.path.basename(program)
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         # A file is the child's own standard input. It shares our offset, which tells how far it is.
-        with Signals.held():
+        with Signals.held(), naming(f"{name}: {self._program}"), contextlib.ExitStack() as undo:
+            self._messages = undo.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(
                 [program, "-dc"],
                 stdin=raw.fileno() if seekable else subprocess.PIPE,
@@ -792,6 +781,7 @@ class ProgramInput(Input):
             assert isinstance(stdout, io.FileIO)
             widen_pipe(stdout.fileno())
             super().__init__(name, io.BufferedReader(stdout, BUFFER_SIZE))
+            undo.pop_all()  # close does it
         if not seekable:
             threading.Thread(target=self._feed, daemon=True).start()
 
@@ -801,8 +791,11 @@ class ProgramInput(Input):
         assert stdin is not None
         try:
             with self._raw, stdin:
-                while data := self._raw.read(BUFFER_SIZE):
-                    stdin.write(data)
+                buffer = memoryview(bytearray(BUFFER_SIZE))
+                while count := self._raw.readinto(buffer):
+                    data = buffer[:count]
+                    while data:
+                        data = data[stdin.write(data) :]
         except BrokenPipeError:
             pass  # the child has ended; its exit status says why
         except OSError as error:
@@ -827,7 +820,9 @@ class ProgramInput(Input):
             )
 
     def position(self) -> int:
-        return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR) if self._seekable else self.offset
+        with contextlib.suppress(OSError):  # it is only shown
+            return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR) if self._seekable else self.offset
+        return self.offset
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; if it has failed, by now, in what was not read, say so."""
@@ -881,7 +876,7 @@ def open_input(path: str) -> Iterator[Input]:
         yield source
 
 
-def open_raw(path: str, name: str) -> tuple[io.RawIOBase, bytes, int | None]:
+def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
     """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
     with contextlib.ExitStack() as undo, naming(name):
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
@@ -912,7 +907,7 @@ def is_disk(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def open_codec(name: str, codec: Codec, raw: io.RawIOBase, seekable: bool) -> Input:
+def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
     """Return the decompressed bytes of raw: by a program, which has a processor to itself, or here.
 
     Raises VmaError where there is nothing that knows the codec.
@@ -1947,9 +1942,11 @@ class Reorderer:
 
         directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
         name = f"temporary file in {escape(directory)}"
-        with naming(name):
-            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - kept open
-            return Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
+        with Signals.held(), naming(name), contextlib.ExitStack() as undo:
+            file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+            spool = Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
+            undo.pop_all()  # spans closes it
+            return spool
 
     def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
         held = self._held[device.dev_id]
