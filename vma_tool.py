@@ -231,7 +231,8 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     # Hosts in FIPS mode refuse MD5 for anything that calls itself security.
     digest = hashlib.md5(data[: field.start], usedforsecurity=False)
     digest.update(bytes(16))
-    digest.update(memoryview(data)[field.stop :])
+    with memoryview(data) as view:
+        digest.update(view[field.stop :])
     return digest.digest()
 
 
@@ -311,33 +312,31 @@ def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def pack_header(header: Header) -> bytes:
+def pack_header(header: Header) -> bytearray:
     """Return a header of header.size bytes, its blobs in the order that Proxmox writes."""
-    blobs = bytearray(1)
+    data = bytearray(HEADER_FIXED_SIZE + 1)
 
-    def add(data: bytes) -> int:
-        if len(data) > BLOB_MAX_SIZE:
-            raise VmaError(f"{len(data)} bytes of configuration; a VMA holds up to {BLOB_MAX_SIZE}")
-        blobs.extend(len(data).to_bytes(2, "little") + data)
-        return len(blobs) - len(data) - 2
+    def add(blob: bytes) -> int:
+        if len(blob) > BLOB_MAX_SIZE:
+            raise VmaError(f"{len(blob)} bytes of configuration; a VMA holds up to {BLOB_MAX_SIZE}")
+        offset = len(data) - HEADER_FIXED_SIZE
+        data.extend(len(blob).to_bytes(2, "little") + blob)
+        return offset
 
-    fixed = bytearray(HEADER_FIXED_SIZE)
-    for slot, config in enumerate(header.configs):
-        struct.pack_into(
-            ">I", fixed, CONFIG_NAMES_OFFSET + 4 * slot, add(encode_name(config.name) + b"\0")
-        )
-        struct.pack_into(">I", fixed, CONFIG_DATA_OFFSET + 4 * slot, add(config.data))
+    for slot, (name, content) in enumerate(header.configs):
+        offsets = add(encode_name(name) + b"\0"), add(content)
+        for table, offset in zip((CONFIG_NAMES_OFFSET, CONFIG_DATA_OFFSET), offsets):
+            struct.pack_into(">I", data, table + 4 * slot, offset)
     for dev_id, name, size in header.devices:
-        DEV_INFO.pack_into(
-            fixed, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, add(encode_name(name) + b"\0"), size
-        )
+        offset = add(encode_name(name) + b"\0")
+        DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
     HEADER.pack_into(
-        fixed, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
-        HEADER_FIXED_SIZE, len(blobs), header.size,
+        data, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
+        HEADER_FIXED_SIZE, len(data) - HEADER_FIXED_SIZE, header.size,
     )  # fmt: skip
-    data = bytearray((fixed + blobs).ljust(header.size, b"\0"))
+    data.extend(bytes(header.size - len(data)))
     data[HEADER_MD5] = md5_without(data, HEADER_MD5)
-    return bytes(data)
+    return data
 
 
 def name_fault(name: str) -> str | None:
@@ -990,12 +989,13 @@ class Directory:
     are never followed as symbolic links. What is not committed when it is closed is removed.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, follow: bool = True) -> None:
         self.path = path or "."
         self._files: list[PartialFile] = []
         self._fd: int | None = None
         if os.open in os.supports_dir_fd:
-            self._fd = open_path(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+            self._fd = open_path(self.path, flags)
 
     def __enter__(self) -> Directory:
         return self
@@ -1640,7 +1640,7 @@ def clusters_per_extent(align: int) -> int:
     return CANONICAL_MAX_CLUSTERS // unit * unit
 
 
-def lay_out_header(header: Header, align: int) -> bytes:
+def lay_out_header(header: Header, align: int) -> bytearray:
     """Return the canonical header of an archive.
 
     It is rounded up to align, so that a configuration that grows a little moves no data.
@@ -2267,7 +2267,7 @@ def check_written(output: Output, layout: Layout) -> None:
         header = read_header(source)
         for extent in read_extents(source, header):
             digest.update(extent.md5)
-        expected = lay_out_header(layout.header, layout.align)[HEADER_MD5]
+        expected = bytes(lay_out_header(layout.header, layout.align)[HEADER_MD5])
         if (header.md5, digest.digest()) != (expected, layout.digest.digest()):
             raise VmaError(f"{source.name}: what was written reads back as something else")
 
@@ -2609,11 +2609,14 @@ def disk_file_name(device: Device) -> str:
 @contextlib.contextmanager
 def make_directory(path: str) -> Iterator[Directory]:
     """Open a directory, made if it is not there; one that was made here goes away on an error."""
+    made = False
     with contextlib.ExitStack() as undo:
         with Signals.held(), naming(escape(path)), contextlib.suppress(FileExistsError):
             os.mkdir(path)
+            made = True
             undo.callback(remove_directory, path)
-        with Directory(path) as directory:
+        # What was made here is no symbolic link, unless somebody else has put one in its place.
+        with Directory(path, follow=not made) as directory:
             yield directory
         undo.pop_all()
 
@@ -2889,7 +2892,7 @@ def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links."""
     if "-" in (path, output):
         return False
-    with naming(escape(output)), contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # what cannot be opened says so when it is opened
         return os.path.samefile(path, output)
     return False
 

@@ -401,7 +401,7 @@ class Workshop:
         """Make all as it was before a road was gone."""
         for path in sorted(self.directory.rglob("*"), key=lambda path: -len(path.parts)):
             if os.fsdecode(path.relative_to(self.directory)) not in self.before:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for name, data in (("in.vma", self.data), ("old.vma", b"an older archive")):
             if name in road.makes:
                 (self.directory / name).unlink(missing_ok=True)

@@ -725,16 +725,36 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
-def peak_memory(reset: bool = False) -> int:
-    """Return the most memory that the process had since the last reset, 0 if that is not known."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"VmHWM:\s*(\d+)", text)
-    return int(found.group(1)) << 10 if found else 0
+class Memory:
+    """Measures how much memory something takes, where the system tells the peak of a process."""
+
+    def __init__(self) -> None:
+        self.resident = self.peak = 0
+
+    def __enter__(self) -> Memory:
+        self.peak, self.resident = self._read()
+        if self.peak - self.resident > MEMORY_LIMIT // 4:
+            with contextlib.suppress(OSError):  # takes its time, so it is not done for each
+                Path("/proc/self/clear_refs").write_text("5")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak, _ = self._read()
+
+    @property
+    def taken(self) -> int:
+        """How many bytes more than before there were at most."""
+        return self.peak - self.resident
+
+    @staticmethod
+    def _read() -> tuple[int, int]:
+        """Return the peak and what there is now, in bytes; zeros if that is not known."""
+        with contextlib.suppress(OSError):
+            text = Path("/proc/self/status").read_text()
+            found = [re.search(rf"{name}:\s*(\d+)", text) for name in ("VmHWM", "VmRSS")]
+            peak, resident = (int(match.group(1)) << 10 if match else 0 for match in found)
+            return peak, resident
+        return 0, 0
 
 
 class Sandbox:
@@ -786,14 +806,12 @@ class Sandbox:
         """
         one_parser = mock.patch.object(vma_tool, "build_parser", build_parser)
         before = open_files()
-        resident = peak_memory(reset=True)
         start = time.process_time()
-        with time_limit(HANG_LIMIT), one_parser:
+        with time_limit(HANG_LIMIT), one_parser, Memory() as memory:
             answer = call_tool(*args, input=self.data if stream else None)
         took = time.process_time() - start
-        grown = peak_memory() - resident
         self.expect(took < CPU_LIMIT, f"{args[0]} took {took:.1f} s")
-        self.expect(grown < MEMORY_LIMIT, f"{args[0]} took {grown >> 20} MiB of memory")
+        self.expect(memory.taken < MEMORY_LIMIT, f"{args[0]} took {memory.taken >> 20} MiB")
         self.expect(open_files() == before, f"left open: {set(open_files()) - set(before)}")
         self.expect(not has_child(), "left a child")
         self.expect_text(answer, says, raw)

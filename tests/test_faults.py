@@ -643,7 +643,8 @@ class ShortCounts(RoadTest):
         data = archives.build(archive, archives.reversed_order(archive), slots=2)
         self.workshop = Workshop(self.directory, data)
         for name in ("optimize", "optimize a stream", "pack", "unpack", "unpack a stream",
-                     "extract a stream", "verify a stream", "verify --digest a stream"):  # fmt: skip
+                     "extract a stream", "verify a stream",
+                     "verify --digest a stream"):  # fmt: skip
             self.go_short(ROADS[name], itertools.repeat(1))
 
     def test_a_pipe_of_single_bytes(self) -> None:

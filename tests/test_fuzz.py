@@ -98,11 +98,11 @@ class SandboxFinds(ToolTest):
             ("a file outside", "there is .*'outside'", lambda: outside.write_text("x")),
             ("the source changed", "changed", lambda: flip(self.directory / "in.vma")),
             ("a file left open", "left open: ", lambda: kept.append(os.dup(0))),
-            ("memory", "MiB of memory", lambda: kept.append(b"x" * (100 << 20))),
+            ("memory", "took 1.. MiB", lambda: kept.append(b"x" * (100 << 20))),
             ("a line more", "standard error", lambda: vma_tool.print_error("x")),
         ):  # type: tuple[str, str, Callable[[], object]]
             with self.subTest(what):
-                if what == "memory" and not fuzz.peak_memory():
+                if what == "memory" and not any(fuzz.Memory._read()):
                     self.skipTest("the system does not tell its peak")
                 self.assertRegex(self.found(golden("odd-size"), "scan", fault), says)
                 for fd in kept:
