@@ -1254,8 +1254,8 @@ def run_steps(
     for _ in range(BUFFER_COUNT):
         free.put(memoryview(bytearray(buffer_size)))
     writer = threading.Thread(target=write, daemon=True)
-    writer.start()
     try:
+        writer.start()
         for step in steps:
             buffer = free.get()
             if failures:
@@ -1266,7 +1266,8 @@ def run_steps(
     except BaseException as error:
         failures.append(error)
         filled.put(None)
-        writer.join(timeout=5)  # it may hang in a pipe that nobody reads
+        if writer.is_alive():
+            writer.join(timeout=5)  # it may hang in a pipe that nobody reads
         raise
     if failures:
         raise failures[0]

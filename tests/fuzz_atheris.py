@@ -129,7 +129,7 @@ def main() -> None:
     if corpora and not any(corpora[0].iterdir()):
         for number, data in enumerate(seeds()):
             (corpora[0] / f"seed-{number}").write_bytes(data)
-    with tempfile.TemporaryDirectory(prefix="vma-tool-fuzz-") as directory:
+    with tempfile.TemporaryDirectory(dir=fuzz.memory_directory()) as directory:
         target = Target(fuzz.Sandbox(Path(directory)), prefixes[-1] if prefixes else "./")
         atheris.Setup(arguments, target, custom_mutator=mutate)
         atheris.Fuzz()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
 import unittest
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,12 @@ from tests.support import ToolTest, golden, manifest, sha256
 
 CASES = 2000
 SEED = 20251120
+
+
+def sandbox_in_memory(test: unittest.TestCase) -> Sandbox:
+    directory = tempfile.mkdtemp(prefix="vma-tool-test-", dir=fuzz.memory_directory())
+    test.addCleanup(shutil.rmtree, directory, ignore_errors=True)
+    return Sandbox(Path(directory))
 
 
 class Judge(unittest.TestCase):
@@ -102,7 +110,7 @@ class SandboxFinds(ToolTest):
             ("a line more", "standard error", lambda: vma_tool.print_error("x")),
         ):  # type: tuple[str, str, Callable[[], object]]
             with self.subTest(what):
-                if what == "memory" and not any(fuzz.Memory._read()):
+                if what == "memory" and not any(fuzz.Memory.read()):
                     self.skipTest("the system does not tell its peak")
                 self.assertRegex(self.found(golden("odd-size"), "scan", fault), says)
                 for fd in kept:
@@ -127,7 +135,7 @@ class SandboxFinds(ToolTest):
 class Fuzzing(ToolTest):
     def test_bounded_run(self) -> None:
         """A few thousand archives: whether each restores is what the format says."""
-        sandbox = Sandbox(self.directory)
+        sandbox = sandbox_in_memory(self)
         others = [command for command in sandbox.COMMANDS if not command.startswith("verify")]
         good = 0
         for number in range(CASES):
@@ -145,7 +153,7 @@ class Fuzzing(ToolTest):
     def test_random_bytes(self) -> None:
         """Not an archive at all, or one of which a part is noise."""
         rng = random.Random(SEED)
-        sandbox = Sandbox(self.directory)
+        sandbox = sandbox_in_memory(self)
         data = golden("odd-size")
         for number in range(150):
             noise = rng.randbytes(rng.choice([0, 1, 3, 4, 60, 511, 512, 4096, 12288, 20000]))
