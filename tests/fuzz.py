@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import vma_tool
 from tests import archives
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, HEADER, Archive, Device
-from tests.faults import build_parser, has_child, open_files
+from tests.faults import build_parser, has_child, memory_directory, open_files
 from tests.support import Answer, call_tool, golden, manifest
 
 MEMORY_LIMIT = 64 << 20  # over what the process has before
@@ -740,7 +740,7 @@ class Memory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.peak, _ = self.read()
+        self.peak = self.read()[0]
 
     @property
     def taken(self) -> int:
@@ -756,11 +756,6 @@ class Memory:
             sizes = [int(match.group(1)) << 10 if match else 0 for match in found]
             return sizes[0], sizes[1]
         return 0, 0
-
-
-def memory_directory() -> str | None:
-    """Return a directory that is in memory, which no disk keeps waiting; None if there is none."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 class Sandbox:
@@ -787,7 +782,7 @@ class Sandbox:
         for number, command in enumerate(commands):
             self.source.write_bytes(data)
             try:
-                with mock.patch("os.fsync"):
+                with mock.patch("os.fsync"), mock.patch("tempfile.tempdir", memory_directory()):
                     self.run(command, random.Random(rng_seed + number))
             except Exception as error:
                 if isinstance(error, FindingError):

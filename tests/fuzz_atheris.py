@@ -33,6 +33,7 @@ with atheris.instrument_imports(include=["vma_tool"]):
 
 from tests import archives, fuzz
 from tests.archives import BLOCK, CLUSTER, Archive, Device
+from tests.faults import memory_directory
 
 MAX_SIZE = 128 << 10
 KEPT_OF_A_KIND = 3
@@ -129,7 +130,7 @@ def main() -> None:
     if corpora and not any(corpora[0].iterdir()):
         for number, data in enumerate(seeds()):
             (corpora[0] / f"seed-{number}").write_bytes(data)
-    with tempfile.TemporaryDirectory(dir=fuzz.memory_directory()) as directory:
+    with tempfile.TemporaryDirectory(dir=memory_directory()) as directory:
         target = Target(fuzz.Sandbox(Path(directory)), prefixes[-1] if prefixes else "./")
         atheris.Setup(arguments, target, custom_mutator=mutate)
         atheris.Fuzz()

@@ -15,6 +15,7 @@ import vma_tool
 from tests import fuzz
 from tests.archives import BLOCK, HEADER
 from tests.damage import damages, good
+from tests.faults import memory_directory
 from tests.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 from tests.support import ToolTest, golden, manifest, sha256
 
@@ -23,7 +24,7 @@ SEED = 20251120
 
 
 def sandbox_in_memory(test: unittest.TestCase) -> Sandbox:
-    directory = tempfile.mkdtemp(prefix="vma-tool-test-", dir=fuzz.memory_directory())
+    directory = tempfile.mkdtemp(prefix="vma-tool-test-", dir=memory_directory())
     test.addCleanup(shutil.rmtree, directory, ignore_errors=True)
     return Sandbox(Path(directory))
 
