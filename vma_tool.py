@@ -1185,7 +1185,7 @@ def open_output(path: str, replace: bool = True) -> Iterator[Output]:
 
     What is not committed when the block is left, is removed.
     """
-    name = escape(path)
+    name = escape(path) if path != "-" else "standard output"
     old = None
     with naming(name), contextlib.suppress(FileNotFoundError):
         old = os.stat(path) if path != "-" else os.fstat(1)
@@ -1194,7 +1194,7 @@ def open_output(path: str, replace: bool = True) -> Iterator[Output]:
         raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
     if path == "-":
         refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-        yield Output(Target(1, "standard output", seekable=False))
+        yield Output(Target(1, name, seekable=False))
     elif stat.S_ISREG(mode):
         # As cp does: what a symbolic link points to is written, the link stays.
         path = os.path.realpath(path)
@@ -1943,9 +1943,10 @@ class Reorderer:
 
         directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
         name = f"temporary file in {escape(directory)}"
-        with Signals.held(), naming(name), contextlib.ExitStack() as undo:
-            file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-            spool = Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
+        with naming(name), contextlib.ExitStack() as undo:
+            with Signals.held():
+                file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+                spool = Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
             undo.pop_all()  # spans closes it
             return spool
 

@@ -52,6 +52,7 @@ from tests.faults import (
     open_files,
 )
 from tests.support import (
+    STEP,
     Answer,
     ToolTest,
     call_tool,
@@ -108,6 +109,13 @@ class RoadTest(ToolTest):
 class EveryCall(RoadTest):
     """Each call to the system, in turn, fails or is interrupted."""
 
+    # Those that make no call that another one does not make as well are left out.
+    ROADS = tuple(
+        road
+        for name, road in ROADS.items()
+        if name not in ("optimize", "optimize in place unchecked", "extract", "list")
+    )
+
     def each(
         self,
         road: Road,
@@ -121,13 +129,13 @@ class EveryCall(RoadTest):
         number = 0
         before = snapshot(self.directory)
         while True:
-            number += 1
+            number += STEP
             files = open_files()
             nth = Nth(number, act)
             answer = self.workshop.go(road, nth)
             if not nth.name:
                 self.workshop.undo(road)
-                return number - 1
+                return number - STEP
             with self.subTest(road.name, call=number, name=nth.name):
                 self.assertFalse(has_child(), "a child")
                 self.assertEqual(open_files(), files, "open files")
@@ -136,9 +144,20 @@ class EveryCall(RoadTest):
                 self.workshop.undo(road)
                 before = snapshot(self.directory)
 
+    def test_order(self) -> None:
+        """What gets a name is on the disk before, and the name is when the tool has ended."""
+        for road in WRITING:
+            calls = Nth(0, lambda name: None)
+            self.workshop.go(road, calls)
+            self.workshop.undo(road)
+            named = [name for name in calls.names if name in ("fsync", "fdatasync", "replace")]
+            files = sum(1 for digest in map(self.workshop.wanted(road).get, road.makes) if digest)
+            with self.subTest(road.name):
+                self.assertEqual(named, ["fsync"] * files + ["replace"] * files + ["fsync"])
+
     def test_failing(self) -> None:
         """A call that fails ends the road in one line that says so, or does not matter."""
-        for road in ROADS.values():
+        for road in self.ROADS:
             printed = self.gone(road)
             codes = [0]
 
@@ -173,7 +192,7 @@ class EveryCall(RoadTest):
 
     def test_signals(self) -> None:
         """A signal at a call ends the road; only what was complete by then may have its name."""
-        for road in ROADS.values():
+        for road in self.ROADS:
             printed = self.gone(road)
             numbers = [signal.SIGINT]
 
@@ -204,15 +223,15 @@ class EveryCall(RoadTest):
 
     def test_signals_between_calls(self) -> None:
         """A signal may come at any line of the tool, not only at a call."""
-        for name in ("optimize", "optimize over another", "optimize in place", "optimize a stream",
-                     "optimize gzip", "pack", "unpack", "extract a stream"):  # fmt: skip
+        for name in ("optimize in place", "optimize a stream", "optimize gzip", "pack",
+                     "unpack"):  # fmt: skip
             road = ROADS[name]
             lines = Lines(0, CRITICAL)
             self.workshop.go(road, within=lines)
             self.workshop.undo(road)
             last = {line: number for number, line in enumerate(lines.names, 1)}
             self.assertGreater(len(last), 40)
-            for line, number in last.items():
+            for line, number in itertools.islice(last.items(), 0, None, STEP):
                 before = snapshot(self.directory)
                 lines = Lines(number, CRITICAL)
                 with self.subTest(road.name, line=line):
@@ -409,8 +428,7 @@ class ChangingArchives(RoadTest):
     def test_at_every_call(self) -> None:
         changes = [self.truncated, self.another_beginning, self.another_archive, self.touched,
                    self.renamed_over, self.emptied, self.longer]  # fmt: skip
-        roads = ("optimize", "optimize --check", "optimize in place", "optimize in place unchecked",
-                 "pack", "unpack", "extract")  # fmt: skip
+        roads = ("optimize", "optimize in place", "pack", "unpack", "extract")
         for name in roads:
             turns = itertools.cycle(changes)
             for _ in range(2):
@@ -690,7 +708,7 @@ class Idle(Short):
 class RandomMoments(RoadTest):
     """Signals at random moments, from outside, to a tool that is at work on a larger archive."""
 
-    SIZE = 64 << 20
+    SIZE = 48 << 20
 
     def prepare(self, directory: Path) -> None:
         if os.geteuid() == 0:  # memory, not a disk that others keep busy
@@ -698,7 +716,7 @@ class RandomMoments(RoadTest):
         self.directory = directory / "work"
         self.directory.mkdir()
         archive = self.directory / "in.vma"
-        archives.write_large(archive, size=self.SIZE, data_bytes=40 << 20, seed=SEED)
+        archives.write_large(archive, size=self.SIZE, data_bytes=32 << 20, seed=SEED)
         (self.directory / "old.vma").write_bytes(b"an older archive")
         call_tool("unpack", self.directory / "in.vma", self.directory / "full")
         self.before = digests(self.directory)

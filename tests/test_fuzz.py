@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 import tempfile
 import unittest
 from collections.abc import Callable
@@ -12,14 +13,14 @@ from pathlib import Path
 from unittest import mock
 
 import vma_tool
-from tests import fuzz
-from tests.archives import BLOCK, HEADER
+from tests import archives, fuzz
+from tests.archives import BLOCK, HEADER, Archive, Device
 from tests.damage import damages, good
 from tests.faults import memory_directory
 from tests.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
-from tests.support import ToolTest, golden, manifest, sha256
+from tests.support import STEP, ToolTest, golden, manifest, sha256
 
-CASES = 2000
+CASES = 2000 // STEP
 SEED = 20251120
 
 
@@ -133,6 +134,61 @@ class SandboxFinds(ToolTest):
             sandbox.check(golden("odd-size"), ["verify stream"])
 
 
+def behind_the_end(data: bytes) -> bytes:
+    """Return an archive whose last block holds something behind the end of its device."""
+    return data[:-1] + b"x"
+
+
+def odd_size() -> archives.Archive:
+    return archives.parse(golden("odd-size")).archive
+
+
+def one_byte_less(name: str, dev_id: int) -> bytes:
+    """Return a golden archive with a device that ends one byte earlier, inside a stored block."""
+    data = golden(name)
+    at = 4096 + 32 * dev_id + 8
+    (size,) = struct.unpack_from(">Q", data, at)
+    return archives.edit(data, at, struct.pack(">Q", size - 1))
+
+
+class Regressions(ToolTest):
+    """What fuzzing has found, by hand or guided by coverage; each with all commands."""
+
+    FOUND: tuple[tuple[str, Callable[[], bytes]], ...] = (
+        # optimize copied what is behind the device's end, pack wrote zeros: not the same bytes
+        ("a byte behind the end", lambda: behind_the_end(golden("odd-size"))),
+        ("a device one byte shorter", lambda: one_byte_less("live-order-day2", 2)),
+        ("another one", lambda: one_byte_less("interleaved", 1)),
+        # whether such an archive is canonical already was read from a closed file, or a pipe
+        ("canonical", lambda: archives.canonical(odd_size(), 4096)),
+        (
+            "canonical but for a byte behind the end",
+            lambda: behind_the_end(archives.canonical(odd_size(), 4096)),
+        ),
+        (
+            "canonical, one byte",
+            lambda: archives.canonical(Archive([Device(1, "drive-scsi1", b"a")]), 4096),
+        ),
+        # names that look like options
+        ("a dash", lambda: named(b"-rf")),
+        ("dashes", lambda: named(b"--quiet")),
+        ("a comma", lambda: named(b"a,b")),
+    )
+
+    def test_all_commands(self) -> None:
+        sandbox = sandbox_in_memory(self)
+        for name, build in self.FOUND:
+            for number in range(3):  # draws other options
+                with self.subTest(name, number=number):
+                    sandbox.check(build(), rng_seed=number)
+
+
+def named(name: bytes) -> bytes:
+    """Return an archive whose device and config have that name."""
+    archive = Archive([Device(1, name, b"x" * 5000)], [(name + b"-", b"y")])
+    return archives.build(archive, archives.in_order(archive))
+
+
 class Fuzzing(ToolTest):
     def test_bounded_run(self) -> None:
         """A few thousand archives: whether each restores is what the format says."""
@@ -141,7 +197,7 @@ class Fuzzing(ToolTest):
         good = 0
         for number in range(CASES):
             case = fuzz.draw(SEED, number)
-            commands = ["verify", "verify stream", *random.Random(number).sample(others, 2)]
+            commands = ["verify", "verify stream", random.Random(number).choice(others)]
             try:
                 sandbox.check(case.data, commands, number)
             except FindingError as finding:

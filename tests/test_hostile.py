@@ -30,6 +30,7 @@ from tests import archives
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, forked, has_child, open_files
 from tests.support import (
+    STEP,
     Answer,
     Argument,
     ToolTest,
@@ -108,7 +109,7 @@ class Planted(ToolTest):
         if len(names) == 1:
             begin = min(calls.names.index(name) for name in WRITING if name in calls.names)
             first = max(i for i, name in enumerate(calls.names[:begin]) if name == "stat") + 2
-        for number in itertools.count(first):
+        for number in itertools.count(first, STEP):
             kind = next(kinds)
             nth = Nth(number, functools.partial(self.plant, names, kind))
             with self.subTest(road.name, call=number, kind=kind.__name__):
@@ -678,7 +679,7 @@ class Bombs(ToolTest):
                 blockinfo = infos.tobytes()
                 yield start + hashlib.md5(start + bytes(16) + blockinfo).digest() + blockinfo
 
-        count = 59 * 160000  # of which an index has 72 MiB
+        count = 59 * 40000
         data = gzip.compress(b"".join(pieces(count)), 1)
         path = self.file("a.vma.gz", data)
         self.assertEqual(self.measure("list", path).returncode, 0)

@@ -24,8 +24,8 @@ from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, Archive, Devic
 from tests.support import Argument, ToolTest, call_tool, sha256, snapshot
 
 SEED = 20251120
-ROUNDS = 40
-FLIPS = 60
+ROUNDS = 30
+FLIPS = 45
 
 
 @dataclass
