@@ -994,7 +994,7 @@ class Directory:
         self._files: list[PartialFile] = []
         self._fd: int | None = None
         if os.open in os.supports_dir_fd:
-            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
             self._fd = open_path(self.path, flags)
 
     def __enter__(self) -> Directory:

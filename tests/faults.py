@@ -249,8 +249,8 @@ class Lines:
 class Road(NamedTuple):
     """A command, what its standard input is, and which files of what content it makes.
 
-    `makes` are paths below the workshop; `reads` is what of the workshop it reads, "-" for a
-    stream. `hidden` are programs that are to be missing.
+    `makes` are paths below the workshop; `reads` is what of the workshop it reads, "-" or "-.gz"
+    for a stream. `hidden` are programs that are to be missing.
     """
 
     name: str
@@ -291,6 +291,7 @@ WRITING = (
     Road("optimize gzip", ("optimize", "in.vma.gz", "out.vma"), OPTIMIZED, "in.vma.gz"),
     Road("optimize gzip by a module", ("optimize", "in.vma.gz", "out.vma"), OPTIMIZED,
          "in.vma.gz", hidden=True),
+    Road("optimize a gzip stream", ("optimize", "-", "out.vma"), OPTIMIZED, "-.gz"),
     Road("pack", ("pack", "full", "out.vma"), PACKED, "full/drive-scsi0"),
     Road("unpack", ("unpack", "in.vma", "new"), UNPACKED),
     Road("unpack a stream", ("unpack", "-", "new"), UNPACKED, "-"),
@@ -401,6 +402,8 @@ class Workshop:
                 command, *rest = road.args
                 quiet = [] if command in ("list", "verify") else ["-q"]
                 stream = self.data if road.reads == "-" else None
+                if road.reads == "-.gz":
+                    stream = gzip.compress(self.data, 1)
                 return call_tool(command, *quiet, *rest, input=stream)
         finally:
             os.chdir(here)
