@@ -54,6 +54,7 @@ from tests.faults import (
 from tests.support import (
     STEP,
     Answer,
+    Argument,
     ToolTest,
     call_tool,
     golden,
