@@ -871,7 +871,7 @@ def open_input(path: str) -> Iterator[Input]:
                     source = open_codec(name, codec, raw, seekable=size is not None)
                     source.compressed_size = size or 0
                 stack.enter_context(source)
-            undo.pop_all()  # the input closes it
+                undo.pop_all()  # the input closes it
         yield source
 
 
