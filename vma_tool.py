@@ -35,6 +35,7 @@ import hashlib
 import importlib
 import io
 import itertools
+import operator
 import os
 import signal
 import stat
@@ -174,6 +175,11 @@ class Device(NamedTuple):
     def cluster_count(self) -> int:
         """How many clusters hold the device; a vmstate may have more."""
         return -(-self.size // CLUSTER_SIZE)
+
+    @property
+    def max_size(self) -> int:
+        """How many bytes are restored at most: a vmstate is as long as its clusters."""
+        return sys.maxsize if self.is_vmstate else self.size
 
     def block_mask(self, cluster_num: int) -> int:
         """Return the mask of the blocks of a cluster that begin inside the device."""
@@ -419,16 +425,20 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
             start += size
 
 
-def iter_block_runs(mask: int) -> Iterator[tuple[int, int]]:
-    """Yield (first block, count) of each run of stored blocks, ascending."""
+@functools.lru_cache(maxsize=4096)
+def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
+    """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
+    runs = []
     first = 0
     while mask:
         zeros = (mask & -mask).bit_length() - 1
         mask >>= zeros
+        first += zeros
         count = (~mask & mask + 1).bit_length() - 1
-        yield first + zeros, count
-        first += zeros + count
         mask >>= count
+        runs.append((first * BLOCK_SIZE, count * BLOCK_SIZE))
+        first += count
+    return tuple(runs)
 
 
 def format_uuid(uuid: bytes) -> str:
@@ -468,6 +478,7 @@ def parse_size(text: str) -> int:
 
 CHUNK_SIZE = 2 << 20  # what is read, then written at once
 BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
+ADVICE_GAP = 64 << 10  # bytes between what is read that are not worth a call of their own
 READ_AHEAD = 4  # chunks whose reading is announced before it is their turn
 BUFFER_SIZE = 16 << 10
 PIPE_SIZE = 1 << 20
@@ -535,6 +546,10 @@ class Progress:
     def advance(self, size: int) -> None:
         self.update(self.done + size)
 
+    def finish(self) -> None:
+        """Show that all is done, where total was a guess."""
+        self.update(max(self.total, self.done))
+
     def update(self, done: int) -> None:
         self.done = done
         if self._terminal and time.monotonic() - self._drawn >= 0.1:
@@ -567,34 +582,31 @@ class Readable(Protocol):
     """What `Input` needs of a file object."""
 
     def readinto(self, buffer: memoryview, /) -> int | None: ...
-    def seek(self, offset: int, whence: int = 0, /) -> int: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
 
+In = TypeVar("In", bound="Input")
 STATE_FIELDS = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 class Input:
-    """An archive's bytes, in their order: of a file, a pipe, or what a decompressor makes of one.
+    """An archive's bytes in their order, as a pipe or a decompressor gives them: a stream.
 
-    `offset` counts the bytes read. `size` is the archive's, None where only its end tells; then
-    it is a stream, and `read_at` is not to be had.
+    `offset` counts the bytes read. `size` is None, since only its end tells; `FileInput` has one.
     """
 
-    def __init__(self, name: str, file: Readable, size: int | None = None) -> None:
+    size: int | None = None
+
+    def __init__(self, name: str, file: Readable) -> None:
         self.name = name
         self.file = file
-        self.size = size
         self.offset = 0
         self.compressed_size = 0  # of the compressed file, 0 if there is none
         self.progress: Progress | None = None
         self.fd = file.fileno()
-        self._lock = threading.Lock()
-        with naming(name):
-            self.state = os.fstat(self.fd) if size is not None else None
 
-    def __enter__(self) -> Input:
+    def __enter__(self: In) -> In:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -622,22 +634,11 @@ class Input:
                 count += got
         except OSError as error:
             raise VmaError(f"{self.name}: offset 0x{self.offset:x}: {reason(error)}") from error
-        self.offset += count
-        if self.progress:
-            self.progress.update(self.position())
+        self._advance(count)
         return count
-
-    def position(self) -> int:
-        """Return how far the reading is, in the terms of the progress's total."""
-        return self.offset
 
     def skip(self, size: int) -> int:
         """Pass over bytes, reading them only where that cannot be helped; return how many."""
-        if self.size is not None:
-            size = min(size, self.size - self.offset)
-            self.file.seek(size, io.SEEK_CUR)
-            self.offset += size
-            return size
         view = memoryview(bytearray(min(size, PIPE_SIZE)))
         skipped = 0
         while skipped < size:
@@ -647,46 +648,130 @@ class Input:
             skipped += count
         return skipped
 
-    def read_at(self, view: memoryview, offset: int) -> None:
-        """Fill view from an offset of a file; safe in several threads at once.
+    def position(self) -> int:
+        """Return how far the reading is, in the terms of the progress's total."""
+        return self.offset
+
+    def check_unchanged(self, path: str | None = None) -> None:
+        """Raise VmaError if a file was written to since it was opened, or path is another one."""
+
+    def _advance(self, count: int) -> None:
+        self.offset += count
+        if self.progress:
+            self.progress.update(self.position())
+
+
+class FileInput(Input):
+    """A plain file or block device of `size` bytes, which can also be read at any place.
+
+    `progress` follows what is read in order, `copying` what is read elsewhere.
+    """
+
+    size: int
+
+    def __init__(self, name: str, file: Readable, size: int) -> None:
+        super().__init__(name, file)
+        with naming(name):
+            self.state = os.fstat(self.fd)
+        # A file that has grown since somebody looked at its size is read as it is now.
+        self.size = self.state.st_size if stat.S_ISREG(self.state.st_mode) else size
+        self.copying: Progress | None = None
+        self._window = b""
+        self._window_offset = 0
+        self._lock = threading.Lock()
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes; fewer than size only at the end."""
+        size = min(size, self.size - self.offset)
+        start = self.offset - self._window_offset
+        if not 0 <= start <= len(self._window) - size:
+            # What follows on what was read is read with more behind it; after a skip, by itself.
+            follows = 0 <= start <= len(self._window)
+            window = bytearray(
+                min(max(size, BUFFER_SIZE), self.size - self.offset) if follows else size
+            )
+            self._fill([memoryview(window)], self.offset)
+            self._window, self._window_offset, start = bytes(window), self.offset, 0
+        self._advance(size)
+        return self._window[start : start + size]
+
+    def readinto(self, view: memoryview) -> int:
+        view = view[: self.size - self.offset]
+        self._fill([view], self.offset)
+        self._advance(len(view))
+        return len(view)
+
+    def skip(self, size: int) -> int:
+        size = min(size, self.size - self.offset)
+        self.offset += size
+        return size
+
+    def read_at(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each view from its offset, neighbours with one read; safe in several threads.
 
         Raises VmaError if the file cannot be read, or ends before.
         """
-        while len(view):
+        views: list[memoryview] = []
+        start = end = 0
+        for offset, view in sorted(wanted, key=operator.itemgetter(0)):
+            if offset != end and views:
+                self._fill(views, start)
+                views = []
+            if not views:
+                start = offset
+            views.append(view)
+            end = offset + len(view)
+        self._fill(views, start)
+        if self.copying:
+            self.copying.advance(sum(len(view) for _, view in wanted))
+
+    def _fill(self, views: Sequence[memoryview], offset: int) -> None:
+        while any(map(len, views)):
             try:
                 if hasattr(os, "preadv"):
-                    count = os.preadv(self.fd, (view,), offset)
+                    count = os.preadv(self.fd, views[:IOV_MAX], offset)
                 else:
                     with self._lock:
                         os.lseek(self.fd, offset, os.SEEK_SET)
-                        data = os.read(self.fd, len(view))
+                        data = os.read(self.fd, len(views[0]))
                     count = len(data)
-                    view[:count] = data
+                    views[0][:count] = data
             except OSError as error:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: {reason(error)}") from error
             if not count:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
-            if self.progress:
-                self.progress.advance(count)
-            if count == len(view):
-                break
             offset += count
-            view = view[count:]
+            views = behind(views, count)
 
-    def advise(self, offset: int, size: int) -> None:
-        """Tell the system that these bytes will be read soon; it need not listen."""
+    def advise(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Tell the system that these, (offset, size), will be read soon; it need not listen."""
+        start = end = 0
         with contextlib.suppress(AttributeError, OSError):
-            os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+            for offset, size in sorted(ranges):
+                if offset > end + ADVICE_GAP:
+                    os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+                    start = offset
+                end = offset + size
+            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, path: str | None = None) -> None:
-        """Raise VmaError if the file was written to since it was opened, or path is another one."""
-        if self.state is None:
-            return
         with naming(self.name):
             states = [os.fstat(self.fd), os.fstat(self.fd) if path is None else os.stat(path)]
         for now in states:
             if any(getattr(now, field) != getattr(self.state, field) for field in STATE_FIELDS):
                 raise VmaError(f"{self.name}: the file was changed while it was read")
+
+
+def behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of views after their first count bytes."""
+    first = 0
+    while first < len(views) and count >= len(views[first]):
+        count -= len(views[first])
+        first += 1
+    left = list(views[first:])
+    if count:
+        left[0] = left[0][count:]
+    return left
 
 
 class Codec(NamedTuple):
@@ -865,8 +950,10 @@ def open_input(path: str) -> Iterator[Input]:
             undo.callback(raw.close)
             codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
             with Signals.held():
-                if codec is None:
-                    source = Input(name, io.BufferedReader(raw, BUFFER_SIZE), size)
+                if codec is None and size is not None:
+                    source: Input = FileInput(name, raw, size)
+                elif codec is None:
+                    source = Input(name, io.BufferedReader(raw, BUFFER_SIZE))
                 else:
                     source = open_codec(name, codec, raw, seekable=size is not None)
                     source.compressed_size = size or 0
@@ -885,20 +972,20 @@ def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
         if stat.S_ISDIR(mode):
             raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
         # The rest of a file that somebody has begun to read is a stream.
+        size = None
         if is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-            start = os.read(fd, MAGIC_SIZE)
-            os.lseek(fd, 0, os.SEEK_SET)
-            raw = io.FileIO(fd, "rb")
-            undo.pop_all()
-            return raw, start, size
-        widen_pipe(fd)
+        else:
+            widen_pipe(fd)
         start = b""
         while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
             start += data
+        if size is not None:
+            os.lseek(fd, 0, os.SEEK_SET)
+        raw = RestOfPipe(start, fd) if size is None else io.FileIO(fd, "rb")
         undo.pop_all()
-        return RestOfPipe(start, fd), start, None
+        return raw, start, size
 
 
 def is_disk(mode: int) -> bool:
@@ -959,10 +1046,7 @@ class Target:
                 if not count:
                     raise OSError(errno.EIO, "nothing could be written")
                 offset += count
-                while count and count >= len(pending[0]):
-                    count -= len(pending.pop(0))
-                if count:
-                    pending[0] = pending[0][count:]
+                pending = behind(pending, count)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -1147,15 +1231,13 @@ class Output:
         self._files = files
         self._old = old
 
-    def read_back(self) -> Input:
-        """Return the written file, from its beginning."""
+    def read_back(self) -> FileInput:
+        """Return the written file."""
         assert self.file is not None, "a pipe cannot be read back"
         with naming(self.file.name), contextlib.ExitStack() as undo:
-            file = io.BufferedReader(io.FileIO(os.dup(self.file.fd)), BUFFER_SIZE)
-            undo.callback(file.close)
-            file.seek(0)
-            source = Input(self.file.name, file, os.fstat(self.file.fd).st_size)
-            undo.pop_all()
+            file = undo.enter_context(io.FileIO(os.dup(self.file.fd)))
+            source = FileInput(self.file.name, file, os.fstat(self.file.fd).st_size)
+            undo.pop_all()  # the input closes it
             return source
 
     def flush(self, times: os.stat_result | None = None) -> None:
@@ -1556,19 +1638,82 @@ class Span(NamedTuple):
     payload: Sequence[Piece | None]
 
 
-class Archive:
-    """A complete archive that can be read at any place: any byte of any device.
+class Contents:
+    """An archive's header, and of its clusters as much as was needed until now.
 
-    Raises FormatError for an archive that Proxmox would not restore completely.
+    Extents are read when something asks for clusters that are not known yet. Raises FormatError for
+    an archive that Proxmox would not restore completely, at the latest when all have been read.
     """
 
     def __init__(self, source: Input) -> None:
         self.source = source
         self.header = read_header(source)
         self.index = Index(self.header, source)
-        for extent in read_extents(source, self.header):
-            self.index.add(extent)
-        self.index.finish()
+        self._extents = read_extents(source, self.header)
+        self._ended = False
+
+    def _enter(self, extent: Extent) -> None:
+        """Take note of an extent's clusters, with the source at its payload."""
+        self.index.add(extent)
+
+    def _read_extent(self) -> bool:
+        """Enter the next extent; at the end, check that all clusters were there."""
+        extent = next(self._extents, None)
+        if extent is not None:
+            self._enter(extent)
+        elif not self._ended:
+            self.index.finish()
+            self._ended = True
+        return not self._ended
+
+    def complete(self) -> None:
+        """Read all extents that were not read yet."""
+        while self._read_extent():
+            pass
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
+        """Return the index's entries of so many clusters; fewer at the device's end."""
+        index = self.index.devices[device.dev_id]
+        while True:
+            entries = index.slice(first, count)
+            if 0 not in entries and (len(entries) == count or not device.is_vmstate):
+                return entries
+            if not self._read_extent():
+                return entries
+
+    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
+        """Yield clusters in canonical order, so many at once; of all devices, or those chosen."""
+        for device in canonical_order(self.header.devices, chosen):
+            first = 0
+            while entries := self.entries(device, first, clusters):
+                masks = [entry & FULL_MASK for entry in entries]
+                payload = self._payload(device, first, entries) if any(masks) else ()
+                yield Span(device, first, masks, payload)
+                first += len(entries)
+        self.complete()
+
+    def _payload(
+        self, device: Device, first: int, entries: Sequence[int]
+    ) -> Sequence[Piece | None]:
+        """Return each cluster's stored blocks, or where they are."""
+        return [
+            Range(entry >> 16, mask_size(entry & FULL_MASK)) if entry & FULL_MASK else None
+            for entry in entries
+        ]
+
+
+class Archive(Contents):
+    """An archive that can be read at any place: any byte of any device, once it is complete.
+
+    `lazy` leaves extents to be read as they are needed.
+    """
+
+    source: FileInput
+
+    def __init__(self, source: FileInput, lazy: bool = False) -> None:
+        super().__init__(source)
+        if not lazy:
+            self.complete()
 
     def read(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device, from offset; fewer than size at the device's end."""
@@ -1583,23 +1728,8 @@ class Archive:
     def read_stored(self, entry: int) -> bytearray:
         """Return the stored blocks of the cluster that an entry of the index stands for."""
         stored = bytearray(mask_size(entry & FULL_MASK))
-        self.source.read_at(memoryview(stored), entry >> 16)
+        self.source.read_at([(entry >> 16, memoryview(stored))])
         return stored
-
-    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
-        """Yield clusters in canonical order, so many at once; of all devices, or those chosen."""
-        for device in canonical_order(self.header.devices, chosen):
-            index = self.index.devices[device.dev_id]
-            for first in range(0, len(index.entries), clusters):
-                entries = index.slice(first, clusters)
-                masks = [entry & FULL_MASK for entry in entries]
-                payload: list[Piece | None] = []
-                if any(masks):
-                    payload = [
-                        Range(entry >> 16, mask_size(mask)) if mask else None
-                        for entry, mask in zip(entries, masks)
-                    ]
-                yield Span(device, first, masks, payload)
 
 
 def expand(stored: Buffer, mask: int) -> bytes:
@@ -1608,9 +1738,8 @@ def expand(stored: Buffer, mask: int) -> bytes:
         return bytes(stored)
     cluster = bytearray(CLUSTER_SIZE)
     start = 0
-    for first, count in iter_block_runs(mask):
-        size = count * BLOCK_SIZE
-        cluster[first * BLOCK_SIZE : first * BLOCK_SIZE + size] = stored[start : start + size]
+    for first, size in block_runs(mask):
+        cluster[first : first + size] = stored[start : start + size]
         start += size
     return bytes(cluster)
 
@@ -1760,15 +1889,15 @@ class Layout:
                 yield from extent_payload(span, masks)
 
 
-def is_canonical(archive: Archive, align: int) -> bool:
-    """Say whether an archive already is what optimize would write with this align."""
-    header = archive.header
+def is_canonical(contents: Contents, align: int) -> bool:
+    """Say whether a complete archive is what optimize would write with this align."""
+    header = contents.header
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
     layout = Layout(header, align)
-    for _ in layout.extents(archive.spans(layout.clusters)):
+    for _ in layout.extents(contents.spans(layout.clusters)):
         pass
-    return layout.digest.digest() == archive.index.digest.digest()
+    return layout.digest.digest() == contents.index.digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1821,15 +1950,19 @@ def copy_pieces(
     def step(chunk: list[Piece]) -> Callable[[memoryview], list[Buffer]]:
         def fill(buffer: memoryview) -> list[Buffer]:
             parts: list[Buffer] = []
+            wanted: list[tuple[int, memoryview]] = []
             used = 0
             for piece in chunk:
                 if isinstance(piece, Range):
-                    start = used
+                    part = buffer[used : used + piece.size]
+                    wanted.append((piece.offset, part))
+                    parts.append(part)
                     used += piece.size
-                    source.read_at(buffer[start:used], piece.offset)
-                    parts.append(buffer[start:used])
                 else:
                     parts.append(piece)
+            if wanted:
+                assert isinstance(source, FileInput), "a stream has no ranges"
+                source.read_at(wanted)
             return parts
 
         return fill
@@ -1837,27 +1970,42 @@ def copy_pieces(
     run_steps(map(step, ahead(iter_chunks(pieces), source)), deliver)
 
 
-def ahead(chunks: Iterator[list[Piece]], source: Input) -> Iterator[list[Piece]]:
+C = TypeVar("C", bound=Sequence[Any])
+
+
+def ahead(chunks: Iterable[C], source: Input) -> Iterator[C]:
     """Pass chunks on a little later, after the system was told what they will read."""
-    waiting: collections.deque[list[Piece]] = collections.deque()
+    waiting: collections.deque[C] = collections.deque()
     for chunk in chunks:
-        for piece in chunk:
-            if isinstance(piece, Range):
-                source.advise(*piece)
+        if isinstance(source, FileInput):
+            source.advise([piece[:2] for piece in chunk if isinstance(piece, (Range, Cluster))])
         waiting.append(chunk)
         if len(waiting) > READ_AHEAD:
             yield waiting.popleft()
     yield from waiting
 
 
-class Spool(NamedTuple):
-    """An unlinked temporary file, from both of its ends."""
+class Spool:
+    """An unlinked temporary file of clusters."""
 
-    source: Input
-    target: Target
+    def __init__(self, directory: str) -> None:
+        import tempfile
+
+        self.size = 0
+        name = f"temporary file in {escape(directory)}"
+        with naming(name), contextlib.ExitStack() as undo:
+            with Signals.held():
+                file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+                self.source = FileInput(name, file, 0)
+                self._target = Target(file.fileno(), name, seekable=True)
+            undo.pop_all()  # the source closes it
+
+    def append(self, parts: Sequence[bytes]) -> None:
+        self._target.append(parts)
+        self.size = self._target.position
 
 
-class Reorderer:
+class Reorderer(Contents):
     """The clusters of a stream in canonical order, in one pass.
 
     A cluster that is next goes straight out. An early one waits in memory; where that would be more
@@ -1865,240 +2013,196 @@ class Reorderer:
     """
 
     def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
-        self.source = source
-        self.header = read_header(source)
-        self.index = Index(self.header, source)
+        super().__init__(source)
         self.memory = memory
         self.directory = directory
-        self.spilled_size = 0
         self._order: list[Device] = []
         self._held: dict[int, dict[int, bytes]] = {}
         self._held_size = 0
-        self._file: Spool | None = None
+        self._spool: Spool | None = None
+        self._buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+
+    @property
+    def spilled_size(self) -> int:
+        """How many bytes went to the temporary file."""
+        return self._spool.size if self._spool else 0
 
     def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
-        """Yield as `Archive.spans` does; at the end of the stream, check that all was there."""
+        """Yield as `Contents.spans` does; only once, and what is not chosen is gone."""
         self._order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in self._order}
         try:
-            arrivals = self._arrivals()
-            ended = False
-            for device in self._order:
-                index = self.index.devices[device.dev_id]
-                first = 0
-                while True:
-                    count = clusters
-                    if ended or not device.is_vmstate:
-                        count = min(count, len(index.entries) - first)
-                    if not count:
-                        break
-                    entries = index.slice(first, count)
-                    if len(entries) < count or 0 in entries:
-                        # At the end nothing is missing, or Index.finish has raised an error.
-                        ended = next(arrivals, None) is None
-                        continue
-                    yield self._span(device, first, entries)
-                    first += count
-            for _ in arrivals:
-                pass
+            yield from super().spans(clusters, chosen)
         finally:
-            if self._file is not None:
-                self._file.source.close()
+            if self._spool is not None:
+                self._spool.source.close()
 
-    def _arrivals(self) -> Iterator[Extent]:
-        """Yield each extent when its clusters have been entered and put by."""
-        buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
-        for extent in read_extents(self.source, self.header):
-            self.index.add(extent)
-            payload = read_payload(self.source, extent, buffer)
-            for slot in iter_slots(extent) if extent.block_count else ():
-                if slot.mask and slot.dev_id in self._held:
-                    data = bytes(payload[slot.start : slot.start + slot.size])
-                    self._held[slot.dev_id][slot.cluster_num] = data
-                    self._held_size += slot.size + HELD_OVERHEAD
-            if self._held_size > self.memory:
-                self._spill()
-            yield extent
-        self.index.finish()
+    def _enter(self, extent: Extent) -> None:
+        self.index.add(extent)
+        payload = read_payload(self.source, extent, self._buffer)
+        for slot in iter_slots(extent) if extent.block_count else ():
+            if slot.mask and slot.dev_id in self._held:
+                data = bytes(payload[slot.start : slot.start + slot.size])
+                self._held[slot.dev_id][slot.cluster_num] = data
+                self._held_size += slot.size + HELD_OVERHEAD
+        if self._held_size > self.memory:
+            self._spill()
 
     def _spill(self) -> None:
         """Write clusters that are needed last to the temporary file until the rest is in bounds."""
-        if self._file is None:
-            self._file = self._create()
+        if self._spool is None:
+            import tempfile
+
+            directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
+            self._spool = Spool(directory)
         goal = self.memory - min(SPILL_SIZE, self.memory // 8)
+        offset = self._spool.size
+        parts: list[bytes] = []
         for device in reversed(self._order):
             held = self._held[device.dev_id]
             entries = self.index.devices[device.dev_id].entries
             while held and self._held_size > goal:
                 cluster_num, data = held.popitem()
-                offset = self.spilled_size
-                self._file.target.write_at(offset, [data])
-                self.spilled_size += len(data)
+                parts.append(data)
                 # The place in the stream is of no use any more, that in the file is.
                 entries[cluster_num] = offset << 16 | entries[cluster_num] & FULL_MASK
+                offset += len(data)
                 self._held_size -= len(data) + HELD_OVERHEAD
+        self._spool.append(parts)
 
-    def _create(self) -> Spool:
-        import tempfile
-
-        directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
-        name = f"temporary file in {escape(directory)}"
-        with naming(name), contextlib.ExitStack() as undo:
-            with Signals.held():
-                file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-                spool = Spool(Input(name, file, 0), Target(file.fileno(), name, seekable=True))
-            undo.pop_all()  # spans closes it
-            return spool
-
-    def _span(self, device: Device, first: int, entries: Sequence[int]) -> Span:
+    def _payload(
+        self, device: Device, first: int, entries: Sequence[int]
+    ) -> Sequence[Piece | None]:
         held = self._held[device.dev_id]
-        masks = [entry & FULL_MASK for entry in entries]
-        payload: list[Buffer | None] = []
-        for i, entry in enumerate(entries) if any(masks) else ():
-            data = held.pop(first + i, None)
+        payload: list[Piece | None] = []
+        spilled: list[tuple[int, memoryview]] = []
+        for cluster_num, entry in enumerate(entries, first):
+            data: Piece | None = held.pop(cluster_num, None)
             if data is not None:
-                self._held_size -= len(data) + HELD_OVERHEAD
-            elif masks[i]:
-                assert self._file is not None, "a stored cluster is neither held nor spilled"
-                stored = bytearray(mask_size(masks[i]))
-                self._file.source.read_at(memoryview(stored), entry >> 16)
-                data = bytes(stored)
+                self._held_size -= piece_size(data) + HELD_OVERHEAD
+            elif entry & FULL_MASK:
+                data = memoryview(bytearray(mask_size(entry & FULL_MASK)))
+                spilled.append((entry >> 16, data))
             payload.append(data)
-        return Span(device, first, masks, payload)
+        if spilled:
+            assert self._spool is not None, "a stored cluster is neither held nor spilled"
+            self._spool.source.read_at(spilled)
+        return payload
 
 
-WHOLE_CLUSTER = ((0, CLUSTER_BLOCKS),)  # as iter_block_runs has it
+def place(
+    slots: Iterable[Slot],
+    buffer: memoryview,
+    targets: Mapping[int, Target],
+    ends: Mapping[int, int],
+) -> list[Write]:
+    """Return the writes that bring stored blocks from a buffer to their disks, neighbours as one.
 
-
-class Run(NamedTuple):
-    """Stored bytes that belong together, by their offsets in the disk and in the source."""
-
-    disk_offset: int
-    source_offset: int
-    size: int
-
-
-def iter_runs(clusters: Iterable[tuple[int, int, int]], disk_size: int) -> Iterator[Run]:
-    """Yield what to copy for (cluster_num, mask, source offset), neighbours as one run.
-
-    Nothing reaches behind disk_size, where the last block may.
+    Targets are by dev_id, and so are `ends`: nothing is written behind them, where a device's last
+    block may reach.
     """
-    last = Run(0, 0, 0)
-    for cluster_num, mask, start in clusters:
-        source_offset = start
-        for first, count in WHOLE_CLUSTER if mask == FULL_MASK else iter_block_runs(mask):
-            disk_offset = cluster_num * CLUSTER_SIZE + first * BLOCK_SIZE
-            size = count * BLOCK_SIZE
-            if (disk_offset, source_offset) == (
-                last.disk_offset + last.size,
-                last.source_offset + last.size,
-            ):
-                last = Run(last.disk_offset, last.source_offset, last.size + size)
-            else:
-                if last.size:
-                    yield last
-                last = Run(disk_offset, source_offset, size)
-            source_offset += size
-    size = min(last.size, disk_size - last.disk_offset)
-    if size > 0:
-        yield last._replace(size=size)
+    writes: list[Write] = []
+    parts: list[Buffer] = []
+    last = end = -1
+    for dev_id, cluster_num, mask, start, _ in slots:
+        for first, size in block_runs(mask):
+            offset = cluster_num * CLUSTER_SIZE + first
+            if offset != end or dev_id != last:
+                parts = []
+                writes.append(Write(targets[dev_id], offset, parts))
+            end, last = offset + size, dev_id
+            parts.append(buffer[start : start + min(size, ends[dev_id] - offset)])
+            start += size  # noqa: PLW2901 - where the next run is
+    return writes
 
 
 def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
     """Write the stored blocks of devices to their targets, by dev_id, each in disk order."""
+    ends = {device.dev_id: device.max_size for device in archive.header.devices}
 
-    def step(target: Target, runs: list[Run]) -> Callable[[memoryview], list[Write]]:
+    def step(chunk: list[Cluster]) -> Callable[[memoryview], list[Write]]:
         def fill(buffer: memoryview) -> list[Write]:
-            # Runs lie in the buffer one behind the other: neighbours in the source are one read,
-            # neighbours on the disk one write.
-            writes = []
-            read_start = write_start = end = 0
-            for run, following in zip(runs, [*runs[1:], None]):
-                end += run.size
-                if not following or following.source_offset != run.source_offset + run.size:
-                    source_offset = run.source_offset + run.size - (end - read_start)
-                    archive.source.read_at(buffer[read_start:end], source_offset)
-                    read_start = end
-                if not following or following.disk_offset != run.disk_offset + run.size:
-                    disk_offset = run.disk_offset + run.size - (end - write_start)
-                    writes.append(Write(target, disk_offset, [buffer[write_start:end]]))
-                    write_start = end
-            return writes
+            wanted: list[tuple[int, memoryview]] = []
+            slots: list[Slot] = []
+            start = 0
+            for offset, size, dev_id, cluster_num, mask in chunk:
+                wanted.append((offset, buffer[start : start + size]))
+                slots.append(Slot(dev_id, cluster_num, mask, start, size))
+                start += size
+            archive.source.read_at(wanted)
+            return place(slots, buffer, targets, ends)
 
         return fill
 
-    def steps() -> Iterator[Callable[[memoryview], list[Write]]]:
-        for dev_id, target in targets.items():
-            index = archive.index.devices[dev_id]
-            runs: list[Run] = []
-            room = CHUNK_SIZE
-            for run in iter_runs(stored_clusters(index), index.disk_size):
-                disk_offset, source_offset, size = run
-                archive.source.advise(source_offset, size)
-                while size:
-                    part = min(size, room)
-                    runs.append(Run(disk_offset, source_offset, part))
-                    disk_offset += part
-                    source_offset += part
-                    size -= part
-                    room -= part
-                    if not room:
-                        yield step(target, runs)
-                        runs, room = [], CHUNK_SIZE
-            if runs:
-                yield step(target, runs)
-
-    run_steps(steps(), write_all)
+    run_steps(map(step, ahead(stored_clusters(archive, targets), archive.source)), write_all)
+    archive.complete()
+    if archive.source.copying:
+        archive.source.copying.finish()
 
 
-def stored_clusters(index: DeviceIndex) -> Iterator[tuple[int, int, int]]:
-    """Yield (cluster_num, mask, offset in the archive) of each cluster that stores blocks."""
-    for first in range(0, len(index.entries), CLUSTER_SIZE):
-        for cluster_num, entry in enumerate(index.slice(first, CLUSTER_SIZE), first):
-            if entry & FULL_MASK:
-                yield cluster_num, entry & FULL_MASK, entry >> 16
+class Cluster(NamedTuple):
+    """A cluster's stored blocks: where they are in the archive, and what they are of which disk."""
+
+    offset: int
+    size: int
+    dev_id: int
+    cluster_num: int
+    mask: int
 
 
-def stream_disks(stream: Reorderer, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
+def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[Cluster]]:
+    """Yield the clusters of devices that store blocks, up to CHUNK_SIZE bytes at once."""
+    chunk: list[Cluster] = []
+    room = CHUNK_SIZE
+    for device in canonical_order(archive.header.devices, chosen):
+        first = 0
+        while entries := archive.entries(device, first, EXTENT_SLOTS):
+            for cluster_num, entry in enumerate(entries, first):
+                mask = entry & FULL_MASK
+                if mask:
+                    size = mask_size(mask)
+                    if size > room:
+                        yield chunk
+                        chunk, room = [], CHUNK_SIZE
+                    chunk.append(Cluster(entry >> 16, size, device.dev_id, cluster_num, mask))
+                    room -= size
+            first += len(entries)
+    if chunk:
+        yield chunk
+
+
+def stream_disks(stream: Contents, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
     """Write each cluster to its place as it comes, and check at the end that all were there."""
     index = stream.index
     buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
-    sizes = {
-        device.dev_id: sys.maxsize if device.is_vmstate else device.size
-        for device in stream.header.devices
-    }
+    ends = {device.dev_id: device.max_size for device in stream.header.devices}
     for extent in read_extents(stream.source, stream.header):
         index.add(extent)
+        if not extent.block_count and not zeros:
+            continue
         payload = read_payload(stream.source, extent, buffer)
-        clusters: dict[int, list[tuple[int, int, int]]] = {}
-        for slot in iter_slots(extent) if extent.block_count or zeros else ():
-            if slot.dev_id in zeros:
-                start = slot.cluster_num * CLUSTER_SIZE
-                data = expand(payload[slot.start : slot.start + slot.size], slot.mask)
-                targets[slot.dev_id].write_at(start, [data[: sizes[slot.dev_id] - start]])
-                continue
-            clusters.setdefault(slot.dev_id, []).append((slot.cluster_num, slot.mask, slot.start))
-        for dev_id in clusters.keys() & targets.keys():
-            for run in iter_runs(clusters[dev_id], sizes[dev_id]):
-                part = payload[run.source_offset : run.source_offset + run.size]
-                targets[dev_id].write_at(run.disk_offset, [part])
+        slots = sorted(slot for slot in iter_slots(extent) if slot.dev_id in targets)
+        for dev_id, cluster_num, mask, start, size in slots if zeros else ():
+            if dev_id in zeros:
+                offset = cluster_num * CLUSTER_SIZE
+                data = expand(payload[start : start + size], mask)
+                targets[dev_id].write_at(offset, [data[: ends[dev_id] - offset]])
+        stored = (slot for slot in slots if slot.dev_id not in zeros)
+        write_all(place(stored, payload, targets, ends))
     index.finish()
 
 
 def write_disks(
-    contents: Archive | Reorderer, targets: Mapping[int, Target], zeros: Collection[int] = ()
+    contents: Contents, targets: Mapping[int, Target], zeros: Collection[int] = ()
 ) -> None:
     """Write disks to targets by dev_id; those in zeros with their zero blocks, the others without.
 
     New files become as long as the disks. Of a stream, clusters are written as they come.
     """
     devices = contents.index.devices
-    if isinstance(contents, Reorderer):
+    if not isinstance(contents, Archive):
         stream_disks(contents, targets, zeros)
     else:
-        if contents.source.progress:
-            stored = sum(devices[dev_id].stored_size for dev_id in targets)
-            contents.source.progress.total = stored
         copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
         for dev_id in zeros:
             spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
@@ -2116,7 +2220,7 @@ class Disk(NamedTuple):
     """
 
     device: Device
-    source: Input
+    source: FileInput
     size: int
     data_size: int
 
@@ -2244,7 +2348,7 @@ def read_group(group: Group, buffer: memoryview) -> Span:
         filled = max(filled, block_start)
         buffer[filled:first] = bytes(first - filled)
         buffer[end:block_end] = bytes(block_end - end)
-        group.disk.source.read_at(buffer[first:end], data_start)
+        group.disk.source.read_at([(data_start, buffer[first:end])])
         filled = end
         parts.append((block_start, block_end))
     masks = stored_masks(buffer, parts, group.cluster_count)
@@ -2252,8 +2356,7 @@ def read_group(group: Group, buffer: memoryview) -> Span:
     for i, mask in enumerate(masks):
         cluster = buffer[i * CLUSTER_SIZE : (i + 1) * CLUSTER_SIZE]
         if mask and mask != FULL_MASK:
-            runs = [(n * BLOCK_SIZE, count * BLOCK_SIZE) for n, count in iter_block_runs(mask)]
-            payload.append(b"".join(cluster[at : at + size] for at, size in runs))
+            payload.append(b"".join(cluster[at : at + size] for at, size in block_runs(mask)))
         else:
             payload.append(cluster if mask else None)
     return Span(group.disk.device, group.first, masks, payload)
@@ -2785,7 +2888,7 @@ def open_disk(
     if device.cluster_count > 1 << 32:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
     allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
-    return Disk(device, Input(name, file, size), size, min(allocated, size) or size)
+    return Disk(device, FileInput(name, file, size), size, min(allocated, size) or size)
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -2905,13 +3008,19 @@ def is_same_file(path: str, output: str) -> bool:
 
 def cmd_list(args: argparse.Namespace) -> int:
     """Print what an archive holds."""
+    contents: Contents | None = None
+    tables: dict[int, Table] = {}
     with open_input(args.archive) as source:
-        if args.partitions and source.size is None:
-            raise VmaError(f"{source.name}: --partitions needs a plain file, not a stream")
-        archive = Archive(source) if args.scan or args.partitions else None
-        header = archive.header if archive else read_header(source)
-        tables = read_tables(archive) if archive and args.partitions else {}
-    scanned = archive if args.scan else None
+        if args.partitions:
+            if not isinstance(source, FileInput):
+                raise VmaError(f"{source.name}: --partitions needs a plain file, not a stream")
+            contents = archive = Archive(source)
+            tables = read_tables(archive)
+        elif args.scan:
+            contents = Contents(source)
+            contents.complete()
+        header = contents.header if contents else read_header(source)
+    scanned = contents if args.scan else None
     if args.json:
         print_json(describe(header, scanned, tables))
     else:
@@ -2931,14 +3040,14 @@ def read_tables(archive: Archive) -> dict[int, Table]:
 
 
 def describe(
-    header: Header, archive: Archive | None, tables: Mapping[int, Table] | None = None
+    header: Header, contents: Contents | None, tables: Mapping[int, Table] | None = None
 ) -> dict[str, object]:
     """Return what list --json prints, with what only a scan can know, if there is."""
     devices: list[dict[str, object]] = []
     for device in header.devices:
         devices.append({"dev_id": device.dev_id, "name": device.name, "size": device.size})
-        if archive:
-            index = archive.index.devices[device.dev_id]
+        if contents:
+            index = contents.index.devices[device.dev_id]
             devices[-1]["stored"] = index.stored_size
             devices[-1]["zero"] = index.zero_size
             devices[-1]["ascending"] = index.ascending
@@ -2956,9 +3065,9 @@ def describe(
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
         "devices": devices,
     }
-    if archive:
-        align = find_align(archive)
-        result.update(extents=archive.index.extent_count, canonical=bool(align), align=align)
+    if contents:
+        align = find_align(contents)
+        result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
     return result
 
 
@@ -2973,10 +3082,10 @@ def mount_command(device: Device, partition: Partition) -> str | None:
     return f"mount -o {options} {shlex.quote(escape(disk_file_name(device)))} /mnt"
 
 
-def find_align(archive: Archive) -> str | None:
+def find_align(contents: Contents) -> str | None:
     """Return the --align with which optimize writes this very archive, None if there is none."""
     names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
-    return next((name for name in names if is_canonical(archive, ALIGNS[name])), None)
+    return next((name for name in names if is_canonical(contents, ALIGNS[name])), None)
 
 
 def print_json(value: object) -> None:
@@ -2986,21 +3095,21 @@ def print_json(value: object) -> None:
 
 
 def print_listing(
-    name: str, header: Header, archive: Archive | None, tables: Mapping[int, Table]
+    name: str, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> None:
     print(f"archive  {name}")
     print(f"uuid     {format_uuid(header.uuid)}")
     print(f"created  {format_time(header.ctime)}")
-    if archive:
-        align = find_align(archive)
+    if contents:
+        align = find_align(contents)
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
     for config in header.configs:
         print(f"config   {escape(config.name)}  {len(config.data)} bytes")
     for device in header.devices:
         size = f"{format_size(device.size)}, {device.size} bytes"
         print(f"device   {device.dev_id:<3} {escape(device.name)}  {size}")
-        if archive:
-            index = archive.index.devices[device.dev_id]
+        if contents:
+            index = contents.index.devices[device.dev_id]
             order = "ascending" if index.ascending else "not in order"
             print(f"             {index.stored_size} bytes stored, {index.zero_size} zero, {order}")
         if device.dev_id in tables:
@@ -3029,22 +3138,23 @@ def cmd_verify(args: argparse.Namespace) -> int:
             with contextlib.ExitStack() as stack:
                 source = stack.enter_context(open_input(path))
                 progress = stack.enter_context(progress_of(args, source.name))
-                watch(source, progress, source.size or source.compressed_size)
+                source.progress = progress
+                progress.total = source.size or source.compressed_size
                 if args.against is not None:
                     bad += verify_against(args, source)
                 elif args.digest:
                     verify_digest(args, source, progress)
                 else:
-                    archive = Archive(source)
-                    check_source(archive.header, source)
+                    contents = Contents(source)
+                    contents.complete()
+                    check_source(contents.header, source)
                     source.check_unchanged()
                     if args.json:
-                        print_json(
-                            {"archive": path, "ok": True, **describe(archive.header, archive)}
-                        )
+                        description = describe(contents.header, contents)
+                        print_json({"archive": path, "ok": True, **description})
                     elif not args.quiet:
-                        print(summary(archive))
-                        print_totals(args, archive.index)
+                        print(summary(contents))
+                        print_totals(args, contents.index)
         except VmaError as error:
             bad += 1
             print_error(error)
@@ -3058,8 +3168,8 @@ def verify_against(args: argparse.Namespace, source: Input) -> bool:
     with open_input(args.against) as other:
         name = other.name
         # Either may be a stream: that one is read in its order, the other one wherever needed.
-        read, sought = (source, other) if other.size is not None else (other, source)
-        if sought.size is None:
+        read, sought = (source, other) if isinstance(other, FileInput) else (other, source)
+        if not isinstance(sought, FileInput):
             raise VmaError(f"{source.name} and {name}: one of them has to be a plain file")
         archive = Archive(sought)
         header = read_header(read)
@@ -3085,7 +3195,7 @@ def verify_digest(args: argparse.Namespace, source: Input, progress: Progress) -
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
     contents = load(source, progress)
     header = contents.header
-    sizes = {d.dev_id: sys.maxsize if d.is_vmstate else d.size for d in header.devices}
+    sizes = {device.dev_id: device.max_size for device in header.devices}
     digests = digest_disks(source, contents.spans(CANONICAL_MAX_CLUSTERS), sizes)
     source.check_unchanged()
     files = [(config.name, len(config.data), sha256(config.data)) for config in header.configs]
@@ -3112,13 +3222,13 @@ def check_source(header: Header, source: Input) -> None:
         raise FormatError(error.message, archive=source.name) from error
 
 
-def summary(archive: Archive) -> str:
-    """Return verify's line on a good archive."""
-    devices = archive.header.devices
-    stored = sum(index.stored_size for index in archive.index.devices.values())
-    align = find_align(archive)
+def summary(contents: Contents) -> str:
+    """Return verify's line on a good contents."""
+    devices = contents.header.devices
+    stored = sum(index.stored_size for index in contents.index.devices.values())
+    align = find_align(contents)
     return (
-        f"{archive.source.name}: OK, {len(devices)} device{'s' * (len(devices) != 1)}, "
+        f"{contents.source.name}: OK, {len(devices)} device{'s' * (len(devices) != 1)}, "
         f"{format_size(sum(device.size for device in devices))}, {format_size(stored)} stored, "
         + (f"canonical (--align {align})" if align else "not canonical")
     )
@@ -3135,12 +3245,6 @@ def print_totals(args: argparse.Namespace, index: Index) -> None:
 
 def progress_of(args: argparse.Namespace, name: str) -> Progress:
     return Progress(name, args.quiet, args.verbose)
-
-
-def watch(source: Input, progress: Progress, total: int) -> None:
-    """Let the progress follow what is read of a source."""
-    progress.total = total
-    source.progress = progress
 
 
 def cmd_extract(args: argparse.Namespace) -> int:
@@ -3177,12 +3281,12 @@ def extract_one(args: argparse.Namespace) -> int:
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
         output = stack.enter_context(open_output(args.output))
+        prepare(contents, output)
         if output.file:
             write_disks(contents, {device.dev_id: output.file})
         else:
             spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
-            size = sys.maxsize if device.is_vmstate else device.size
-            copy_pieces(source, iter_disk(spans, size), output.target.append)
+            copy_pieces(source, iter_disk(spans, device.max_size), output.target.append)
         output.flush()
         source.check_unchanged()
         output.commit()
@@ -3195,6 +3299,8 @@ def extract_mapped(args: argparse.Namespace) -> int:
         source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
         contents = load(source, progress)
+        if isinstance(contents, Archive):
+            contents.complete()  # so that nothing is overwritten for an archive that is bad
         header = contents.header
         directory = stack.enter_context(make_directory(args.targetdir))
         directory.require_empty()
@@ -3286,16 +3392,17 @@ def restore(
 
 def load(
     source: Input, progress: Progress, memory: int = DEFAULT_MEMORY, directory: str = ""
-) -> Archive | Reorderer:
-    """Read and check what can be known before anything is written: of a stream, the header."""
-    contents: Archive | Reorderer
-    if source.size is None:
-        watch(source, progress, source.compressed_size)
-        contents = Reorderer(source, memory, directory)
+) -> Contents:
+    """Read and check the header; the extents are read and checked as they are needed."""
+    contents: Contents
+    if isinstance(source, FileInput):
+        contents = Archive(source, lazy=True)
+        progress.total = source.size
+        source.copying = progress
     else:
-        contents = Archive(source)
-        stored = sum(index.stored_size for index in contents.index.devices.values())
-        watch(source, progress, stored)
+        source.progress = progress
+        progress.total = source.compressed_size
+        contents = Reorderer(source, memory, directory)
     check_source(contents.header, source)
     return contents
 
@@ -3327,8 +3434,9 @@ def write_packed(
         output = stack.enter_context(open_output(args.output, replace))
         progress = stack.enter_context(progress_of(args, output.target.name))
         stack.enter_context(warning_of_partial(output))
+        progress.total = sum(disk.data_size for disk in disks)
         for disk in disks:
-            watch(disk.source, progress, sum(disk.data_size for disk in disks))
+            disk.source.copying = progress
         pack_disks(layout, disks, output.target)
         check_written(output, layout)
         output.flush()
@@ -3385,39 +3493,50 @@ def cmd_optimize(args: argparse.Namespace) -> int:
     align = ALIGNS[args.align]
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
-        if in_place:
-            require_replaceable(args.archive, source)
+        state = require_replaceable(args.archive, source) if in_place else None
         progress = stack.enter_context(progress_of(args, source.name))
         beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
         contents = load(source, progress, args.memory, beside)
         layout = Layout(contents.header, align)
-        archive = contents if isinstance(contents, Archive) else None
-        if archive and in_place and is_canonical(archive, align):
-            report(args, f"{source.name}: is canonical already (--align {args.align})")
-            return 0
+        if in_place:
+            contents.complete()
+            if is_canonical(contents, align):
+                report(args, f"{source.name}: is canonical already (--align {args.align})")
+                return 0
         output = stack.enter_context(open_output(output_path))
-        if archive and output.file:
-            output.file.allocate(sum(i.stored_size for i in archive.index.devices.values()))
-        if args.check and (output.file is None or not (archive or source.compressed_size)):
+        if args.check and (
+            output.file is None or (source.size is None and not source.compressed_size)
+        ):
             raise VmaError(f"{source.name}: --check reads both archives again: name two files")
+        prepare(contents, output)
+        if output.file and source.size is not None:
+            output.file.allocate(source.size)
         stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
+        if output.file:
+            output.file.truncate(output.target.position)  # more may have been allocated
         check_written(output, layout)
         if args.check or (args.check is None and in_place):
-            check_contents(args, archive, output)
-        output.flush(source.state if in_place else None)
+            check_contents(args, contents, output)
+        output.flush(state)
         source.check_unchanged(output_path if in_place else None)
         output.commit()
         report(args, f"{source.name}: optimized (--align {args.align})", output)
     return 0
 
 
-def check_contents(args: argparse.Namespace, archive: Archive | None, output: Output) -> None:
+def prepare(contents: Contents, output: Output) -> None:
+    """Check all of an archive in a file before what cannot be taken back is written."""
+    if output.file is None and isinstance(contents, Archive):
+        contents.complete()
+
+
+def check_contents(args: argparse.Namespace, contents: Contents, output: Output) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with output.read_back() as written:
-        if archive:
-            found = compare_disks(written, read_header(written), archive)
+        if isinstance(contents, Archive):
+            found = compare_disks(written, read_header(written), contents)
         else:
             with open_input(args.archive) as source:
                 found = compare_disks(source, read_header(source), Archive(written))
@@ -3438,16 +3557,17 @@ def warning_of_partial(output: Output) -> Iterator[None]:
         ) from error
 
 
-def require_replaceable(path: str, source: Input) -> None:
-    """Raise VmaError for an archive that cannot be optimized in its place."""
+def require_replaceable(path: str, source: Input) -> os.stat_result:
+    """Return the state of an archive, or raise VmaError if it cannot be optimized in its place."""
     if source.compressed_size:
         plain = path.rsplit(".", 1)[0] if not path.endswith(".vma") else path + ".new"
         raise VmaError(
             f"{source.name}: a compressed archive is not replaced by a plain one: "
             f"vma-tool optimize {escape(path)} {escape(plain)}"
         )
-    if source.state is None or not stat.S_ISREG(source.state.st_mode):
+    if not isinstance(source, FileInput) or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
+    return source.state
 
 
 def report(args: argparse.Namespace, message: str, output: Output | None = None) -> None:

@@ -17,11 +17,13 @@ from tests.support import ToolTest, golden, manifest, sha256
 
 
 class ApiTest(ToolTest):
-    def open(self, data: bytes) -> vma_tool.Input:
+    def open(self, data: bytes) -> vma_tool.FileInput:
         """Return a file with these bytes, open until the test has ended."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
-        return stack.enter_context(vma_tool.open_input(str(self.file("a.vma", data))))
+        source = stack.enter_context(vma_tool.open_input(str(self.file("a.vma", data))))
+        assert isinstance(source, vma_tool.FileInput)
+        return source
 
 
 class Reading(ApiTest):
@@ -173,9 +175,9 @@ class Extents(ApiTest):
         for every in (1, 2, 1000):
             writer = threading.Thread(target=fifo.write_bytes, args=(good(),))
             writer.start()
-            with vma_tool.open_input(str(fifo)) as source:
-                self.assertIsNone(source.size)
-                self.rebuild(source, every)
+            with vma_tool.open_input(str(fifo)) as stream:
+                self.assertIsNone(stream.size)
+                self.rebuild(stream, every)
             writer.join()
 
 

@@ -7,6 +7,7 @@ import random
 import stat
 import subprocess
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -544,16 +545,18 @@ class Care(ToolTest):
 
     def test_source_that_changes_meanwhile(self) -> None:
         """An archive that is written to while it is read is an error."""
-        read_at = vma_tool.Input.read_at
+        read_at = vma_tool.FileInput.read_at
 
-        def read_and_touch(source: vma_tool.Input, view: memoryview, offset: int) -> None:
-            read_at(source, view, offset)
+        def read_and_touch(
+            source: vma_tool.FileInput, wanted: Sequence[tuple[int, memoryview]]
+        ) -> None:
+            read_at(source, wanted)
             os.utime(self.source, (1, 1))
 
         for args in ([self.source], [self.source, self.directory / "out.vma"]):
             with self.subTest(args=len(args)):
                 self.source.write_bytes(good())
-                with mock.patch.object(vma_tool.Input, "read_at", read_and_touch):
+                with mock.patch.object(vma_tool.FileInput, "read_at", read_and_touch):
                     self.refused("optimize", *args, says=["changed while it was read"])
                 self.assertEqual(self.source.read_bytes(), good())
                 self.assertEqual(os.listdir(self.directory), ["a.vma"])
