@@ -481,6 +481,9 @@ def parse_size(text: str) -> int:
 CHUNK_SIZE = 2 << 20  # what is read, then written at once
 BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
 ADVICE_GAP = 64 << 10  # bytes between what is read that are not worth a call of their own
+WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
+MAX_LEAD = 4096  # clusters by which extents may be ahead of the disks' order, as in a live backup
+LOOK_AHEAD = 32 << 20  # bytes behind an extent that the disk reads meanwhile
 READ_AHEAD = 4  # chunks whose reading is announced before it is their turn
 BUFFER_SIZE = 16 << 10
 PIPE_SIZE = 1 << 20
@@ -680,6 +683,7 @@ class FileInput(Input):
         self.copying: Progress | None = None
         self._window = b""
         self._window_offset = 0
+        self._advised = (0, 0)  # where all has been announced
         self._lock = threading.Lock()
 
     def read(self, size: int) -> bytes:
@@ -748,13 +752,27 @@ class FileInput(Input):
     def advise(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell the system that these, (offset, size), will be read soon; it need not listen."""
         start = end = 0
-        with contextlib.suppress(AttributeError, OSError):
-            for offset, size in sorted(ranges):
-                if offset > end + ADVICE_GAP:
-                    os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-                    start = offset
-                end = offset + size
-            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        for offset, size in sorted(ranges):
+            if self._advised[0] <= offset and offset + size <= self._advised[1]:
+                continue
+            if offset > end + ADVICE_GAP:
+                self._advise(start, end)
+                start = offset
+            end = offset + size
+        self._advise(start, end)
+
+    def advise_up_to(self, end: int) -> None:
+        """Tell the system that all from where the reading in order is will be read soon."""
+        first, last = self._advised
+        if not first <= self.offset <= last:
+            first = last = self.offset
+        self._advise(last, end)
+        self._advised = first, max(last, end)
+
+    def _advise(self, start: int, end: int) -> None:
+        if start < end:
+            with contextlib.suppress(AttributeError, OSError):
+                os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, path: str | None = None) -> None:
         with naming(self.name):
@@ -1023,6 +1041,7 @@ class Target:
         self.name = name
         self.seekable = seekable
         self.position = 0
+        self._fresh = (0, 0)  # where what was written lately begins and ends
         self._lock = threading.Lock()
 
     def reserve(self, size: int) -> int:
@@ -1034,6 +1053,7 @@ class Target:
     def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Write parts one behind the other; on a pipe, offset can only be where it stands."""
         pending = [memoryview(part) for part in parts if len(part)]
+        start = offset
         try:
             while pending:
                 if not self.seekable and hasattr(os, "writev"):
@@ -1053,6 +1073,20 @@ class Target:
             raise
         except OSError as error:
             raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+        if self.seekable:
+            self._write_behind(start, offset)
+
+    def _write_behind(self, start: int, end: int) -> None:
+        """Let the disk begin with what was written, so that `sync` has little to wait for."""
+        first, last = self._fresh
+        if not first <= start <= last + WRITE_BEHIND or last - first >= WRITE_BEHIND:
+            # The advice starts the writing of what is not on the disk; only what is there already
+            # is dropped. Scattered writes are left to the system, which may find an order for them.
+            if last - first >= WRITE_BEHIND // 4:
+                with contextlib.suppress(AttributeError, OSError):
+                    os.posix_fadvise(self.fd, first, last - first, os.POSIX_FADV_DONTNEED)
+            first = last = start
+        self._fresh = first, max(last, end)
 
     def sync(self) -> None:
         """Wait until all is on the disk."""
@@ -1729,8 +1763,22 @@ class Archive(Contents):
 
     def __init__(self, source: FileInput, lazy: bool = False) -> None:
         super().__init__(source)
+        # By how many clusters what was entered is ahead of what was asked for.
+        self._lead = 0 if lazy else MAX_LEAD
         if not lazy:
             self.complete()
+
+    def _enter(self, extent: Extent) -> None:
+        super()._enter(extent)
+        self._lead += EXTENT_SLOTS
+        if self._lead < MAX_LEAD:
+            # Nearly in order: what comes next in the file is needed next.
+            self.source.advise_up_to(extent.payload_offset + extent.payload_size + LOOK_AHEAD)
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
+        entries = super().entries(device, first, count)
+        self._lead -= len(entries)
+        return entries
 
     def read(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device, from offset; fewer than size at the device's end."""

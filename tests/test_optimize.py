@@ -569,3 +569,46 @@ class Care(ToolTest):
             self.assertEqual(file.readline(), b"#!/usr/bin/env python3\n")
         answer = subprocess.run([tool, "--version"], capture_output=True, check=True)
         self.assertRegex(answer.stdout.decode(), r"\Avma-tool \d+\.\d+")
+
+
+class Advice(ToolTest):
+    """What the system is told of what will be read and written, so that disks work meanwhile."""
+
+    def advised(self, data: bytes) -> tuple[list[range], list[range], Path]:
+        """Optimize an archive; return what was announced, what was to be written, the output."""
+        found: dict[int, list[range]] = {os.POSIX_FADV_WILLNEED: [], os.POSIX_FADV_DONTNEED: []}
+
+        def advise(_fd: int, offset: int, size: int, advice: int) -> None:
+            found[advice].append(range(offset, offset + size))
+
+        source, output = self.file("a.vma", data), self.directory / "b.vma"
+        with (
+            mock.patch("os.posix_fadvise", advise),
+            mock.patch.multiple(
+                vma_tool, CHUNK_SIZE=1 << 16, WRITE_BEHIND=1 << 17, LOOK_AHEAD=1 << 17
+            ),
+        ):
+            self.ok("optimize", "-q", source, output)
+        return found[os.POSIX_FADV_WILLNEED], found[os.POSIX_FADV_DONTNEED], output
+
+    def test_reading(self) -> None:
+        """All of the payload is announced before it is read."""
+        for name in ("live-order", "three-disks", "interleaved"):
+            with self.subTest(name):
+                data = golden(name)
+                announced, _, _ = self.advised(data)
+                covered = bytearray(len(data))
+                for part in announced:
+                    covered[part.start : part.stop] = b"1" * len(covered[part.start : part.stop])
+                for extent in archives.extent_offsets(data):
+                    size = int.from_bytes(data[extent + 6 : extent + 8], "big") * BLOCK
+                    self.assertNotIn(0, covered[extent + 512 : extent + 512 + size])
+
+    def test_writing(self) -> None:
+        """The disk is to begin with each part once, in their order, and soon."""
+        _, written, output = self.advised(golden("live-order"))
+        self.assertGreater(len(written), 2)
+        self.assertEqual(written[0].start, 0)
+        for part, following in zip(written, written[1:]):
+            self.assertEqual(part.stop, following.start)
+        self.assertGreater(written[-1].stop, output.stat().st_size // 2)
