@@ -1885,9 +1885,9 @@ def fill_up(
 def extent_payload(span: Span, masks: Sequence[int]) -> list[Piece]:
     """Return an extent's payload: the span's stored blocks, and zeros where only masks has some."""
     pieces: list[Piece] = []
-    for i, piece in enumerate(span.payload):
-        if masks[i] != span.masks[i]:
-            pieces.extend(fill_piece(piece, span.masks[i], masks[i]))
+    for piece, mask, filled in zip(span.payload, span.masks, masks):
+        if mask != filled:
+            pieces.extend(fill_piece(piece, mask, filled))
         elif piece is not None:
             pieces.append(piece)
     # Where the device ends inside its last block, that is zeros from there on, here if not before.
@@ -1975,31 +1975,16 @@ SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 
 def iter_chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Gather pieces into lists of up to CHUNK_SIZE bytes, neighbours in the source into one."""
+    """Gather pieces into lists of up to CHUNK_SIZE bytes, or of one that is larger."""
     chunk: list[Piece] = []
-    room = CHUNK_SIZE
+    size = 0
     for piece in pieces:
-        if isinstance(piece, Range):
-            offset, size = piece
-            while size:
-                part = min(size, room)
-                last = chunk[-1] if chunk else None
-                if isinstance(last, Range) and last.offset + last.size == offset:
-                    chunk[-1] = Range(last.offset, last.size + part)
-                else:
-                    chunk.append(Range(offset, part))
-                offset += part
-                size -= part
-                room -= part
-                if not room:
-                    yield chunk
-                    chunk, room = [], CHUNK_SIZE
-        else:
-            if len(piece) > room:
-                yield chunk
-                chunk, room = [], CHUNK_SIZE
-            chunk.append(piece)
-            room -= len(piece)
+        length = piece_size(piece)
+        if size + length > CHUNK_SIZE and chunk:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(piece)
+        size += length
     if chunk:
         yield chunk
 
@@ -2016,15 +2001,15 @@ def copy_pieces(
         def fill(buffer: memoryview) -> list[Buffer]:
             parts: list[Buffer] = []
             wanted: list[tuple[int, memoryview]] = []
-            used = 0
+            start = end = 0  # what of the buffer is not in parts yet
             for piece in chunk:
                 if isinstance(piece, Range):
-                    part = buffer[used : used + piece.size]
-                    wanted.append((piece.offset, part))
-                    parts.append(part)
-                    used += piece.size
+                    wanted.append((piece.offset, buffer[end : end + piece.size]))
+                    end += piece.size
                 else:
-                    parts.append(piece)
+                    parts += (buffer[start:end], piece)
+                    start = end
+            parts.append(buffer[start:end])
             if wanted:
                 assert isinstance(source, FileInput), "a stream has no ranges"
                 source.read_at(wanted)
