@@ -1034,12 +1034,16 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
 
 
 class Target:
-    """A file, pipe or device that is written, and the name that its errors carry."""
+    """A file, pipe or device that is written, and the name that its errors carry.
 
-    def __init__(self, fd: int, name: str, seekable: bool) -> None:
+    What is not `lasting` need not reach the disk.
+    """
+
+    def __init__(self, fd: int, name: str, seekable: bool, lasting: bool = True) -> None:
         self.fd = fd
         self.name = name
         self.seekable = seekable
+        self.lasting = lasting
         self.position = 0
         self._fresh = (0, 0)  # where what was written lately begins and ends
         self._lock = threading.Lock()
@@ -1073,7 +1077,7 @@ class Target:
             raise
         except OSError as error:
             raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
-        if self.seekable:
+        if self.seekable and self.lasting:
             self._write_behind(start, offset)
 
     def _write_behind(self, start: int, end: int) -> None:
@@ -1763,10 +1767,13 @@ class Archive(Contents):
 
     def __init__(self, source: FileInput, lazy: bool = False) -> None:
         super().__init__(source)
-        # By how many clusters what was entered is ahead of what was asked for.
-        self._lead = 0 if lazy else MAX_LEAD
+        self._lead = 0  # by how many clusters what was entered is ahead of what was asked for
         if not lazy:
             self.complete()
+
+    def complete(self) -> None:
+        self._lead = MAX_LEAD  # nobody has asked for the payload
+        super().complete()
 
     def _enter(self, extent: Extent) -> None:
         super()._enter(extent)
@@ -1955,10 +1962,11 @@ class Layout:
 
 
 def is_canonical(contents: Contents, align: int) -> bool:
-    """Say whether a complete archive is what optimize would write with this align."""
+    """Say whether an archive is what optimize would write with this align."""
     header = contents.header
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
+    contents.complete()
     layout = Layout(header, align)
     for _ in layout.extents(contents.spans(layout.clusters)):
         pass
@@ -2047,7 +2055,7 @@ class Spool:
             with Signals.held():
                 file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
                 self.source = FileInput(name, file, 0)
-                self._target = Target(file.fileno(), name, seekable=True)
+                self._target = Target(file.fileno(), name, seekable=True, lasting=False)
             undo.pop_all()  # the source closes it
 
     def append(self, parts: Sequence[bytes]) -> None:
@@ -3554,11 +3562,9 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
         contents = load(source, progress, args.memory, beside)
         layout = Layout(contents.header, align)
-        if in_place:
-            contents.complete()
-            if is_canonical(contents, align):
-                report(args, f"{source.name}: is canonical already (--align {args.align})")
-                return 0
+        if in_place and is_canonical(contents, align):
+            report(args, f"{source.name}: is canonical already (--align {args.align})")
+            return 0
         output = stack.enter_context(open_output(output_path))
         if args.check and (
             output.file is None or (source.size is None and not source.compressed_size)
