@@ -2149,28 +2149,39 @@ class Reorderer(Contents):
 
 
 def place(
-    slots: Iterable[Slot],
+    slots: Iterable[tuple[int, int, int, int, int]],
     buffer: memoryview,
     targets: Mapping[int, Target],
     ends: Mapping[int, int],
 ) -> list[Write]:
     """Return the writes that bring stored blocks from a buffer to their disks, neighbours as one.
 
-    Targets are by dev_id, and so are `ends`: nothing is written behind them, where a device's last
-    block may reach.
+    Slots are as `Slot` has it. Targets are by dev_id, and so are `ends`: nothing is written behind
+    them, where a device's last block may reach.
     """
     writes: list[Write] = []
     parts: list[Buffer] = []
-    last = end = -1
+    last = end = -1  # the device, and where on it the last run ends
+    begin = filled = 0  # where in the buffer neighbours of it begin, and where it ends
+
+    def add() -> None:
+        if filled > begin:
+            parts.append(buffer[begin : filled - max(end - ends[last], 0)])
+
     for dev_id, cluster_num, mask, start, _ in slots:
         for first, size in block_runs(mask):
             offset = cluster_num * CLUSTER_SIZE + first
-            if offset != end or dev_id != last:
+            neighbour = offset == end and dev_id == last
+            if not neighbour or start != filled:
+                add()
+                begin = start
+            if not neighbour:
                 parts = []
                 writes.append(Write(targets[dev_id], offset, parts))
-            end, last = offset + size, dev_id
-            parts.append(buffer[start : start + min(size, ends[dev_id] - offset)])
+            last, end = dev_id, offset + size
             start += size  # noqa: PLW2901 - where the next run is
+            filled = start
+    add()
     return writes
 
 
@@ -2181,11 +2192,11 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
     def step(chunk: list[Cluster]) -> Callable[[memoryview], list[Write]]:
         def fill(buffer: memoryview) -> list[Write]:
             wanted: list[tuple[int, memoryview]] = []
-            slots: list[Slot] = []
+            slots: list[tuple[int, int, int, int, int]] = []
             start = 0
             for offset, size, dev_id, cluster_num, mask in chunk:
                 wanted.append((offset, buffer[start : start + size]))
-                slots.append(Slot(dev_id, cluster_num, mask, start, size))
+                slots.append((dev_id, cluster_num, mask, start, size))
                 start += size
             archive.source.read_at(wanted)
             return place(slots, buffer, targets, ends)
@@ -2193,7 +2204,6 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
         return fill
 
     run_steps(map(step, ahead(stored_clusters(archive, targets), archive.source)), write_all)
-    archive.complete()
     if archive.source.copying:
         archive.source.copying.finish()
 
@@ -3345,7 +3355,6 @@ def extract_one(args: argparse.Namespace) -> int:
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
         output = stack.enter_context(open_output(args.output))
-        prepare(contents, output)
         if output.file:
             write_disks(contents, {device.dev_id: output.file})
         else:
@@ -3363,8 +3372,6 @@ def extract_mapped(args: argparse.Namespace) -> int:
         source = stack.enter_context(open_input(args.archive))
         progress = stack.enter_context(progress_of(args, source.name))
         contents = load(source, progress)
-        if isinstance(contents, Archive):
-            contents.complete()  # so that nothing is overwritten for an archive that is bad
         header = contents.header
         directory = stack.enter_context(make_directory(args.targetdir))
         directory.require_empty()
@@ -3455,12 +3462,19 @@ def restore(
 
 
 def load(
-    source: Input, progress: Progress, memory: int = DEFAULT_MEMORY, directory: str = ""
+    source: Input,
+    progress: Progress,
+    memory: int = DEFAULT_MEMORY,
+    directory: str = "",
+    lazy: bool = False,
 ) -> Contents:
-    """Read and check the header; the extents are read and checked as they are needed."""
+    """Read and check what can be known before anything is written: of a stream, the header.
+
+    Of a file, that is all; or it is read and checked as it is needed, if `lazy`.
+    """
     contents: Contents
     if isinstance(source, FileInput):
-        contents = Archive(source, lazy=True)
+        contents = Archive(source, lazy)
         progress.total = source.size
         source.copying = progress
     else:
@@ -3560,7 +3574,7 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         state = require_replaceable(args.archive, source) if in_place else None
         progress = stack.enter_context(progress_of(args, source.name))
         beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
-        contents = load(source, progress, args.memory, beside)
+        contents = load(source, progress, args.memory, beside, lazy=True)
         layout = Layout(contents.header, align)
         if in_place and is_canonical(contents, align):
             report(args, f"{source.name}: is canonical already (--align {args.align})")
@@ -3570,9 +3584,11 @@ def cmd_optimize(args: argparse.Namespace) -> int:
             output.file is None or (source.size is None and not source.compressed_size)
         ):
             raise VmaError(f"{source.name}: --check reads both archives again: name two files")
-        prepare(contents, output)
-        if output.file and source.size is not None:
-            output.file.allocate(source.size)
+        if source.size is not None:
+            if output.file:
+                output.file.allocate(source.size)
+            else:
+                contents.complete()  # what is written now cannot be taken back
         stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
@@ -3586,12 +3602,6 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         output.commit()
         report(args, f"{source.name}: optimized (--align {args.align})", output)
     return 0
-
-
-def prepare(contents: Contents, output: Output) -> None:
-    """Check all of an archive in a file before what cannot be taken back is written."""
-    if output.file is None and isinstance(contents, Archive):
-        contents.complete()
 
 
 def check_contents(args: argparse.Namespace, contents: Contents, output: Output) -> None:
