@@ -647,11 +647,14 @@ class OnePass(StreamTest):
         output = self.directory / "out.vma"
         for order, needed in (("in-order", False), ("live", False), ("reversed", True)):
             archives.write_large(path, size=96 * MIB, data_bytes=48 * MIB, order=order)
-            with self.subTest(order), open(path, "rb") as file:
+            with (
+                self.subTest(order),
+                open(path, "rb") as file,
+                subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE) as cat,
+            ):
                 answer = run_tool(
-                    "optimize", "--memory", "16M", "-", output, env=nowhere,
-                    stdin=subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE).stdout,
-                )  # fmt: skip
+                    "optimize", "--memory", "16M", "-", output, env=nowhere, stdin=cat.stdout
+                )
                 if needed:
                     self.check_error(answer, nowhere["TMPDIR"], "No such file or directory")
                     self.assertEqual(os.listdir(self.directory), ["a.vma"])
