@@ -37,6 +37,7 @@ from tests.support import (
     snapshot,
     temporary_directory,
     tool_command,
+    unmeasured,
 )
 
 MIB = 1 << 20
@@ -816,7 +817,7 @@ class Driver(ToolTest):
         path, target = self.file("a.vma", good()), self.directory / "configs"
         child = subprocess.Popen(
             tool_command("extract", "-v", "-r", self.directory / "fifo", path, target),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unmeasured(),
         )  # fmt: skip
         self.addCleanup(child.kill)
         assert child.stdout is not None

@@ -67,6 +67,7 @@ from tests.support import (
     snapshot,
     temporary_directory,
     tool_command,
+    unmeasured,
 )
 
 SEED = 20251120
@@ -742,6 +743,7 @@ class Decompressors(ToolTest):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=unmeasured(),
         )
         assert tool.stdin is not None and tool.stderr is not None
 
@@ -837,6 +839,7 @@ class RandomMoments(RoadTest):
             stdin=cat.stdout,
             stderr=subprocess.PIPE,
             cwd=self.directory,
+            env=unmeasured(),
         )
         cat.stdout.close()
         self.addCleanup(cat.wait)

@@ -41,6 +41,7 @@ from tests.support import (
     small_file_system,
     snapshot,
     tool_command,
+    unmeasured,
 )
 
 MIB = 1 << 20
@@ -92,6 +93,7 @@ class StreamTest(ToolTest):
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "start_new_session": True,
+            "env": unmeasured(),
         }
         settings.update(kw)
         process = subprocess.Popen(tool_command(*args), **settings)
