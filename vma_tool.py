@@ -559,11 +559,15 @@ class Progress:
         self.done = done
         if self._terminal and time.monotonic() - self._drawn >= 0.1:
             self._draw("")
-        elif self._lines and self.total and done * 100 // self.total > self._percent:
-            self._percent = done * 100 // self.total
+        elif self._lines and self.total and self._reached() > self._percent:
+            self._percent = self._reached()
             seconds = time.monotonic() - self._start
             text = f"progress {self._percent}% (read {done} bytes, duration {seconds:.0f} sec)"
             print(text, file=sys.stderr)
+
+    def _reached(self) -> int:
+        # What is read again, to compare, counts no more.
+        return min(100, self.done * 100 // self.total)
 
     def __enter__(self) -> Progress:
         return self
@@ -577,9 +581,8 @@ class Progress:
         rate = self.done / (self._drawn - self._start or 1)
         text = f"{format_size(self.done)}, {format_size(rate)}/s"
         if self.total:
-            left = int((self.total - self.done) / rate) if rate and not end else 0
-            percent = min(100, self.done * 100 // self.total)
-            text = f"{percent:3d} %, {text}, {left // 60}:{left % 60:02d} left"
+            left = int(max(self.total - self.done, 0) / rate) if rate and not end else 0
+            text = f"{self._reached():3d} %, {text}, {left // 60}:{left % 60:02d} left"
         print(f"\r{self.label}: {text}\x1b[K", end=end, file=sys.stderr, flush=True)
 
 
@@ -3212,12 +3215,13 @@ def cmd_verify(args: argparse.Namespace) -> int:
             with contextlib.ExitStack() as stack:
                 source = stack.enter_context(open_input(path))
                 progress = stack.enter_context(progress_of(args, source.name))
+                if args.digest:
+                    verify_digest(args, source, progress)
+                    continue
                 source.progress = progress
                 progress.total = source.size or source.compressed_size
                 if args.against is not None:
                     bad += verify_against(args, source)
-                elif args.digest:
-                    verify_digest(args, source, progress)
                 else:
                     contents = Contents(source)
                     contents.complete()
@@ -3271,6 +3275,7 @@ def verify_digest(args: argparse.Namespace, source: Input, progress: Progress) -
     header = contents.header
     sizes = {device.dev_id: device.max_size for device in header.devices}
     digests = digest_disks(source, contents.spans(CANONICAL_MAX_CLUSTERS), sizes)
+    progress.finish()
     source.check_unchanged()
     files = [(config.name, len(config.data), sha256(config.data)) for config in header.configs]
     for device in header.devices:
@@ -3297,7 +3302,7 @@ def check_source(header: Header, source: Input) -> None:
 
 
 def summary(contents: Contents) -> str:
-    """Return verify's line on a good contents."""
+    """Return verify's line on a good archive."""
     devices = contents.header.devices
     stored = sum(index.stored_size for index in contents.index.devices.values())
     align = find_align(contents)
@@ -3592,6 +3597,7 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
         copy_pieces(source, layout.pieces(spans), output.target.append)
+        progress.finish()
         if output.file:
             output.file.truncate(output.target.position)  # more may have been allocated
         check_written(output, layout)

@@ -859,12 +859,14 @@ class Verbose(ToolTest):
     def test_progress(self) -> None:
         """A line for each percent that is reached, ascending, the last one all of it."""
         for args in (
-            ["verify", "-v"], ["unpack", "-v"], ["extract", "-v"],
+            ["verify", "-v"], ["verify", "-v", "--digest"], ["unpack", "-v"], ["extract", "-v"],
+            ["optimize", "-v"],
             ["extract", "-v", "-d", manifest()["interleaved"]["devices"][0]["name"]],
         ):  # fmt: skip
             with self.subTest(args=args):
                 path = self.file("a.vma", golden("interleaved"))
-                target = [self.directory / str(len(args))] if args[0] != "verify" else []
+                writes = args[0] in ("unpack", "extract")
+                target = [self.directory / str(len(args))] if writes else []
                 shutil.rmtree(self.directory / "2", ignore_errors=True)
                 lines = call_tool(*args, path, *target).stderr.decode().splitlines()
                 form = re.compile(

@@ -66,10 +66,10 @@ class Planted(ToolTest):
         self.outside = temporary_directory(self)
         (self.outside / "victim").write_bytes(b"not to be written")
         os.chmod(self.outside / "victim", 0o666)
-        self.kinds: list[Plant] = [
+        self.files: list[Plant] = [
             self.symbolic_link, self.dangling_link, self.hard_link, self.fifo, self.regular_file,
-            self.device, self.link_to_directory, self.subdirectory,
         ]  # fmt: skip
+        self.kinds = [*self.files, self.device, self.link_to_directory, self.subdirectory]
 
     def symbolic_link(self, path: Path) -> None:
         path.symlink_to(self.outside / "victim")
@@ -144,13 +144,7 @@ class Planted(ToolTest):
 
     def test_under_the_temporary_name(self) -> None:
         """A name that could be guessed is not opened if it is there."""
-        for kind in (
-            self.symbolic_link,
-            self.dangling_link,
-            self.hard_link,
-            self.fifo,
-            self.regular_file,
-        ):
+        for kind in self.files:
             for name in ("unpack into a directory", "optimize", "pack"):
                 road = ROADS[name]
                 directory = (self.directory / road.makes[0]).parent
@@ -168,13 +162,7 @@ class Planted(ToolTest):
 
     def test_before(self) -> None:
         """What is there from the beginning is refused, or replaced, but not followed."""
-        for kind in (
-            self.symbolic_link,
-            self.dangling_link,
-            self.hard_link,
-            self.fifo,
-            self.regular_file,
-        ):
+        for kind in self.files:
             for name, config in (("unpack", "drive-scsi0"), ("unpack", "qemu-server.conf")):
                 target = self.directory / "empty"
                 for force in ([], ["--force"]):
