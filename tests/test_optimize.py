@@ -485,6 +485,17 @@ class Damaged(ToolTest):
                     self.assertRegex(line, damage.says)
                     self.assertEqual(snapshot(self.directory), before)
 
+    def test_nothing_into_a_pipe(self) -> None:
+        """What cannot be taken back is written only of a file that has been checked whole."""
+        for damage in damages():
+            with (
+                self.subTest(damage.name),
+                mock.patch.multiple(vma_tool, CHUNK_SIZE=BLOCK, READ_AHEAD=0),
+            ):
+                path = self.file("bad.vma", damage.data)
+                answer = call_tool("optimize", path, "-")
+                self.assertEqual((answer.returncode, answer.stdout), (1, b""))
+
     def test_existing_output_stays(self) -> None:
         """A failure leaves the old OUTPUT alone."""
         bad = self.file("bad.vma", good()[:-1])
