@@ -28,24 +28,27 @@ from __future__ import annotations
 import argparse
 import array
 import collections
-import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import importlib
 import io
 import itertools
 import operator
 import os
+import re
 import signal
 import stat
 import struct
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "1.0.0"
 
@@ -62,15 +65,22 @@ class FormatError(VmaError):
 
     def __init__(self, message: str, offset: int | None = None, archive: str = "") -> None:
         super().__init__(message)
-        self.message = message
         self.offset = offset
         self.archive = archive
 
     def __str__(self) -> str:
-        where = [self.archive] if self.archive else []
-        if self.offset is not None:
-            where.append(f"offset 0x{self.offset:x}")
-        return ": ".join([*where, self.message])
+        offset = "" if self.offset is None else f"offset 0x{self.offset:x}"
+        return ": ".join(filter(None, (self.archive, offset, super().__str__())))
+
+
+@contextmanager
+def in_archive(name: str) -> Iterator[None]:
+    """Let a FormatError say in which archive it is."""
+    try:
+        yield
+    except FormatError as error:
+        error.archive = name
+        raise
 
 
 class Interrupted(BaseException):
@@ -86,7 +96,12 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or repr(error)
 
 
-@contextlib.contextmanager
+def refused(name: str, code: int) -> VmaError:
+    """Return the error for what is refused here as the system would refuse it."""
+    return VmaError(f"{name}: {os.strerror(code)}")
+
+
+@contextmanager
 def naming(name: str) -> Iterator[None]:
     """Turn what the system refuses into a VmaError that names what it is about."""
     try:
@@ -109,6 +124,11 @@ def quote(name: str) -> str:
     return f"'{escape(name)}'"
 
 
+def shown(path: str, stream: str) -> str:
+    """Return what messages call a file; `-` is standard `stream`: input or output."""
+    return escape(path) if path != "-" else f"standard {stream}"
+
+
 # ---------------------------------------------------------------------------------------------
 # Format: constants, and codecs that need no file. All numbers are big-endian, except where a
 # blob's length is little-endian.
@@ -117,6 +137,7 @@ BLOCK_SIZE = 4096
 CLUSTER_BLOCKS = 16
 CLUSTER_SIZE = CLUSTER_BLOCKS * BLOCK_SIZE
 FULL_MASK = 0xFFFF
+MAX_CLUSTERS = 1 << 32  # of a device: what cluster_num can count
 Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
 ZERO_BLOCK = bytes(BLOCK_SIZE)
@@ -171,6 +192,11 @@ class Device(NamedTuple):
     @property
     def is_vmstate(self) -> bool:
         return self.name == VMSTATE
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"device {quote(self.name)} (dev_id {self.dev_id})"
 
     @property
     def cluster_count(self) -> int:
@@ -320,7 +346,7 @@ def encode_name(name: str) -> bytes:
 
 
 def pack_header(header: Header) -> bytearray:
-    """Return a header of header.size bytes, its blobs in the order that Proxmox writes."""
+    """Return a header of header.size bytes at least, its blobs in the order that Proxmox writes."""
     data = bytearray(HEADER_FIXED_SIZE + 1)
 
     def add(blob: bytes) -> int:
@@ -337,11 +363,12 @@ def pack_header(header: Header) -> bytearray:
     for dev_id, name, size in header.devices:
         offset = add(encode_name(name) + b"\0")
         DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
+    blob_size = len(data) - HEADER_FIXED_SIZE
+    data.extend(bytes(max(header.size - len(data), 0)))
     HEADER.pack_into(
         data, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
-        HEADER_FIXED_SIZE, len(data) - HEADER_FIXED_SIZE, header.size,
+        HEADER_FIXED_SIZE, blob_size, len(data),
     )  # fmt: skip
-    data.extend(bytes(header.size - len(data)))
     data[HEADER_MD5] = md5_without(data, HEADER_MD5)
     return data
 
@@ -353,7 +380,7 @@ def name_fault(name: str) -> str | None:
     """
     if name in ("", ".", ".."):
         return "is not a file name"
-    if any(c in "/\\" or ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+    if re.search(r"[/\\\x00-\x1f\x7f-\x9f]", name):
         return "holds a slash, a backslash or a control character"
     try:
         encoded = encode_name(name)
@@ -430,33 +457,20 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
 @functools.lru_cache(maxsize=4096)
 def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
-    runs = []
-    first = 0
-    while mask:
-        zeros = (mask & -mask).bit_length() - 1
-        mask >>= zeros
-        first += zeros
-        count = (~mask & mask + 1).bit_length() - 1
-        mask >>= count
-        runs.append((first * BLOCK_SIZE, count * BLOCK_SIZE))
-        first += count
-    return tuple(runs)
+    runs = re.finditer("1+", bin(mask)[:1:-1])  # its bits, the lowest first
+    return tuple((run.start() * BLOCK_SIZE, len(run[0]) * BLOCK_SIZE) for run in runs)
 
 
 def format_uuid(uuid: bytes) -> str:
-    text = uuid.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", uuid.hex())
 
 
 def format_size(size: float) -> str:
     """Return a number of bytes as people read it: 8.0 GiB."""
     if size < 1024:
         return f"{size:.0f} B"
-    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB"))
-    unit = next(units)
-    while (size := size / 1024) >= 1024:
-        unit = next(units)
-    return f"{size:.1f} {unit}"
+    power = (int(size).bit_length() - 1) // 10
+    return f"{size / (1 << 10 * power):.1f} {'KMGTPEZ'[power - 1]}iB"
 
 
 def format_time(seconds: int) -> str:
@@ -470,7 +484,7 @@ def format_time(seconds: int) -> str:
 
 def parse_size(text: str) -> int:
     """Return the number of bytes that 4096, 128K, 256M or 1G say; raises ValueError."""
-    unit = " KMGT".find(text[-1:].upper()) if text else -1
+    unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
 
@@ -499,6 +513,7 @@ class Signals:
 
     @classmethod
     def install(cls) -> None:
+        cls.depth = cls.pending = 0
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             # What the caller ignores (nohup) stays ignored.
@@ -518,7 +533,7 @@ class Signals:
         raise Interrupted(cls.pending)
 
     @classmethod
-    @contextlib.contextmanager
+    @contextmanager
     def held(cls) -> Iterator[None]:
         """Put off signals while something exists that is not yet registered for removal."""
         cls.depth += 1
@@ -543,7 +558,7 @@ class Progress:
         self.label = label
         self.total = 0
         self.done = 0
-        self._terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = not quiet and sys.stderr.isatty()
         self._lines = verbose and not self._terminal
         self._percent = 0
         self._start = self._drawn = time.monotonic()
@@ -586,16 +601,8 @@ class Progress:
         print(f"\r{self.label}: {text}\x1b[K", end=end, file=sys.stderr, flush=True)
 
 
-class Readable(Protocol):
-    """What `Input` needs of a file object."""
-
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-    def fileno(self) -> int: ...
-    def close(self) -> None: ...
-
-
 In = TypeVar("In", bound="Input")
-STATE_FIELDS = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+file_state = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 class Input:
@@ -605,14 +612,15 @@ class Input:
     """
 
     size: int | None = None
+    raw: io.FileIO | None = None  # the file, or what is decompressed
+    state: os.stat_result | None = None  # of that when it was opened, None for a pipe
+    compressed_size = 0  # 0 also for a pipe
 
-    def __init__(self, name: str, file: Readable) -> None:
+    def __init__(self, name: str, file: io.RawIOBase | io.BufferedIOBase) -> None:
         self.name = name
         self.file = file
         self.offset = 0
-        self.compressed_size = 0  # of the compressed file, 0 if there is none
         self.progress: Progress | None = None
-        self.fd = file.fileno()
 
     def __enter__(self: In) -> In:
         return self
@@ -622,7 +630,7 @@ class Input:
 
     def close(self, failed: bool = False) -> None:
         """Close; `failed` says that an error is under way, which no other may hide."""
-        with contextlib.suppress(OSError):  # all that was needed has been read
+        with suppress(OSError):  # all that was needed has been read
             self.file.close()
 
     def read(self, size: int) -> bytes:
@@ -634,14 +642,9 @@ class Input:
     def readinto(self, view: memoryview) -> int:
         """Fill view with the next bytes, and return how many there were before the end."""
         count = 0
-        try:
-            while count < len(view):
-                got = self.file.readinto(view[count:])
-                if not got:
-                    break
+        with naming(f"{self.name}: offset 0x{self.offset:x}"):
+            while count < len(view) and (got := self.file.readinto(view[count:])):
                 count += got
-        except OSError as error:
-            raise VmaError(f"{self.name}: offset 0x{self.offset:x}: {reason(error)}") from error
         self._advance(count)
         return count
 
@@ -649,19 +652,27 @@ class Input:
         """Pass over bytes, reading them only where that cannot be helped; return how many."""
         view = memoryview(bytearray(min(size, PIPE_SIZE)))
         skipped = 0
-        while skipped < size:
-            count = self.readinto(view[: size - skipped])
-            if not count:
-                break
+        while skipped < size and (count := self.readinto(view[: size - skipped])):
             skipped += count
         return skipped
 
     def position(self) -> int:
         """Return how far the reading is, in the terms of the progress's total."""
+        if self.raw and self.compressed_size:
+            with suppress(OSError):  # it is only shown
+                return os.lseek(self.raw.fileno(), 0, os.SEEK_CUR)
         return self.offset
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if a file was written to since it was opened, or path is another one."""
+        if self.raw is None or self.state is None:
+            return
+        with naming(self.name):
+            states = [os.fstat(self.raw.fileno())]
+            if path is not None:
+                states.append(os.stat(path))
+        if any(file_state(now) != file_state(self.state) for now in states):
+            raise VmaError(f"{self.name}: the file was changed while it was read")
 
     def _advance(self, count: int) -> None:
         self.offset += count
@@ -676,13 +687,20 @@ class FileInput(Input):
     """
 
     size: int
+    raw: io.FileIO
+    state: os.stat_result
 
-    def __init__(self, name: str, file: Readable, size: int) -> None:
+    def __init__(self, name: str, file: io.FileIO) -> None:
         super().__init__(name, file)
-        with naming(name):
+        self.raw = file
+        self.fd = file.fileno()
+        with naming(name), ExitStack() as undo:
+            undo.callback(file.close)
             self.state = os.fstat(self.fd)
-        # A file that has grown since somebody looked at its size is read as it is now.
-        self.size = self.state.st_size if stat.S_ISREG(self.state.st_mode) else size
+            self.size = self.state.st_size
+            if not stat.S_ISREG(self.state.st_mode):
+                self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            undo.pop_all()  # close does it
         self.copying: Progress | None = None
         self._window = b""
         self._window_offset = 0
@@ -774,15 +792,8 @@ class FileInput(Input):
 
     def _advise(self, start: int, end: int) -> None:
         if start < end:
-            with contextlib.suppress(AttributeError, OSError):
+            with suppress(AttributeError, OSError):
                 os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-
-    def check_unchanged(self, path: str | None = None) -> None:
-        with naming(self.name):
-            states = [os.fstat(self.fd), os.fstat(self.fd) if path is None else os.stat(path)]
-        for now in states:
-            if any(getattr(now, field) != getattr(self.state, field) for field in STATE_FIELDS):
-                raise VmaError(f"{self.name}: the file was changed while it was read")
 
 
 def behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
@@ -807,17 +818,19 @@ class Codec(NamedTuple):
     package: str
 
 
-# The second magic of zstd is a skippable frame, with which pzstd begins.
+# A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
+# than gzip, but ignores what is behind the end, and does not tell.
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((i, 0x2A, 0x4D, 0x18)) for i in range(0x50, 0x60)))
 CODECS = (
-    Codec(
-        "zstd", (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"), ("zstd",), "compression.zstd", "zstd"
-    ),
-    Codec("gzip", (b"\x1f\x8b",), ("pigz", "gzip"), "gzip", "gzip"),
+    Codec("zstd", ZSTD_MAGICS, ("zstd",), "compression.zstd", "zstd"),
+    Codec("gzip", (b"\x1f\x8b",), ("gzip",), "gzip", "gzip"),
     Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
     Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
     Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2"),
 )
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
+# Variables of the environment that add options, meant for the user's own compressing
+CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
 
 
 class RestOfPipe(io.FileIO):
@@ -843,19 +856,16 @@ class ModuleInput(Input):
         self._buffered = io.BufferedReader(raw, PIPE_SIZE)
         super().__init__(name, importlib.import_module(codec.module).open(self._buffered))
         self._codec = codec
-        self._raw = raw
+        self.raw = raw
 
     def readinto(self, view: memoryview) -> int:
         try:
             return super().readinto(view)
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
-        except (Interrupted, VmaError):
+        except VmaError:
             raise
         except Exception as error:
             raise VmaError(f"{self.name}: {self._codec.name}: {error}") from error
-
-    def position(self) -> int:
-        return self._raw.tell() if self._raw.seekable() else self.offset
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -865,17 +875,19 @@ class ModuleInput(Input):
 class ProgramInput(Input):
     """The bytes that a decompressor, run as a child, makes of a file or pipe."""
 
+    raw: io.FileIO
+
     def __init__(self, name: str, program: str, raw: io.FileIO, seekable: bool) -> None:
         import subprocess
         import tempfile
 
-        self._raw = raw
+        self.raw = raw
         self._seekable = seekable
         self._ended = False
         self._feeding_error: OSError | None = None
         self._program = os.path.basename(program)
         # A file is the child's own standard input. It shares our offset, which tells how far it is.
-        with Signals.held(), naming(f"{name}: {self._program}"), contextlib.ExitStack() as undo:
+        with Signals.held(), naming(f"{name}: {self._program}"), ExitStack() as undo:
             self._messages = undo.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(
                 [program, "-dc"],
@@ -883,6 +895,7 @@ class ProgramInput(Input):
                 stdout=subprocess.PIPE,
                 stderr=self._messages,
                 bufsize=0,
+                env={k: value for k, value in os.environ.items() if k not in CODEC_OPTIONS},
             )
             stdout = self._process.stdout
             assert isinstance(stdout, io.FileIO)
@@ -897,9 +910,9 @@ class ProgramInput(Input):
         stdin = self._process.stdin
         assert stdin is not None
         try:
-            with self._raw, stdin:
+            with self.raw, stdin:
                 buffer = memoryview(bytearray(BUFFER_SIZE))
-                while count := self._raw.readinto(buffer):
+                while count := self.raw.readinto(buffer):
                     data = buffer[:count]
                     while data:
                         data = data[stdin.write(data) :]
@@ -918,18 +931,14 @@ class ProgramInput(Input):
     def _check(self, status: int, expected: tuple[int, ...]) -> None:
         if self._feeding_error:
             raise VmaError(f"{self.name}: {reason(self._feeding_error)}")
-        if status not in expected:
-            self._messages.seek(0)
-            text = self._messages.read(1000).decode(errors="replace")
-            lines = "; ".join(filter(None, (line.strip() for line in text.splitlines())))
+        self._messages.seek(0)
+        text = self._messages.read(1000).decode(errors="replace")
+        lines = "; ".join(filter(None, map(str.strip, text.splitlines())))
+        # Some programs ignore what is behind the end, and say so.
+        if status not in expected or (self._ended and lines):
             raise VmaError(
                 f"{self.name}: {self._program}: {escape(lines) or f'ended with status {status}'}"
             )
-
-    def position(self) -> int:
-        with contextlib.suppress(OSError):  # it is only shown
-            return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR) if self._seekable else self.offset
-        return self.offset
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; if it has failed, by now, in what was not read, say so."""
@@ -945,41 +954,42 @@ class ProgramInput(Input):
             status = 0
         with self._messages:
             if self._seekable:
-                self._raw.close()
+                self.raw.close()
             if not self._ended and not failed:
                 self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
 
 
 def widen_pipe(fd: int) -> None:
     """Give a pipe the room for fewer, larger reads, where the system knows how."""
-    try:
+    with suppress(ImportError, OSError):  # it only saves time
         import fcntl
 
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
-    except (ImportError, AttributeError, OSError):
-        pass  # it only saves time
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_input(path: str) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
     A plain regular file or block device can be read at any place; all else is a stream.
     """
-    name = "standard input" if path == "-" else escape(path)
-    with contextlib.ExitStack() as stack:
-        with contextlib.ExitStack() as undo:
+    name = shown(path, "input")
+    with ExitStack() as stack:
+        with ExitStack() as undo:
             raw, start, size = open_raw(path, name)
             undo.callback(raw.close)
+            with naming(name):
+                state = os.fstat(raw.fileno())
             codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
             with Signals.held():
                 if codec is None and size is not None:
-                    source: Input = FileInput(name, raw, size)
+                    source: Input = FileInput(name, raw)
                 elif codec is None:
                     source = Input(name, io.BufferedReader(raw, BUFFER_SIZE))
                 else:
                     source = open_codec(name, codec, raw, seekable=size is not None)
-                    source.compressed_size = size or 0
+                    if size is not None:
+                        source.state, source.compressed_size = state, size
                 stack.enter_context(source)
                 undo.pop_all()  # the input closes it
         yield source
@@ -987,26 +997,25 @@ def open_input(path: str) -> Iterator[Input]:
 
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
     """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
-    with contextlib.ExitStack() as undo, naming(name):
+    with ExitStack() as undo, naming(name):
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
         refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
-            raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
+            raise refused(name, errno.EISDIR)
         # The rest of a file that somebody has begun to read is a stream.
-        size = None
-        if is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
-            size = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, 0, os.SEEK_SET)
-        else:
+        seekable = is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR))
+        if not seekable:
             widen_pipe(fd)
         start = b""
         while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
             start += data
-        if size is not None:
+        size = None
+        if seekable:
+            size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        raw = RestOfPipe(start, fd) if size is None else io.FileIO(fd, "rb")
+        raw = io.FileIO(fd, "rb") if seekable else RestOfPipe(start, fd)
         undo.pop_all()
         return raw, start, size
 
@@ -1042,20 +1051,14 @@ class Target:
     What is not `lasting` need not reach the disk.
     """
 
-    def __init__(self, fd: int, name: str, seekable: bool, lasting: bool = True) -> None:
+    lasting = True
+
+    def __init__(self, fd: int, name: str, seekable: bool) -> None:
         self.fd = fd
         self.name = name
         self.seekable = seekable
-        self.lasting = lasting
         self.position = 0
         self._fresh = (0, 0)  # where what was written lately begins and ends
-        self._lock = threading.Lock()
-
-    def reserve(self, size: int) -> int:
-        """Return the offset behind all that was reserved before, and set size bytes aside."""
-        offset = self.position
-        self.position += size
-        return offset
 
     def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Write parts one behind the other; on a pipe, offset can only be where it stands."""
@@ -1068,10 +1071,9 @@ class Target:
                 elif self.seekable and hasattr(os, "pwritev"):
                     count = os.pwritev(self.fd, pending[:IOV_MAX], offset)
                 else:
-                    with self._lock:
-                        if self.seekable:
-                            os.lseek(self.fd, offset, os.SEEK_SET)
-                        count = os.write(self.fd, pending[0])
+                    if self.seekable:
+                        os.lseek(self.fd, offset, os.SEEK_SET)
+                    count = os.write(self.fd, pending[0])
                 if not count:
                     raise OSError(errno.EIO, "nothing could be written")
                 offset += count
@@ -1090,13 +1092,13 @@ class Target:
             # The advice starts the writing of what is not on the disk; only what is there already
             # is dropped. Scattered writes are left to the system, which may find an order for them.
             if last - first >= WRITE_BEHIND // 4:
-                with contextlib.suppress(AttributeError, OSError):
+                with suppress(AttributeError, OSError):
                     os.posix_fadvise(self.fd, first, last - first, os.POSIX_FADV_DONTNEED)
             first = last = start
         self._fresh = first, max(last, end)
 
-    def sync(self) -> None:
-        """Wait until all is on the disk."""
+    def sync(self, times: os.stat_result | None = None) -> None:
+        """Wait until all is on the disk; a new file with the times of another one, if given."""
         with naming(f"{self.name}: cannot write"):
             try:
                 os.fsync(self.fd)
@@ -1106,7 +1108,12 @@ class Target:
 
     def append(self, parts: Sequence[Buffer]) -> None:
         """Write parts behind all that was written before."""
-        self.write_at(self.reserve(sum(map(len, parts))), parts)
+        offset = self.position
+        self.position += sum(map(len, parts))
+        self.write_at(offset, parts)
+
+    def commit(self) -> None:
+        """Put a new file, complete as it is now, under its name."""
 
 
 class Directory:
@@ -1119,10 +1126,10 @@ class Directory:
     def __init__(self, path: str, follow: bool = True) -> None:
         self.path = path or "."
         self._files: list[PartialFile] = []
-        self._fd: int | None = None
+        self.fd: int | None = None
         if os.open in os.supports_dir_fd:
             flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-            self._fd = open_path(self.path, flags)
+            self.fd = open_path(self.path, flags)
 
     def __enter__(self) -> Directory:
         return self
@@ -1131,22 +1138,22 @@ class Directory:
         with Signals.held():
             for file in self._files:
                 file.close()
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._at(file.temporary), dir_fd=self._fd)
+                with suppress(FileNotFoundError):
+                    os.unlink(self.at(file.temporary), dir_fd=self.fd)
             self._files.clear()
-            if self._fd is not None:
-                with contextlib.suppress(OSError):  # it was only read
-                    os.close(self._fd)
-                self._fd = None
+            if self.fd is not None:
+                with suppress(OSError):  # it was only read
+                    os.close(self.fd)
+                self.fd = None
 
-    def _at(self, name: str) -> bytes:
+    def at(self, name: str) -> bytes:
         # Names are bytes on disk, whatever the locale believes.
-        return encode_name(name if self._fd is not None else os.path.join(self.path, name))
+        return encode_name(name if self.fd is not None else os.path.join(self.path, name))
 
     def has(self, name: str) -> bool:
         """Say whether there is something of that name, be it a dangling symbolic link."""
-        with naming(self._full(name)), contextlib.suppress(FileNotFoundError):
-            os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
+        with naming(self.full(name)), suppress(FileNotFoundError):
+            os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
             return True
         return False
 
@@ -1154,35 +1161,31 @@ class Directory:
         """Raise VmaError if there is something of one of the names: a directory if `replace`."""
         for name in names:
             if self.has(name) and not replace:
-                raise VmaError(f"{self._full(name)}: {os.strerror(errno.EEXIST)}")
+                raise refused(self.full(name), errno.EEXIST)
             if replace and os.path.isdir(os.path.join(self.path, name)):
-                raise VmaError(f"{self._full(name)}: {os.strerror(errno.EISDIR)}")
+                raise refused(self.full(name), errno.EISDIR)
 
     def require_empty(self) -> None:
         with naming(escape(self.path)):
-            if os.listdir(self.path if self._fd is None else self._fd):
-                raise VmaError(f"{escape(self.path)}: {os.strerror(errno.ENOTEMPTY)}")
+            if os.listdir(self.path if self.fd is None else self.fd):
+                raise refused(escape(self.path), errno.ENOTEMPTY)
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
         return escape(os.path.join(self.path, name))
 
-    def create(self, name: str) -> PartialFile:
-        """Return a new file that will be called name after `commit`."""
+    def create(self, name: str, old: os.stat_result | None = None) -> PartialFile:
+        """Return a new file that will be called name after `commit`, in the place of an old one."""
         if len(encode_name(name)) > NAME_MAX_SIZE:
-            raise VmaError(f"{self._full(name)}: {os.strerror(errno.ENAMETOOLONG)}")
-        temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        with Signals.held(), naming(self._full(name)):
-            fd = os.open(self._at(temporary), flags, 0o666, dir_fd=self._fd)
-            file = PartialFile(fd, self._full(name), name, temporary)
+            raise refused(self.full(name), errno.ENAMETOOLONG)
+        with Signals.held(), naming(self.full(name)):
+            file = PartialFile(self, name, old)
             self._files.append(file)
         return file
 
     def remove(self, name: str) -> None:
         """Remove a file that was committed."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._at(name), dir_fd=self._fd)
+        with suppress(OSError):
+            os.unlink(self.at(name), dir_fd=self.fd)
 
     def flush(self) -> None:
         """Wait until all files are on the disk."""
@@ -1195,33 +1198,40 @@ class Directory:
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist.
         """
-        with contextlib.ExitStack() as undo, Signals.held():
+        with ExitStack() as undo, Signals.held():
             undo.enter_context(naming(f"{escape(self.path)}: cannot write"))
             while self._files:
                 file = self._files[0]
                 exists = self.has(file.final)
                 if exists and not replace:
-                    raise VmaError(f"{file.name}: {os.strerror(errno.EEXIST)}")
+                    raise refused(file.name, errno.EEXIST)
                 file.close()
-                old, new = self._at(file.temporary), self._at(file.final)
-                os.replace(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                old, new = self.at(file.temporary), self.at(file.final)
+                os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
                 self._files.pop(0)
                 if not exists:
-                    undo.callback(os.unlink, new, dir_fd=self._fd)
-            if self._fd is not None:
+                    undo.callback(os.unlink, new, dir_fd=self.fd)
+            if self.fd is not None:
                 undo.enter_context(naming("what was replaced is the new file, but not safely"))
-                os.fsync(self._fd)
+                os.fsync(self.fd)
             undo.pop_all()
 
 
 class PartialFile(Target):
-    """A file of a `Directory` that has not got its name yet."""
+    """A file of a `Directory` that has not got its name yet.
 
-    def __init__(self, fd: int, name: str, final: str, temporary: str) -> None:
-        super().__init__(fd, name, seekable=True)
+    It keeps mode and owner of the old one that it replaces.
+    """
+
+    def __init__(self, directory: Directory, final: str, old: os.stat_result | None) -> None:
+        self.directory = directory
         self.final = final
-        self.temporary = temporary
-        self._open = True
+        self.old = old
+        self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        fd = os.open(directory.at(self.temporary), flags, 0o666, dir_fd=directory.fd)
+        super().__init__(fd, directory.full(final), seekable=True)
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
@@ -1237,10 +1247,29 @@ class PartialFile(Target):
             if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
                 os.posix_fallocate(self.fd, 0, size)
 
+    def read_back(self) -> FileInput:
+        """Return what was written."""
+        with naming(self.name):
+            return FileInput(self.name, io.FileIO(os.dup(self.fd)))
+
+    def sync(self, times: os.stat_result | None = None) -> None:
+        with naming(f"{self.name}: cannot keep owner, mode and times"):
+            if self.old and hasattr(os, "fchown"):
+                own, old = os.fstat(self.fd), self.old
+                if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
+                    os.fchown(self.fd, old.st_uid, old.st_gid)
+                os.fchmod(self.fd, stat.S_IMODE(old.st_mode))
+            if times and os.utime in os.supports_fd:
+                os.utime(self.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+        super().sync()
+
+    def commit(self) -> None:
+        self.directory.commit(replace=self.old is not None)
+
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def allocates_cheaply(fd: int) -> bool:
@@ -1250,89 +1279,48 @@ def allocates_cheaply(fd: int) -> bool:
     say beforehand what fits.
     """
     device = os.fstat(fd).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
+    line = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .*? - (\S+)"
     # Where there is no such list (not on Linux), nothing is known to be cheap.
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.decode(errors="replace").split()
-            if fields[2] == number:
-                return fields[fields.index("-") + 1] in ("ext4", "xfs")
+    with suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        match = re.search(line.encode(), file.read())
+        return match is not None and match[1] in (b"ext4", b"xfs")
     return False
 
 
-class Output:
-    """Where an archive or disk is written to: a file, standard output, a pipe or a device.
-
-    A file keeps mode and owner of the one that it replaces, and appears at `commit`.
-    """
-
-    def __init__(
-        self, target: Target, files: Directory | None = None, old: os.stat_result | None = None
-    ) -> None:
-        self.target = target
-        self.file = target if isinstance(target, PartialFile) else None
-        self._files = files
-        self._old = old
-
-    def read_back(self) -> FileInput:
-        """Return the written file."""
-        assert self.file is not None, "a pipe cannot be read back"
-        with naming(self.file.name), contextlib.ExitStack() as undo:
-            file = undo.enter_context(io.FileIO(os.dup(self.file.fd)))
-            source = FileInput(self.file.name, file, os.fstat(self.file.fd).st_size)
-            undo.pop_all()  # the input closes it
-            return source
-
-    def flush(self, times: os.stat_result | None = None) -> None:
-        """Wait until all is on the disk, with the times of another file, if given."""
-        if self.file is None or self._files is None:
-            self.target.sync()
-            return
-        with naming(f"{self.file.name}: cannot keep owner, mode and times"):
-            own = os.fstat(self.file.fd)
-            if self._old and hasattr(os, "fchown"):
-                if (own.st_uid, own.st_gid) != (self._old.st_uid, self._old.st_gid):
-                    os.fchown(self.file.fd, self._old.st_uid, self._old.st_gid)
-                os.fchmod(self.file.fd, stat.S_IMODE(self._old.st_mode))
-            if times and os.utime in os.supports_fd:
-                os.utime(self.file.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
-        self._files.flush()
-
-    def commit(self) -> None:
-        """Put the complete file under its name."""
-        if self._files is not None:
-            self._files.commit(replace=self._old is not None)
-
-
-@contextlib.contextmanager
-def open_output(path: str, replace: bool = True) -> Iterator[Output]:
+@contextmanager
+def open_output(path: str, replace: bool = True, disk: bool = False) -> Iterator[Target]:
     """Open a file to be written and then committed, or (`-`) standard output, or what is there.
 
-    What is not committed when the block is left, is removed.
+    A block device only for a `disk`. What is not committed when the block is left, is removed.
     """
-    name = escape(path) if path != "-" else "standard output"
+    name = shown(path, "output")
     old = None
-    with naming(name), contextlib.suppress(FileNotFoundError):
+    with naming(name), suppress(FileNotFoundError):
         old = os.stat(path) if path != "-" else os.fstat(1)
     mode = old.st_mode if old else stat.S_IFREG
+    if not path:
+        raise refused(quote(path), errno.ENOENT)
     if stat.S_ISDIR(mode) or path.endswith(os.sep):
-        raise VmaError(f"{name}: {os.strerror(errno.EISDIR)}")
+        raise refused(name, errno.EISDIR)
+    if stat.S_ISBLK(mode) and not disk:
+        raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
     if path == "-":
         refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-        yield Output(Target(1, name, seekable=False))
+        yield Target(1, name, seekable=False)
     elif stat.S_ISREG(mode):
         # As cp does: what a symbolic link points to is written, the link stays.
         path = os.path.realpath(path)
         if old and not replace:
             raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
         with Directory(os.path.dirname(path)) as files:
-            yield Output(files.create(os.path.basename(path)), files, old)
+            yield files.create(os.path.basename(path), old)
     else:
-        with contextlib.ExitStack() as stack:
-            fd = open_path(path, os.O_WRONLY)
-            stack.callback(os.close, fd)
+        fd = open_path(path, os.O_WRONLY)
+        try:
             refuse_terminal(fd, f"{name} is a terminal")
-            yield Output(Target(fd, name, seekable=False))
+            yield Target(fd, name, seekable=False)
+        finally:
+            os.close(fd)
 
 
 def refuse_terminal(fd: int, message: str) -> None:
@@ -1343,18 +1331,19 @@ def refuse_terminal(fd: int, message: str) -> None:
 def open_path(path: str, flags: int) -> int:
     """Return a file descriptor of an existing file; raises VmaError with its name."""
     with naming(escape(path)):
-        return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, flags | getattr(os, "O_BINARY", 0))
 
 
 R = TypeVar("R")
 
 
 def run_steps(
-    steps: Iterable[Callable[[memoryview], R]],
+    items: Iterable[T],
+    step: Callable[[T, memoryview], R],
     deliver: Callable[[R], None],
     buffer_size: int = CHUNK_SIZE,
 ) -> None:
-    """Run steps, and hand what each returns to `deliver` in their order, in a thread of its own.
+    """Hand what `step` makes of each item to `deliver`, in their order, in a thread of its own.
 
     A step reads into the buffer that it gets, and may return views of it. Reading and writing
     release the interpreter's lock, so that one processor reads while the other one writes. Two
@@ -1381,18 +1370,18 @@ def run_steps(
     writer = threading.Thread(target=write, daemon=True)
     try:
         writer.start()
-        for step in steps:
+        for item in items:
             buffer = free.get()
             if failures:
                 break
-            filled.put((buffer, step(buffer)))
+            filled.put((buffer, step(item, buffer)))
         filled.put(None)
         writer.join()
     except BaseException as error:
         failures.append(error)
         filled.put(None)
         if writer.is_alive():
-            writer.join(timeout=5)  # it may hang in a pipe that nobody reads
+            writer.join(timeout=2)  # it may hang in a pipe that nobody reads
         raise
     if failures:
         raise failures[0]
@@ -1400,22 +1389,17 @@ def run_steps(
 
 def new_buffer(size: int) -> memoryview:
     """Return memory for so many bytes in huge pages, if there are: copies are a tenth faster."""
-    try:
+    with suppress(ImportError, AttributeError, OSError):
         import mmap
 
         memory = mmap.mmap(-1, size)
         memory.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(memory)
-    except (ImportError, AttributeError, OSError):
-        return memoryview(bytearray(size))
+    return memoryview(bytearray(size))
 
 
-class Write(NamedTuple):
-    """Parts that belong at an offset of a target, one behind the other."""
-
-    target: Target
-    offset: int
-    parts: Sequence[Buffer]
+# Parts that belong at an offset of a target, one behind the other.
+Write = tuple[Target, int, list[Buffer]]
 
 
 def write_all(writes: Iterable[Write]) -> None:
@@ -1429,14 +1413,9 @@ def write_all(writes: Iterable[Write]) -> None:
 
 def read_header(source: Input) -> Header:
     """Read the header at the beginning of an archive; raises FormatError."""
-    try:
+    with in_archive(source.name):
         data = source.read(HEADER_FIXED_SIZE)
-        size = parse_header_size(data)
-        if source.size is not None and size > source.size:
-            raise FormatError(f"the archive ends inside its header, after {source.size} bytes")
-        return parse_header(data + source.read(size - len(data)))
-    except FormatError as error:
-        raise FormatError(error.message, error.offset, source.name) from error
+        return parse_header(data + source.read(parse_header_size(data) - len(data)))
 
 
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
@@ -1445,36 +1424,33 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
     Read the payload or leave it: what is left is passed over. Raises FormatError, also for bytes
     behind the last extent. `Index.add` checks what an extent says of the clusters.
     """
-    while data := source.read(EXTENT_HEADER_SIZE):
-        offset = source.offset - len(data)
-        try:
+    with in_archive(source.name):
+        while data := source.read(EXTENT_HEADER_SIZE):
+            offset = source.offset - len(data)
             if len(data) < EXTENT_HEADER_SIZE:
                 raise FormatError(
                     f"the archive ends with {len(data)} bytes that are no whole extent header",
                     offset,
                 )
             extent = parse_extent(data, offset, header.uuid)
-        except FormatError as error:
-            raise FormatError(error.message, error.offset, source.name) from error
-        end = extent.payload_offset + extent.payload_size
-        if source.size is None or end <= source.size:
-            yield extent
-            source.skip(end - source.offset)
-        if source.offset != end:
-            found = (source.offset if source.size is None else source.size) - extent.payload_offset
-            raise FormatError(
-                f"the archive ends inside an extent: {found} bytes of payload, expected "
-                f"{extent.payload_size}",
-                offset,
-                source.name,
-            )
+            end = extent.payload_offset + extent.payload_size
+            if source.size is None or end <= source.size:
+                yield extent
+                source.skip(end - source.offset)
+            if source.offset != end:
+                stop = source.offset if source.size is None else source.size
+                raise FormatError(
+                    f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
+                    f"payload, expected {extent.payload_size}",
+                    offset,
+                )
 
 
 def read_payload(source: Input, extent: Extent, buffer: memoryview) -> memoryview:
     """Read an extent's payload into a buffer of EXTENT_MAX_BLOCKS blocks."""
     payload = buffer[: extent.payload_size]
-    # If it is cut short, read_extents finds that the source stands at another place.
-    source.readinto(payload)
+    if payload:  # if it is cut short, read_extents finds that the source stands at another place
+        source.readinto(payload)
     return payload
 
 
@@ -1485,14 +1461,13 @@ class DeviceIndex:
     of its first stored block in the archive, in bytes.
     """
 
-    def __init__(self, device: Device, archive: str) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
         self.seen = 0
         self.stored_size = 0
         self.ascending = True
         count = device.cluster_count
         self.last = count - 1
-        self.last_mask = device.block_mask(self.last)
         self.entries: Any  # array and memoryview have no common type that slices to a list
         if device.is_vmstate:
             self.last = -1  # so that each cluster of it is looked at
@@ -1507,8 +1482,8 @@ class DeviceIndex:
                 memory = mmap.mmap(-1, 8 * count, **({"flags": private} if private else {}))
             except (OSError, OverflowError, ValueError) as error:
                 message = f"device {quote(device.name)}: no memory for its {count} clusters"
-                raise FormatError(message, archive=archive) from error
-            with contextlib.suppress(AttributeError, OSError):
+                raise FormatError(message) from error
+            with suppress(AttributeError, OSError):
                 memory.madvise(mmap.MADV_NOHUGEPAGE)
             self.entries = memoryview(memory).cast("Q")
 
@@ -1530,11 +1505,8 @@ class DeviceIndex:
 
     def first_missing(self) -> int:
         """Return the lowest cluster_num that was not seen."""
-        for first in range(0, len(self.entries), CLUSTER_SIZE):
-            part = self.slice(first, CLUSTER_SIZE)
-            if 0 in part:
-                return first + part.index(0)
-        return len(self.entries)
+        missing = (cluster_num for cluster_num, entry in enumerate(self.entries) if not entry)
+        return next(missing, len(self.entries))
 
 
 class Index:
@@ -1547,24 +1519,23 @@ class Index:
         self.name = source.name
         self.digest = hashlib.sha256()
         self.extent_count = 0
-        clusters = sum(device.cluster_count for device in header.devices)
-        if source.size is not None:
-            room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
-            if clusters > room:
-                raise FormatError(
-                    f"the devices have {clusters} clusters, of which a file of "
-                    f"{source.size} bytes holds at most {max(room, 0)}",
-                    archive=self.name,
-                )
         self.devices: dict[int, DeviceIndex] = {}
-        for device in header.devices:
-            if device.cluster_count > 1 << 32:
-                raise FormatError(
-                    f"device {quote(device.name)}: a size of {device.size} bytes is more than the "
-                    "format has cluster numbers for",
-                    archive=self.name,
-                )
-            self.devices[device.dev_id] = DeviceIndex(device, self.name)
+        with in_archive(self.name):
+            clusters = sum(device.cluster_count for device in header.devices)
+            if source.size is not None:
+                room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
+                if clusters > room:
+                    raise FormatError(
+                        f"the devices have {clusters} clusters, of which a file of "
+                        f"{source.size} bytes holds at most {max(room, 0)}"
+                    )
+            for device in header.devices:
+                if device.cluster_count > MAX_CLUSTERS:
+                    raise FormatError(
+                        f"device {quote(device.name)}: a size of {device.size} bytes is more than "
+                        "the format has cluster numbers for"
+                    )
+                self.devices[device.dev_id] = DeviceIndex(device)
 
     def add(self, extent: Extent) -> None:
         """Enter the clusters of an extent; raises FormatError where they cannot be right."""
@@ -1579,7 +1550,10 @@ class Index:
             if not dev_id:
                 continue
             if dev_id != current:
-                index = self._device(extent, dev_id)
+                if dev_id not in self.devices:
+                    message = f"cluster of device {dev_id}, which the header does not have"
+                    self._fail(message, extent.offset)
+                index = self.devices[dev_id]
                 entries = index.entries
                 last = index.last
                 current = dev_id
@@ -1597,7 +1571,8 @@ class Index:
                 position += size
         if position != extent.payload_offset + extent.payload_size:
             blocks = (position - extent.payload_offset) // BLOCK_SIZE
-            self._fail(extent, f"block_count is {extent.block_count}, its masks have {blocks}")
+            message = f"block_count is {extent.block_count}, its masks have {blocks}"
+            self._fail(message, extent.offset)
 
     def _add_zeros(self, extent: Extent) -> bool:
         """Enter at once an extent of one device that stores no block, as most of a disk's are.
@@ -1633,11 +1608,6 @@ class Index:
         index.seen += count
         return True
 
-    def _device(self, extent: Extent, dev_id: int) -> DeviceIndex:
-        if dev_id not in self.devices:
-            self._fail(extent, f"cluster of device {dev_id}, which the header does not have")
-        return self.devices[dev_id]
-
     def _check(self, extent: Extent, index: DeviceIndex, cluster_num: int, mask: int) -> None:
         """Raise FormatError if this cluster may not come here; make room for one of a vmstate."""
         if index.device.is_vmstate:
@@ -1649,28 +1619,23 @@ class Index:
             fault = f"is behind the device's end, its last one is {index.last}"
         elif index.entries[cluster_num]:
             fault = "occurs twice"
-        elif cluster_num == index.last and mask & ~index.last_mask:
-            fault = f"has mask 0x{mask:04x}, the device ends behind 0x{index.last_mask:04x}"
+        elif mask & ~(inside := index.device.block_mask(cluster_num)):
+            fault = f"has mask 0x{mask:04x}, the device ends behind 0x{inside:04x}"
         else:
             return
-        name = quote(index.device.name)
-        self._fail(
-            extent, f"device {name} (dev_id {index.device.dev_id}): cluster {cluster_num} {fault}"
-        )
+        self._fail(f"{index.device.title}: cluster {cluster_num} {fault}", extent.offset)
 
-    def _fail(self, extent: Extent, message: str) -> NoReturn:
-        raise FormatError(message, extent.offset, self.name)
+    def _fail(self, message: str, offset: int | None = None) -> NoReturn:
+        raise FormatError(message, offset, self.name)
 
     def finish(self) -> None:
         """Raise FormatError unless every cluster of every device was there."""
-        for dev_id, index in sorted(self.devices.items()):
-            missing = index.device.cluster_count - index.seen
-            if missing > 0:
-                raise FormatError(
-                    f"device {quote(index.device.name)} (dev_id {dev_id}): {missing} of "
-                    f"{index.device.cluster_count} clusters are missing, the first is "
-                    f"{index.first_missing()}",
-                    archive=self.name,
+        for index in self.devices.values():
+            count = index.device.cluster_count
+            if index.seen < count:
+                self._fail(
+                    f"{index.device.title}: {count - index.seen} of {count} clusters are missing, "
+                    f"the first is {index.first_missing()}"
                 )
 
 
@@ -1708,7 +1673,6 @@ class Contents:
         self.header = read_header(source)
         self.index = Index(self.header, source)
         self._extents = read_extents(source, self.header)
-        self._ended = False
 
     def _enter(self, extent: Extent) -> None:
         """Take note of an extent's clusters, with the source at its payload."""
@@ -1717,12 +1681,19 @@ class Contents:
     def _read_extent(self) -> bool:
         """Enter the next extent; at the end, check that all clusters were there."""
         extent = next(self._extents, None)
-        if extent is not None:
-            self._enter(extent)
-        elif not self._ended:
+        if extent is None:
             self.index.finish()
-            self._ended = True
-        return not self._ended
+            return False
+        self._enter(extent)
+        return True
+
+    def payloads(self) -> Iterator[tuple[Extent, memoryview]]:
+        """Yield each extent and its payload, in the archive's order; check as `complete` does."""
+        buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+        for extent in self._extents:
+            self.index.add(extent)
+            yield extent, read_payload(self.source, extent, buffer)
+        self.index.finish()
 
     def complete(self) -> None:
         """Read all extents that were not read yet."""
@@ -1734,9 +1705,8 @@ class Contents:
         index = self.index.devices[device.dev_id]
         while True:
             entries = index.slice(first, count)
-            if 0 not in entries and (len(entries) == count or not device.is_vmstate):
-                return entries
-            if not self._read_extent():
+            known = 0 not in entries and (len(entries) == count or not device.is_vmstate)
+            if known or not self._read_extent():
                 return entries
 
     def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
@@ -1824,10 +1794,7 @@ def expand(stored: Buffer, mask: int) -> bytes:
 
 CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
 CANONICAL_MAX_CLUSTERS = 58  # an extent, as Proxmox's own writer has it
-ALIGNS = {
-    "4K": 4 << 10, "64K": 64 << 10, "128K": 128 << 10,
-    "256K": 256 << 10, "512K": 512 << 10, "1M": 1 << 20,
-}  # fmt: skip
+ALIGNS = {name: parse_size(name) for name in ("4K", "64K", "128K", "256K", "512K", "1M")}
 DEFAULT_ALIGN = "128K"
 
 
@@ -1850,10 +1817,9 @@ def lay_out_header(header: Header, align: int) -> bytearray:
 
     It is rounded up to align, so that a configuration that grows a little moves no data.
     """
-    blobs = 1 + sum(4 + len(encode_name(c.name)) + 1 + len(c.data) for c in header.configs)
-    blobs += sum(2 + len(encode_name(device.name)) + 1 for device in header.devices)
-    size = -(-(HEADER_FIXED_SIZE + blobs) // align) * align
-    return pack_header(header._replace(uuid=CANONICAL_UUID, size=size))
+    header = header._replace(uuid=CANONICAL_UUID, size=0)
+    size = -(-len(pack_header(header)) // align) * align
+    return pack_header(header._replace(size=size))
 
 
 def lay_out_extent(
@@ -1883,6 +1849,8 @@ def fill_up(
     block_count += wanted
     filled = list(masks)
     for i in reversed(range(len(filled))):
+        if not wanted:
+            break
         zeros = device.block_mask(first + i) & ~filled[i]
         while zeros and wanted:
             highest = 1 << zeros.bit_length() - 1
@@ -1897,15 +1865,16 @@ def extent_payload(span: Span, masks: Sequence[int]) -> list[Piece]:
     pieces: list[Piece] = []
     for piece, mask, filled in zip(span.payload, span.masks, masks):
         if mask != filled:
-            pieces.extend(fill_piece(piece, mask, filled))
+            pieces.extend(fill_piece(piece or b"", mask, filled))
         elif piece is not None:
             pieces.append(piece)
     # Where the device ends inside its last block, that is zeros from there on, here if not before.
-    tail = -span.device.size % BLOCK_SIZE
-    last = span.device.cluster_count - 1
-    whole = span.device.is_vmstate or span.first + len(masks) - 1 < last
-    if tail and pieces and not whole and masks[-1] > span.device.block_mask(last) >> 1:
-        pieces[-1:] = [cut(pieces[-1], piece_size(pieces[-1]) - tail), bytes(tail)]
+    device = span.device
+    tail = -device.size % BLOCK_SIZE
+    last = device.cluster_count - 1
+    whole = device.is_vmstate or span.first + len(masks) - 1 < last
+    if tail and pieces and not whole and masks[-1] > device.block_mask(last) >> 1:
+        pieces[-1:] = [part_of(pieces[-1], 0, piece_size(pieces[-1]) - tail), bytes(tail)]
     return pieces
 
 
@@ -1913,19 +1882,18 @@ def piece_size(piece: Piece) -> int:
     return piece.size if isinstance(piece, Range) else len(piece)
 
 
-def cut(piece: Piece, size: int) -> Piece:
-    return Range(piece.offset, size) if isinstance(piece, Range) else piece[:size]
+def part_of(piece: Piece, start: int, size: int) -> Piece:
+    if isinstance(piece, Range):
+        return Range(piece.offset + start, size)
+    return piece[start : start + size]
 
 
-def fill_piece(piece: Piece | None, mask: int, filled: int) -> Iterator[Piece]:
+def fill_piece(piece: Piece, mask: int, filled: int) -> Iterator[Piece]:
     """Yield a cluster's blocks, with zero blocks put in where filled has bits that mask lacks."""
     start = 0
     for block in range(CLUSTER_BLOCKS):
         if mask >> block & 1:
-            if isinstance(piece, Range):
-                yield Range(piece.offset + start, BLOCK_SIZE)
-            elif piece is not None:
-                yield piece[start : start + BLOCK_SIZE]
+            yield part_of(piece, start, BLOCK_SIZE)
             start += BLOCK_SIZE
         elif filled >> block & 1:
             yield ZERO_BLOCK
@@ -2008,27 +1976,24 @@ def copy_pieces(
     `deliver` runs in another thread.
     """
 
-    def step(chunk: list[Piece]) -> Callable[[memoryview], list[Buffer]]:
-        def fill(buffer: memoryview) -> list[Buffer]:
-            parts: list[Buffer] = []
-            wanted: list[tuple[int, memoryview]] = []
-            start = end = 0  # what of the buffer is not in parts yet
-            for piece in chunk:
-                if isinstance(piece, Range):
-                    wanted.append((piece.offset, buffer[end : end + piece.size]))
-                    end += piece.size
-                else:
-                    parts += (buffer[start:end], piece)
-                    start = end
-            parts.append(buffer[start:end])
-            if wanted:
-                assert isinstance(source, FileInput), "a stream has no ranges"
-                source.read_at(wanted)
-            return parts
+    def step(chunk: list[Piece], buffer: memoryview) -> list[Buffer]:
+        parts: list[Buffer] = []
+        wanted = []
+        start = end = 0  # what of the buffer is not in parts yet
+        for piece in chunk:
+            if isinstance(piece, Range):
+                wanted.append((piece.offset, buffer[end : end + piece.size]))
+                end += piece.size
+            else:
+                parts += (buffer[start:end], piece)
+                start = end
+        parts.append(buffer[start:end])
+        if wanted:
+            assert isinstance(source, FileInput), "a stream has no ranges"
+            source.read_at(wanted)
+        return parts
 
-        return fill
-
-    run_steps(map(step, ahead(iter_chunks(pieces), source)), deliver)
+    run_steps(ahead(iter_chunks(pieces), source), step, deliver)
 
 
 C = TypeVar("C", bound=Sequence[Any])
@@ -2039,31 +2004,27 @@ def ahead(chunks: Iterable[C], source: Input) -> Iterator[C]:
     waiting: collections.deque[C] = collections.deque()
     for chunk in chunks:
         if isinstance(source, FileInput):
-            source.advise([piece[:2] for piece in chunk if isinstance(piece, (Range, Cluster))])
+            # The last two fields of both are where they are and their size.
+            source.advise([piece[-2:] for piece in chunk if isinstance(piece, (Range, Slot))])
         waiting.append(chunk)
         if len(waiting) > READ_AHEAD:
             yield waiting.popleft()
     yield from waiting
 
 
-class Spool:
-    """An unlinked temporary file of clusters."""
+class Spool(Target):
+    """An unlinked temporary file of clusters, which `source` reads at any place."""
+
+    lasting = False
 
     def __init__(self, directory: str) -> None:
         import tempfile
 
-        self.size = 0
         name = f"temporary file in {escape(directory)}"
-        with naming(name), contextlib.ExitStack() as undo:
-            with Signals.held():
-                file = undo.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-                self.source = FileInput(name, file, 0)
-                self._target = Target(file.fileno(), name, seekable=True, lasting=False)
-            undo.pop_all()  # the source closes it
-
-    def append(self, parts: Sequence[bytes]) -> None:
-        self._target.append(parts)
-        self.size = self._target.position
+        with naming(name):
+            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - source closes
+            self.source = FileInput(name, file)
+        super().__init__(self.source.fd, name, seekable=True)
 
 
 class Reorderer(Contents):
@@ -2077,21 +2038,15 @@ class Reorderer(Contents):
         super().__init__(source)
         self.memory = memory
         self.directory = directory
-        self._order: list[Device] = []
-        self._held: dict[int, dict[int, bytes]] = {}
+        self._held: dict[int, dict[int, bytes]] = {}  # by dev_id, in canonical order
         self._held_size = 0
         self._spool: Spool | None = None
         self._buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
 
-    @property
-    def spilled_size(self) -> int:
-        """How many bytes went to the temporary file."""
-        return self._spool.size if self._spool else 0
-
     def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
         """Yield as `Contents.spans` does; only once, and what is not chosen is gone."""
-        self._order = canonical_order(self.header.devices, chosen)
-        self._held = {device.dev_id: {} for device in self._order}
+        order = canonical_order(self.header.devices, chosen)
+        self._held = {device.dev_id: {} for device in order}
         try:
             yield from super().spans(clusters, chosen)
         finally:
@@ -2115,13 +2070,13 @@ class Reorderer(Contents):
             import tempfile
 
             directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
-            self._spool = Spool(directory)
+            with Signals.held():
+                self._spool = Spool(directory)
         goal = self.memory - min(SPILL_SIZE, self.memory // 8)
-        offset = self._spool.size
+        offset = self._spool.position
         parts: list[bytes] = []
-        for device in reversed(self._order):
-            held = self._held[device.dev_id]
-            entries = self.index.devices[device.dev_id].entries
+        for dev_id, held in reversed(self._held.items()):
+            entries = self.index.devices[dev_id].entries
             while held and self._held_size > goal:
                 cluster_num, data = held.popitem()
                 parts.append(data)
@@ -2135,8 +2090,8 @@ class Reorderer(Contents):
         self, device: Device, first: int, entries: Sequence[int]
     ) -> Sequence[Piece | None]:
         held = self._held[device.dev_id]
-        payload: list[Piece | None] = []
-        spilled: list[tuple[int, memoryview]] = []
+        payload = []
+        spilled = []
         for cluster_num, entry in enumerate(entries, first):
             data: Piece | None = held.pop(cluster_num, None)
             if data is not None:
@@ -2152,7 +2107,7 @@ class Reorderer(Contents):
 
 
 def place(
-    slots: Iterable[tuple[int, int, int, int, int]],
+    slots: Iterable[Sequence[int]],
     buffer: memoryview,
     targets: Mapping[int, Target],
     ends: Mapping[int, int],
@@ -2162,7 +2117,7 @@ def place(
     Slots are as `Slot` has it. Targets are by dev_id, and so are `ends`: nothing is written behind
     them, where a device's last block may reach.
     """
-    writes: list[Write] = []
+    writes = []
     parts: list[Buffer] = []
     last = end = -1  # the device, and where on it the last run ends
     begin = filled = 0  # where in the buffer neighbours of it begin, and where it ends
@@ -2180,7 +2135,7 @@ def place(
                 begin = start
             if not neighbour:
                 parts = []
-                writes.append(Write(targets[dev_id], offset, parts))
+                writes.append((targets[dev_id], offset, parts))
             last, end = dev_id, offset + size
             start += size  # noqa: PLW2901 - where the next run is
             filled = start
@@ -2192,38 +2147,28 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
     """Write the stored blocks of devices to their targets, by dev_id, each in disk order."""
     ends = {device.dev_id: device.max_size for device in archive.header.devices}
 
-    def step(chunk: list[Cluster]) -> Callable[[memoryview], list[Write]]:
-        def fill(buffer: memoryview) -> list[Write]:
-            wanted: list[tuple[int, memoryview]] = []
-            slots: list[tuple[int, int, int, int, int]] = []
-            start = 0
-            for offset, size, dev_id, cluster_num, mask in chunk:
-                wanted.append((offset, buffer[start : start + size]))
-                slots.append((dev_id, cluster_num, mask, start, size))
-                start += size
-            archive.source.read_at(wanted)
-            return place(slots, buffer, targets, ends)
+    def step(chunk: list[Slot], buffer: memoryview) -> list[Write]:
+        wanted = []
+        slots = []
+        start = 0
+        for dev_id, cluster_num, mask, offset, size in chunk:
+            wanted.append((offset, buffer[start : start + size]))
+            slots.append((dev_id, cluster_num, mask, start, size))
+            start += size
+        archive.source.read_at(wanted)
+        return place(slots, buffer, targets, ends)
 
-        return fill
-
-    run_steps(map(step, ahead(stored_clusters(archive, targets), archive.source)), write_all)
+    run_steps(ahead(stored_clusters(archive, targets), archive.source), step, write_all)
     if archive.source.copying:
         archive.source.copying.finish()
 
 
-class Cluster(NamedTuple):
-    """A cluster's stored blocks: where they are in the archive, and what they are of which disk."""
+def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[Slot]]:
+    """Yield the clusters of devices that store blocks, up to CHUNK_SIZE bytes at once.
 
-    offset: int
-    size: int
-    dev_id: int
-    cluster_num: int
-    mask: int
-
-
-def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[Cluster]]:
-    """Yield the clusters of devices that store blocks, up to CHUNK_SIZE bytes at once."""
-    chunk: list[Cluster] = []
+    Each one's start is its offset in the archive.
+    """
+    chunk: list[Slot] = []
     room = CHUNK_SIZE
     for device in canonical_order(archive.header.devices, chosen):
         first = 0
@@ -2235,7 +2180,7 @@ def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[
                     if size > room:
                         yield chunk
                         chunk, room = [], CHUNK_SIZE
-                    chunk.append(Cluster(entry >> 16, size, device.dev_id, cluster_num, mask))
+                    chunk.append(Slot(device.dev_id, cluster_num, mask, entry >> 16, size))
                     room -= size
             first += len(entries)
     if chunk:
@@ -2244,14 +2189,10 @@ def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[
 
 def stream_disks(stream: Contents, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
     """Write each cluster to its place as it comes, and check at the end that all were there."""
-    index = stream.index
-    buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
     ends = {device.dev_id: device.max_size for device in stream.header.devices}
-    for extent in read_extents(stream.source, stream.header):
-        index.add(extent)
+    for extent, payload in stream.payloads():
         if not extent.block_count and not zeros:
             continue
-        payload = read_payload(stream.source, extent, buffer)
         slots = sorted(slot for slot in iter_slots(extent) if slot.dev_id in targets)
         for dev_id, cluster_num, mask, start, size in slots if zeros else ():
             if dev_id in zeros:
@@ -2260,7 +2201,6 @@ def stream_disks(stream: Contents, targets: Mapping[int, Target], zeros: Collect
                 targets[dev_id].write_at(offset, [data[: ends[dev_id] - offset]])
         stored = (slot for slot in slots if slot.dev_id not in zeros)
         write_all(place(stored, payload, targets, ends))
-    index.finish()
 
 
 def write_disks(
@@ -2277,8 +2217,7 @@ def write_disks(
         copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
         for dev_id in zeros:
             spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
-            pieces = iter_disk(spans, devices[dev_id].disk_size)
-            copy_pieces(contents.source, pieces, targets[dev_id].append)
+            copy_pieces(contents.source, iter_disk(spans), targets[dev_id].append)
     for dev_id, target in targets.items():
         if isinstance(target, PartialFile):
             target.truncate(devices[dev_id].disk_size)
@@ -2297,18 +2236,19 @@ class Disk(NamedTuple):
 
 
 def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) in bytes of what is not a hole, as far as the file system tells."""
+    """Yield (start, end) in bytes of the blocks that hold data, as far as the file system tells."""
     end = 0
     while end < disk.size:
         start = end
         try:
-            start = os.lseek(disk.source.fd, end, os.SEEK_DATA)
-            end = min(os.lseek(disk.source.fd, start, os.SEEK_HOLE), disk.size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
+            data = os.lseek(disk.source.fd, end, os.SEEK_DATA)
+            hole = os.lseek(disk.source.fd, data, os.SEEK_HOLE)
+            # Holes may be smaller than a block: what of them is in one with data is read as zeros.
+            start = data // BLOCK_SIZE * BLOCK_SIZE
+            end = min(-(-hole // BLOCK_SIZE) * BLOCK_SIZE, disk.size)
+        except (AttributeError, OSError) as error:  # AttributeError: a system without SEEK_DATA
+            if getattr(error, "errno", None) == errno.ENXIO:
                 return  # a hole up to the end
-            end = disk.size
-        except AttributeError:  # a system without SEEK_DATA
             end = disk.size
         yield start, end
 
@@ -2318,22 +2258,17 @@ def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: in
 
     Looks only at parts, (start, end) in bytes, multiples of a block; the rest is zeros.
     """
-    # A block that does not begin with a zero byte needs no second look.
     flags = bytearray(b"0") * (count * CLUSTER_BLOCKS)
     for start, end in parts:
-        firsts = bytes(buffer[start:end:BLOCK_SIZE])
-        flags[start // BLOCK_SIZE : end // BLOCK_SIZE] = b"1" * len(firsts)
-        for at in range(0, len(firsts), CLUSTER_BLOCKS):
-            group = firsts[at : at + CLUSTER_BLOCKS]
-            offset = start + at * BLOCK_SIZE
-            if 0 not in group:
+        for offset in range(start, end, CLUSTER_SIZE):
+            group = buffer[offset : min(offset + CLUSTER_SIZE, end)]
+            # A block that does not begin with a zero byte needs no second look.
+            firsts = bytes(group[::BLOCK_SIZE])
+            if not any(firsts) and bytes(group) == ZERO_CLUSTER[: len(group)]:
                 continue
-            size = len(group) * BLOCK_SIZE
-            if not any(group) and bytes(buffer[offset : offset + size]) == ZERO_CLUSTER[:size]:
-                flags[offset // BLOCK_SIZE : (offset + size) // BLOCK_SIZE] = b"0" * len(group)
-                continue
-            for i, byte in enumerate(group):
-                block = offset // BLOCK_SIZE + i
+            first = offset // BLOCK_SIZE
+            flags[first : first + len(firsts)] = b"1" * len(firsts)
+            for block, byte in enumerate(firsts if 0 in firsts else b"", first):
                 if not byte and bytes(buffer[block * BLOCK_SIZE :][:BLOCK_SIZE]) == ZERO_BLOCK:
                     flags[block] = ord("0")
     return [
@@ -2369,27 +2304,20 @@ def iter_groups(layout: Layout, disk: Disk) -> Iterator[Group]:
             if part[1] > end:
                 break
             part = next(parts, None)
-        if data or len(empty) == EMPTY_GROUPS:
+        if data or len(empty) == EMPTY_GROUPS or end == disk.size:
             yield Group(disk, first, count, data, empty)
             empty = []
         else:
             empty.append(lay_out_extent(disk.device, first, [0] * count, layout.align)[0])
-    if empty:
-        yield Group(disk, cluster_count, 0, (), empty)
 
 
 def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
     """Write a canonical archive of disks: read what is not a hole, store what is not zero."""
 
-    def step(group: Group) -> Callable[[memoryview], tuple[list[bytes], list[Piece]]]:
-        def fill(buffer: memoryview) -> tuple[list[bytes], list[Piece]]:
-            if not group.cluster_count:
-                return list(group.empty), []
-            span = read_group(group, buffer)
-            header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
-            return [*group.empty, header], extent_payload(span, masks)
-
-        return fill
+    def step(group: Group, buffer: memoryview) -> tuple[list[bytes], list[Piece]]:
+        span = read_group(group, buffer)
+        header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
+        return [*group.empty, header], extent_payload(span, masks)
 
     def deliver(result: tuple[list[bytes], list[Any]]) -> None:
         headers, payload = result
@@ -2401,27 +2329,19 @@ def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
     for data, _, _ in layout.extents(()):
         target.append([data])
     groups = itertools.chain.from_iterable(iter_groups(layout, disk) for disk in disks)
-    run_steps(map(step, groups), deliver, layout.clusters * CLUSTER_SIZE)
+    run_steps(groups, step, deliver, layout.clusters * CLUSTER_SIZE)
 
 
 def read_group(group: Group, buffer: memoryview) -> Span:
     """Read a group's data to its place in the buffer, and return what of it is not zero."""
     start = group.first * CLUSTER_SIZE
     parts = []
-    filled = 0
     for data_start, data_end in group.data:
         first, end = data_start - start, data_end - start
-        block_start, block_end = (
-            first // BLOCK_SIZE * BLOCK_SIZE,
-            -(-end // BLOCK_SIZE) * BLOCK_SIZE,
-        )
-        # Holes may be smaller than a block, and this one may hold data of the part before.
-        filled = max(filled, block_start)
-        buffer[filled:first] = bytes(first - filled)
-        buffer[end:block_end] = bytes(block_end - end)
         group.disk.source.read_at([(data_start, buffer[first:end])])
-        filled = end
-        parts.append((block_start, block_end))
+        tail = -end % BLOCK_SIZE  # of the disk's last block
+        buffer[end : end + tail] = bytes(tail)
+        parts.append((first, end + tail))
     masks = stored_masks(buffer, parts, group.cluster_count)
     payload: list[Piece | None] = []
     for i, mask in enumerate(masks):
@@ -2433,10 +2353,8 @@ def read_group(group: Group, buffer: memoryview) -> Span:
     return Span(group.disk.device, group.first, masks, payload)
 
 
-def check_written(output: Output, layout: Layout) -> None:
+def check_written(output: PartialFile, layout: Layout) -> None:
     """Raise VmaError unless what is on the disk has the extents that were laid out."""
-    if output.file is None:
-        return
     # Headers that are as they were laid out need no more parsing: of a complete index, all clusters
     # were in them. The MD5 tells that each is whole, the digest of all that it is the right one.
     digest = hashlib.sha256()
@@ -2453,25 +2371,23 @@ def check_written(output: Output, layout: Layout) -> None:
             raise VmaError(f"{source.name}: what was written reads back as something else")
 
 
-def iter_disk(spans: Iterable[Span], size: int) -> Iterator[Piece]:
-    """Yield the contents of one device, zeros and all, in the order of the disk, up to size."""
+def iter_disk(spans: Iterable[Span]) -> Iterator[Piece]:
+    """Yield the contents of one device, zeros and all, in the order of the disk, up to its end."""
     for span in spans:
-        for i, mask in enumerate(span.masks):
-            pieces: Iterable[Piece] = (ZERO_CLUSTER,)
-            if mask:
-                piece = span.payload[i]
-                pieces = (
-                    (piece,) if piece and mask == FULL_MASK else fill_piece(piece, mask, FULL_MASK)
-                )
-            for piece in pieces:
-                length = min(piece_size(piece), size)
+        size = span.device.max_size - span.first * CLUSTER_SIZE
+        for piece, mask in itertools.zip_longest(span.payload, span.masks):
+            cluster = piece or ZERO_CLUSTER
+            whole = mask in (0, FULL_MASK)
+            for part in (cluster,) if whole else fill_piece(cluster, mask, FULL_MASK):
+                length = min(piece_size(part), size)
                 size -= length
-                yield cut(piece, length)
+                yield part_of(part, 0, length)
 
 
-def digest_disks(source: Input, spans: Iterable[Span], sizes: Mapping[int, int]) -> dict[int, str]:
-    """Return each device's SHA-256 in hex, by dev_id, over all of its sizes[dev_id] bytes."""
+def digest_disks(contents: Contents) -> dict[int, str]:
+    """Return the SHA-256 in hex of each device's contents, by dev_id."""
     digests = {}
+    spans = contents.spans(CANONICAL_MAX_CLUSTERS)
     for device, group in itertools.groupby(spans, key=lambda span: span.device):
         digest = hashlib.sha256()
 
@@ -2479,7 +2395,7 @@ def digest_disks(source: Input, spans: Iterable[Span], sizes: Mapping[int, int])
             for part in parts:
                 digest.update(part)
 
-        copy_pieces(source, iter_disk(group, sizes[device.dev_id]), update)
+        copy_pieces(contents.source, iter_disk(group), update)
         digests[device.dev_id] = digest.hexdigest()
     return digests
 
@@ -2489,53 +2405,43 @@ def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> l
     found = []
     if one.ctime != other.ctime and not ignore_ctime:
         found.append(f"created {format_time(one.ctime)}, the other {format_time(other.ctime)}")
-    for kind, ones, others in (
-        ("config", dict(one.configs), dict(other.configs)),
-        ("device", {d.name: d for d in one.devices}, {d.name: d for d in other.devices}),
+    for kind, differing in (
+        ("config", set(one.configs) ^ set(other.configs)),
+        ("device", set(one.devices) ^ set(other.devices)),
     ):
-        for name in sorted(ones.keys() | others.keys()):
-            if name not in ones or name not in others:
-                found.append(f"{kind} {quote(name)} is in one of them only")
-            elif ones[name] != others[name]:
-                found.append(f"{kind} {quote(name)} differs")
+        for name, times in sorted(collections.Counter(item.name for item in differing).items()):
+            what = "is in one of them only" if times == 1 else "differs"
+            found.append(f"{kind} {quote(name)} {what}")
     return found
 
 
-def compare_disks(source: Input, header: Header, archive: Archive) -> list[str]:
+def compare_disks(contents: Contents, archive: Archive) -> list[str]:
     """Return how the contents differ of those devices that both archives have.
 
-    The first archive is read in the order that it has, and checked as `Archive` does; a zero block
-    that one of them stores equals one that the other does not.
+    Of the first archive, only the header has been read; it is read in the order that it has, and
+    checked as `Archive` does. A zero block that only one of them stores is no difference.
     """
-    index = Index(header, source)
-    buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
-    common = {device.dev_id: device for device in set(header.devices) & set(archive.header.devices)}
+    both = set(contents.header.devices) & set(archive.header.devices)
+    common = {device.dev_id: device for device in sorted(both)}
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
-    for extent in read_extents(source, header):
-        index.add(extent)
-        payload = read_payload(source, extent, buffer)
+    for extent, payload in contents.payloads():
         for slot in iter_slots(extent):
             if slot.dev_id in common:
                 stored = payload[slot.start : slot.start + slot.size]
                 difference = compare_cluster(slot, stored, archive)
                 if difference is not None:
                     counts[slot.dev_id] += 1
-                    first = firsts.setdefault(slot.dev_id, difference)
-                    firsts[slot.dev_id] = min(first, difference)
-    index.finish()
+                    firsts[slot.dev_id] = min(firsts.get(slot.dev_id, difference), difference)
     found = [
-        f"device {quote(common[dev_id].name)} (dev_id {dev_id}): {counts[dev_id]} clusters differ, "
-        f"the first byte that differs is {first}"
+        f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
+        f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
-    for dev_id, device in sorted(common.items()):
-        sizes = index.devices[dev_id].disk_size, archive.index.devices[dev_id].disk_size
-        if sizes[0] != sizes[1]:
-            found.append(
-                f"device {quote(device.name)} (dev_id {dev_id}): {sizes[0]} bytes, the other "
-                f"{sizes[1]}"
-            )
+    for dev_id, device in common.items():
+        size, other = (each.index.devices[dev_id].disk_size for each in (contents, archive))
+        if size != other:
+            found.append(f"{device.title}: {size} bytes, the other {other}")
     return found
 
 
@@ -2547,11 +2453,11 @@ def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | N
     if not slot.mask and not mask:
         return None
     other = archive.read_stored(entry)
-    if slot.mask == mask and other == bytes(stored):
+    if slot.mask == mask and other == stored:
         return None
     start = slot.cluster_num * CLUSTER_SIZE
     # What the last block holds behind the device's end is restored by nobody.
-    end = CLUSTER_SIZE if index.device.is_vmstate else index.device.size - start
+    end = index.device.max_size - start
     one, two = expand(stored, slot.mask)[:end], expand(other, mask)[:end]
     if one == two:
         return None
@@ -2564,6 +2470,7 @@ def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | N
 
 MBR_SIGNATURE = b"\x55\xaa"
 MBR_ENTRY = struct.Struct("<B3xB3xII")  # status, type, first sector, sector count
+MBR_ENTRIES = slice(446, 510)
 MBR_EXTENDED = (0x05, 0x0F, 0x85)
 MBR_PROTECTIVE = 0xEE
 MBR_TYPES = {
@@ -2652,13 +2559,12 @@ def read_table(read: Read, size: int) -> Table:
         if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
             return read_gpt(read, size, sector, header)
     whole = recognise(read, 0, 0, size, "", "")
-    entries = [MBR_ENTRY.unpack_from(start.ljust(512, b"\0"), 446 + 16 * i) for i in range(4)]
-    is_mbr = start[510:] == MBR_SIGNATURE and all(entry[0] in (0, 0x80) for entry in entries)
-    if is_mbr and any(entry[1] for entry in entries) and not whole.file_system:
-        return read_mbr(read, size, entries)
-    if whole.file_system:
-        return Table("none", [whole], [])
-    return Table("none", [], [])
+    if start[510:] == MBR_SIGNATURE and not whole.file_system:
+        entries = list(MBR_ENTRY.iter_unpack(start[MBR_ENTRIES]))
+        statuses, kinds, _, _ = zip(*entries)
+        if any(kinds) and set(statuses) <= {0, 0x80}:
+            return read_mbr(read, size, entries)
+    return Table("none", [whole] if whole.file_system else [], [])
 
 
 def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table:
@@ -2689,13 +2595,12 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
         logical = 5
         while table not in seen and table * 512 < size:
             seen.add(table)
-            sector = read(table * 512, 512).ljust(512, b"\0")
+            sector = read(table * 512, 512)
             if sector[510:] != MBR_SIGNATURE:
                 faults.append(f"no boot record at {table * 512}, where the extended chain goes on")
                 break
-            (_, logical_kind, first, count), (_, next_kind, following, _) = (
-                MBR_ENTRY.unpack_from(sector, 446 + 16 * i) for i in range(2)
-            )
+            pair = MBR_ENTRY.iter_unpack(sector[MBR_ENTRIES][: 2 * MBR_ENTRY.size])
+            (_, logical_kind, first, count), (_, next_kind, following, _) = pair
             if logical_kind and count:
                 add(logical, logical_kind, (table + first) * 512, count * 512)
                 logical += 1
@@ -2712,6 +2617,7 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
 def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
     """Return the table behind a GPT header; one that is damaged is reported, and not used."""
     import binascii
+    import uuid
 
     _, _, header_size, crc, *_, entries_lba, count, entry_size, entries_crc = GPT_HEADER.unpack(
         header
@@ -2738,7 +2644,7 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
                 f"partition {number} from {start} to {end} is not inside the disk's {size}"
             )
             continue
-        guid = format_uuid(kind[3::-1] + kind[5:3:-1] + kind[7:5:-1] + kind[8:])
+        guid = str(uuid.UUID(bytes_le=kind))
         label = name.decode("utf-16-le", "replace").partition("\0")[0]
         type_name = GPT_TYPES.get(guid, guid)
         partitions.append(recognise(read, number, start, end - start, type_name, label))
@@ -2777,9 +2683,10 @@ DESCRIPTION_NAME = "vma.json"
 DESCRIPTION_FORMAT = 1
 DESCRIPTION_MAX_SIZE = 1 << 20
 CONFIG_NAME = "qemu-server.conf"
+DISK_FILE = r"(?s)disk-(.*)\.raw|(drive-.*|vmstate)|(vmstate)\.bin"
 SECTOR_SIZE = 512
 DESTINATION_SLACK = 4 << 20
-MAP_OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
+MAP_OPTIONS = ("format=", "throttling.bps=", "throttling.group=", "cache=")
 
 
 def disk_file_name(device: Device) -> str:
@@ -2787,12 +2694,12 @@ def disk_file_name(device: Device) -> str:
     return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
 
 
-@contextlib.contextmanager
+@contextmanager
 def make_directory(path: str) -> Iterator[Directory]:
     """Open a directory, made if it is not there; one that was made here goes away on an error."""
     made = False
-    with contextlib.ExitStack() as undo:
-        with Signals.held(), naming(escape(path)), contextlib.suppress(FileExistsError):
+    with ExitStack() as undo:
+        with Signals.held(), naming(escape(path)), suppress(FileExistsError):
             os.mkdir(path)
             made = True
             undo.callback(remove_directory, path)
@@ -2803,33 +2710,32 @@ def make_directory(path: str) -> Iterator[Directory]:
 
 
 def remove_directory(path: str) -> None:
-    with contextlib.suppress(OSError):  # somebody else put something there
+    with suppress(OSError):  # somebody else put something there
         os.rmdir(path)
-
-
-def write_configs(header: Header, directory: Directory) -> None:
-    for config in header.configs:
-        directory.create(config.name).append([config.data])
 
 
 def describe_for_pack(header: Header) -> bytes:
     """Return vma.json: what the other files cannot say."""
-    import json
-
     value = {
         "format": DESCRIPTION_FORMAT,
         "ctime": header.ctime,
         "configs": [config.name for config in header.configs],
         "devices": [device._asdict() for device in header.devices],
     }
-    return json.dumps(value, indent=2).encode() + b"\n"
+    return to_json(value).encode() + b"\n"
+
+
+def to_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
 
 
 class Packing(NamedTuple):
-    """What pack found in a directory: the archive's header, and each device's file."""
+    """What is to be packed: the archive's header, and each device's file, by name."""
 
     header: Header
-    paths: dict[int, str]
+    paths: Mapping[str, str]
 
 
 def read_described(directory: str) -> Packing:
@@ -2837,11 +2743,12 @@ def read_described(directory: str) -> Packing:
     import json
 
     path = os.path.join(directory, DESCRIPTION_NAME)
+    where = escape(path)
     text = read_small(path, DESCRIPTION_MAX_SIZE)
     try:
         value = json.loads(text)
         if value["format"] != DESCRIPTION_FORMAT:
-            raise VmaError(f"{escape(path)}: format {value['format']!r} is not supported")
+            raise VmaError(f"{where}: format {value['format']!r} is not supported")
         ctime = require(value["ctime"], int)
         names = [require(name, str) for name in value["configs"]]
         devices = tuple(
@@ -2849,12 +2756,12 @@ def read_described(directory: str) -> Packing:
             for d in value["devices"]
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VmaError(f"{escape(path)}: not what unpack writes: {escape(repr(error))}") from error
+        raise VmaError(f"{where}: not what unpack writes: {escape(repr(error))}") from error
     ids = [device.dev_id for device in devices]
     if len(set(ids)) < len(ids) or not set(ids) <= set(DEV_IDS):
-        raise VmaError(f"{escape(path)}: a dev_id is there twice, or not from 1 to 254")
+        raise VmaError(f"{where}: a dev_id is there twice, or not from 1 to 254")
     if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
-        raise VmaError(f"{escape(path)}: a size or the ctime is out of range")
+        raise VmaError(f"{where}: a size or the ctime is out of range")
     # Names are checked before they are opened: vma.json may come from anywhere.
     check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
@@ -2864,8 +2771,8 @@ def read_described(directory: str) -> Packing:
             f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
             "list it there, or remove one of them"
         )
-    configs = tuple(Config(name, read_small(os.path.join(directory, name))) for name in names)
-    paths = {device.dev_id: os.path.join(directory, device.name) for device in devices}
+    paths = {name: os.path.join(directory, name) for name in known}
+    configs = tuple(Config(name, read_small(paths[name])) for name in names)
     return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
 
 
@@ -2878,46 +2785,38 @@ def require(value: object, kind: type[T]) -> T:
 def read_undescribed(directory: str) -> Packing:
     """Read a directory by the names of its files; raises VmaError for one that says nothing."""
     configs = []
-    devices: dict[str, str] = {}
+    devices = {}
     for entry in sorted(os.listdir(directory), key=natural_key):
         path = os.path.join(directory, entry)
         if entry.endswith((".conf", ".fw")):
             configs.append(Config(entry, read_small(path)))
             continue
-        if entry.startswith("disk-") and entry.endswith(".raw"):
-            name = entry[len("disk-") : -len(".raw")]
-        elif entry.startswith("drive-") or entry == VMSTATE:
-            name = entry
-        elif entry == "vmstate.bin":
-            name = VMSTATE
-        else:
+        match = re.fullmatch(DISK_FILE, entry)
+        if not match:
             raise VmaError(
                 f"{escape(path)}: neither a config (*.conf, *.fw) nor a device (disk-NAME.raw, "
                 "drive-*, vmstate): rename or remove it"
             )
+        name = match[match.lastindex or 0]
         if name in devices:
             raise VmaError(f"{escape(path)}: a second file for device {quote(name)}")
         devices[name] = path
     if not configs and not devices:
         raise VmaError(f"{escape(directory)}: there is nothing to pack")
     order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
-    return Packing(
-        Header(
-            CANONICAL_UUID,
-            int(time.time()),
-            tuple(configs),
-            tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(order, DEV_IDS[0])),
-        ),
-        {dev_id: devices[name] for dev_id, name in enumerate(order, DEV_IDS[0])},
-    )
+    return packing_of(configs, {name: devices[name] for name in order})
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
+def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
+    """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
+    devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
+    return Packing(Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths)
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that puts scsi2 before scsi10."""
-    import re
-
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
+    return [(not number, int(number or 0), number or text) for number, text in parts]
 
 
 def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
@@ -2933,9 +2832,7 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     return data
 
 
-def open_disk(
-    stack: contextlib.ExitStack, device: Device, path: str, exact: bool, quiet: bool
-) -> Disk:
+def open_disk(stack: ExitStack, device: Device, path: str, exact: bool, quiet: bool) -> Disk:
     """Open the file or block device of a disk; `exact` if device.size is to be its size."""
     name = escape(path)
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -2944,7 +2841,7 @@ def open_disk(
         state = os.fstat(fd)
         if not is_disk(state.st_mode):
             raise VmaError(f"{name}: neither a file nor a block device")
-        source = FileInput(name, file, os.lseek(fd, 0, os.SEEK_END))
+        source = FileInput(name, file)
     size = source.size
     if exact:
         # A vmstate restores as long as its clusters.
@@ -2962,7 +2859,7 @@ def open_disk(
             )
     if not device.size:
         raise VmaError(f"{name}: an empty file is no disk")
-    if device.cluster_count > 1 << 32:
+    if device.cluster_count > MAX_CLUSTERS:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
     allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
     return Disk(device, source, size, min(allocated, size) or size)
@@ -2970,17 +2867,12 @@ def open_disk(
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
     """Return the header with lines of qemu-server.conf replaced or added."""
-    if not options:
-        return header
-    configs = list(header.configs)
-    i = next((i for i, c in enumerate(configs) if c.name == CONFIG_NAME), None)
-    if i is None:
+    configs = dict(header.configs)
+    if options and CONFIG_NAME not in configs:
         raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
-    data = configs[i].data
     for key, value in options:
-        data = set_option(data, key, value)
-    configs[i] = Config(CONFIG_NAME, data)
-    return header._replace(configs=tuple(configs))
+        configs[CONFIG_NAME] = set_option(configs[CONFIG_NAME], key, value)
+    return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
 def set_option(data: bytes, key: str, value: str) -> bytes:
@@ -2992,14 +2884,16 @@ def set_option(data: bytes, key: str, value: str) -> bytes:
     main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
     new = encode_name(f"{key}: {value}\n")
     for i, line in enumerate(lines[:main]):
-        if line.split(b":")[0].strip() == encode_name(key) and b":" in line:
+        name, colon, _ = line.partition(b":")
+        if colon and name.strip() == encode_name(key):
             lines[i] = new
-            return b"".join(lines)
-    while main and not lines[main - 1].strip():
-        main -= 1  # blank lines belong to the section that follows
-    if main and not lines[main - 1].endswith(b"\n"):
-        lines[main - 1] += b"\n"
-    lines.insert(main, new)
+            break
+    else:
+        while main and not lines[main - 1].strip():
+            main -= 1  # blank lines belong to the section that follows
+        if main and not lines[main - 1].endswith(b"\n"):
+            lines[main - 1] += b"\n"
+        lines.insert(main, new)
     return b"".join(lines)
 
 
@@ -3011,54 +2905,49 @@ def require_raw(image_format: str, path: str) -> None:
         )
 
 
-class Destination(NamedTuple):
-    """Where extract -r writes a device; without write_zeros the target is known to be zero."""
-
-    path: str
-    write_zeros: bool
-
-
-def parse_map(lines: Iterable[str]) -> dict[str, Destination | None]:
+def parse_map(lines: Iterable[str]) -> dict[str, tuple[str, bool] | None]:
     """Return where each device goes by its name, None for nowhere; raises VmaError.
 
+    A path comes with whether zeros are to be written there, where not all is known to be zero.
     A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
     """
-    found: dict[str, Destination | None] = {}
+    found: dict[str, tuple[str, bool] | None] = {}
     for line in lines:
         text = line.rstrip("\n")
         if text in ("", "done"):
             break
         if text.startswith("skip="):
-            found[text[len("skip=") :]] = None
+            found[text.removeprefix("skip=")] = None
             continue
         rest = text
-        while rest.startswith(tuple(f"{option}=" for option in MAP_OPTIONS)):
+        while rest.startswith(MAP_OPTIONS):
             option, _, rest = rest.partition(":")
             if option.startswith("format="):
-                require_raw(option[len("format=") :], "PATH")
-        name, equals, path = rest[2:].partition("=")
-        if rest[:2] not in ("0:", "1:") or not equals or not name or not path:
+                require_raw(option.removeprefix("format="), "PATH")
+        name, _, path = rest[2:].partition("=")
+        if rest[:2] not in ("0:", "1:") or not name or not path or "\0" in path:
             raise VmaError(
                 f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
             )
-        found[name] = Destination(path, rest[0] == "1")
+        found[name] = path, rest[0] == "1"
     return found
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_destination(device: Device, path: str) -> Iterator[Target]:
     """Open an existing file or block device to restore a device into."""
+    name = escape(path)
     fd = open_path(path, os.O_RDWR)
     try:
-        if not is_disk(os.fstat(fd).st_mode):
-            raise VmaError(f"{escape(path)}: neither a file nor a block device")
-        size = os.lseek(fd, 0, os.SEEK_END)
+        with naming(name):
+            if not is_disk(os.fstat(fd).st_mode):
+                raise VmaError(f"{name}: neither a file nor a block device")
+            size = os.lseek(fd, 0, os.SEEK_END)
         # Storages round sizes up; Proxmox demands the same.
         if not device.size <= size <= device.size + DESTINATION_SLACK:
-            raise VmaError(
-                f"{escape(path)}: {size} bytes, device {quote(device.name)} needs {device.size}"
-            )
-        yield Target(fd, escape(path), seekable=True)
+            needed = f"device {quote(device.name)} needs {device.size}"
+            raise VmaError(f"{name}: {size} bytes, {needed}")
+        yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
 
@@ -3067,23 +2956,33 @@ def refuse_same(paths: Iterable[str], output: str) -> None:
     """Raise VmaError if what is to be written is one of the files that are read."""
     for path in paths:
         if is_same_file(path, output):
-            raise VmaError(f"{escape(output)}: is read here, and cannot be written as well")
+            name = shown(output, "output")
+            raise VmaError(f"{name}: is read here, and cannot be written as well")
 
 
 def is_same_file(path: str, output: str) -> bool:
-    """Say whether both are one file, by whatever links."""
-    if "-" in (path, output):
+    """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
+    states = []
+    for name, stream, fd in (path, "input", 0), (output, "output", 1):
+        with naming(shown(name, stream)), suppress(FileNotFoundError, NotADirectoryError):
+            states.append(os.stat(name) if name != "-" else os.fstat(fd))
+    if len(states) < 2:
         return False
-    with contextlib.suppress(OSError):  # what cannot be opened says so when it is opened
-        return os.path.samefile(path, output)
-    return False
+    one, other = states
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return is_disk(one.st_mode) and os.path.samestat(one, other)
 
 
 # ---------------------------------------------------------------------------------------------
 # Commands: each takes the parsed command line and returns the exit status
 
 
-def cmd_list(args: argparse.Namespace) -> int:
+def print_error(error: object) -> None:
+    print(f"vma-tool: {error}", file=sys.stderr)
+
+
+def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     contents: Contents | None = None
     tables: dict[int, Table] = {}
@@ -3092,51 +2991,42 @@ def cmd_list(args: argparse.Namespace) -> int:
             if not isinstance(source, FileInput):
                 raise VmaError(f"{source.name}: --partitions needs a plain file, not a stream")
             contents = archive = Archive(source)
-            tables = read_tables(archive)
+            for device in archive.header.devices:
+                if not device.is_vmstate:
+                    read = functools.partial(archive.read, device.dev_id)
+                    tables[device.dev_id] = read_table(read, device.size)
         elif args.scan:
             contents = Contents(source)
             contents.complete()
         header = contents.header if contents else read_header(source)
-    scanned = contents if args.scan else None
+        source.check_unchanged()
+    found = describe(header, contents if args.scan else None, tables)
     if args.json:
-        print_json(describe(header, scanned, tables))
+        print(to_json(found))
     else:
-        print_listing(source.name, header, scanned, tables)
+        print_listing(source.name, found)
     # It is shown for what it is, but a script must not take it for an archive that restores.
     check_source(header, source)
     return 0
 
 
-def read_tables(archive: Archive) -> dict[int, Table]:
-    """Return each disk's partition table, by dev_id."""
-    return {
-        device.dev_id: read_table(functools.partial(archive.read, device.dev_id), device.size)
-        for device in archive.header.devices
-        if not device.is_vmstate
-    }
-
-
 def describe(
-    header: Header, contents: Contents | None, tables: Mapping[int, Table] | None = None
-) -> dict[str, object]:
+    header: Header, contents: Contents | None, tables: Mapping[int, Table]
+) -> dict[str, Any]:
     """Return what list --json prints, with what only a scan can know, if there is."""
-    devices: list[dict[str, object]] = []
-    for device in header.devices:
-        devices.append({"dev_id": device.dev_id, "name": device.name, "size": device.size})
+    devices = [device._asdict() for device in header.devices]
+    for device, item in zip(header.devices, devices):
         if contents:
             index = contents.index.devices[device.dev_id]
-            devices[-1]["stored"] = index.stored_size
-            devices[-1]["zero"] = index.zero_size
-            devices[-1]["ascending"] = index.ascending
-        if tables and device.dev_id in tables:
+            item.update(stored=index.stored_size, zero=index.zero_size, ascending=index.ascending)
+        if device.dev_id in tables:
             table = tables[device.dev_id]
-            devices[-1]["table"] = table.kind
-            devices[-1]["faults"] = table.faults
-            devices[-1]["partitions"] = [
+            item.update(table=table.kind, faults=table.faults)
+            item["partitions"] = [
                 {**partition._asdict(), "mount": mount_command(device, partition)}
                 for partition in table.partitions
             ]
-    result: dict[str, object] = {
+    result = {
         "uuid": format_uuid(header.uuid),
         "ctime": header.ctime,
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
@@ -3165,56 +3055,41 @@ def find_align(contents: Contents) -> str | None:
     return next((name for name in names if is_canonical(contents, ALIGNS[name])), None)
 
 
-def print_json(value: object) -> None:
-    import json
-
-    print(json.dumps(value, indent=2))
-
-
-def print_listing(
-    name: str, header: Header, contents: Contents | None, tables: Mapping[int, Table]
-) -> None:
-    print(f"archive  {name}")
-    print(f"uuid     {format_uuid(header.uuid)}")
-    print(f"created  {format_time(header.ctime)}")
-    if contents:
-        align = find_align(contents)
+def print_listing(archive: str, found: Mapping[str, Any]) -> None:
+    """Print for people what `describe` returned."""
+    print(f"archive  {archive}")
+    print(f"uuid     {found['uuid']}")
+    print(f"created  {format_time(found['ctime'])}")
+    if "align" in found:
+        align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
-    for config in header.configs:
-        print(f"config   {escape(config.name)}  {len(config.data)} bytes")
-    for device in header.devices:
-        size = f"{format_size(device.size)}, {device.size} bytes"
-        print(f"device   {device.dev_id:<3} {escape(device.name)}  {size}")
-        if contents:
-            index = contents.index.devices[device.dev_id]
-            order = "ascending" if index.ascending else "not in order"
-            print(f"             {index.stored_size} bytes stored, {index.zero_size} zero, {order}")
-        if device.dev_id in tables:
-            print_table(device, tables[device.dev_id])
+    for config in found["configs"]:
+        print(f"config   {escape(config['name'])}  {config['size']} bytes")
+    for device in found["devices"]:
+        size = f"{format_size(device['size'])}, {device['size']} bytes"
+        print(f"device   {device['dev_id']:<3} {escape(device['name'])}  {size}")
+        if "stored" in device:
+            order = "ascending" if device["ascending"] else "not in order"
+            print(f"             {device['stored']} bytes stored, {device['zero']} zero, {order}")
+        if "table" in device and not (device["partitions"] or device["faults"]):
+            print("             no partition table, and no file system that is known here")
+        for fault in device.get("faults", ()):
+            print(f"             damaged {device['table']} table: {fault}")
+        for part in device.get("partitions", ()):
+            kinds = part["type"], part["file_system"], escape(part["label"])
+            what = ", ".join(filter(None, kinds))
+            place = f"{device['table']} {part['number']}" if part["number"] else "whole disk"
+            print(f"             {place}: {part['start']} + {format_size(part['size'])}  {what}")
+            if part["mount"]:
+                print(f"               {part['mount']}")
 
 
-def print_table(device: Device, table: Table) -> None:
-    if not table.partitions and not table.faults:
-        print("             no partition table, and no file system that is known here")
-    for fault in table.faults:
-        print(f"             damaged {table.kind} table: {fault}")
-    for part in table.partitions:
-        what = ", ".join(filter(None, (part.type, part.file_system, escape(part.label))))
-        place = f"{table.kind} {part.number}" if part.number else "whole disk"
-        print(f"             {place}: {part.start} + {format_size(part.size)}  {what}")
-        command = mount_command(device, part)
-        if command:
-            print(f"               {command}")
-
-
-def cmd_verify(args: argparse.Namespace) -> int:
+def cmd_verify(args: Namespace) -> int:
     """Check archives, one after the other; a bad one does not keep the next from being checked."""
     bad = 0
     for path in args.archive:
         try:
-            with contextlib.ExitStack() as stack:
-                source = stack.enter_context(open_input(path))
-                progress = stack.enter_context(progress_of(args, source.name))
+            with open_input(path) as source, progress_of(args, source.name) as progress:
                 if args.digest:
                     verify_digest(args, source, progress)
                     continue
@@ -3228,8 +3103,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
                     check_source(contents.header, source)
                     source.check_unchanged()
                     if args.json:
-                        description = describe(contents.header, contents)
-                        print_json({"archive": path, "ok": True, **description})
+                        description = describe(contents.header, contents, {})
+                        print(to_json({"archive": path, "ok": True, **description}))
                     elif not args.quiet:
                         print(summary(contents))
                         print_totals(args, contents.index)
@@ -3237,11 +3112,11 @@ def cmd_verify(args: argparse.Namespace) -> int:
             bad += 1
             print_error(error)
             if args.json:
-                print_json({"archive": path, "ok": False, "error": str(error)})
+                print(to_json({"archive": path, "ok": False, "error": str(error)}))
     return 1 if bad else 0
 
 
-def verify_against(args: argparse.Namespace, source: Input) -> bool:
+def verify_against(args: Namespace, source: Input) -> bool:
     """Compare with another archive, say how they differ, and return whether they do."""
     with open_input(args.against) as other:
         name = other.name
@@ -3250,17 +3125,16 @@ def verify_against(args: argparse.Namespace, source: Input) -> bool:
         if not isinstance(sought, FileInput):
             raise VmaError(f"{source.name} and {name}: one of them has to be a plain file")
         archive = Archive(sought)
-        header = read_header(read)
+        contents = Contents(read)
         check_source(archive.header, sought)
-        check_source(header, read)
-        found = compare_headers(header, archive.header, args.ignore_ctime)
-        found += compare_disks(read, header, archive)
+        check_source(contents.header, read)
+        found = compare_headers(contents.header, archive.header, args.ignore_ctime)
+        found += compare_disks(contents, archive)
         read.check_unchanged()
         sought.check_unchanged()
     if args.json:
-        print_json(
-            {"archive": source.name, "against": name, "same": not found, "differences": found}
-        )
+        result = {"archive": source.name, "against": name, "same": not found}
+        print(to_json({**result, "differences": found}))
     elif found:
         for line in found:
             print_error(f"{source.name}: differs from {other.name}: {line}")
@@ -3269,36 +3143,31 @@ def verify_against(args: argparse.Namespace, source: Input) -> bool:
     return bool(found)
 
 
-def verify_digest(args: argparse.Namespace, source: Input, progress: Progress) -> None:
+def verify_digest(args: Namespace, source: Input, progress: Progress) -> None:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
     contents = load(source, progress)
     header = contents.header
-    sizes = {device.dev_id: device.max_size for device in header.devices}
-    digests = digest_disks(source, contents.spans(CANONICAL_MAX_CLUSTERS), sizes)
+    digests = digest_disks(contents)
     progress.finish()
     source.check_unchanged()
-    files = [(config.name, len(config.data), sha256(config.data)) for config in header.configs]
-    for device in header.devices:
-        size = contents.index.devices[device.dev_id].disk_size
-        files.append((device.name, size, digests[device.dev_id]))
+    files: list[dict[str, Any]] = []
+    for name, data in header.configs:
+        digest = hashlib.sha256(data).hexdigest()
+        files.append({"name": name, "size": len(data), "sha256": digest})
+    for dev_id, index in contents.index.devices.items():
+        size = index.disk_size
+        files.append({"name": index.device.name, "size": size, "sha256": digests[dev_id]})
     if args.json:
-        items = [{"name": name, "size": size, "sha256": digest} for name, size, digest in files]
-        print_json({"archive": source.name, "ok": True, "files": items})
+        print(to_json({"archive": source.name, "ok": True, "files": files}))
     else:
-        for name, _, digest in files:
-            print(f"{digest}  {escape(name)}")
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        for file in files:
+            print(f"{file['sha256']}  {escape(file['name'])}")
 
 
 def check_source(header: Header, source: Input) -> None:
     """Raise FormatError for names that do not restore."""
-    try:
+    with in_archive(source.name):
         check_names(header)
-    except FormatError as error:
-        raise FormatError(error.message, archive=source.name) from error
 
 
 def summary(contents: Contents) -> str:
@@ -3313,79 +3182,74 @@ def summary(contents: Contents) -> str:
     )
 
 
-def print_totals(args: argparse.Namespace, index: Index) -> None:
+def print_totals(args: Namespace, index: Index) -> None:
     """With -v, print what Proxmox's own program prints at its end."""
     if args.verbose:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
-        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
+        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)", flush=True)
 
 
-def progress_of(args: argparse.Namespace, name: str) -> Progress:
+def progress_of(args: Namespace, name: str) -> Progress:
     return Progress(name, args.quiet, args.verbose)
 
 
-def cmd_extract(args: argparse.Namespace) -> int:
+def cmd_extract(args: Namespace) -> int:
     """Write configs and disks as Proxmox's own `vma extract` does."""
     if args.output is not None:
         return extract_one(args)
     if args.map is not None:
         return extract_mapped(args)
-
-    def file_names(header: Header) -> dict[int, str]:
-        return {device.dev_id: disk_file_name(device) for device in choose(header, args.devices)}
-
-    return restore(args, args.targetdir, file_names, description=False)
+    return restore(args, args.targetdir, for_pack=False)
 
 
-def choose(header: Header, names: str | None) -> list[Device]:
-    """Return the devices that a list of names, with commas, chooses: all, if there is none."""
-    chosen = {device.name for device in header.devices} if names is None else set(names.split(","))
-    unknown = chosen - {device.name for device in header.devices}
+def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
+    """Return the devices that lists of names, with commas, choose: all, if there are none."""
+    known = {device.name: device for device in header.devices}
+    chosen = known.keys() if lists is None else set(",".join(lists).split(","))
+    unknown = chosen - known.keys()
     if unknown:
-        known = ", ".join(quote(device.name) for device in header.devices)
-        raise VmaError(f"no device {quote(min(unknown))}, there are {known or 'none'}")
-    return [device for device in header.devices if device.name in chosen]
+        there = ", ".join(map(quote, known)) or "none"
+        raise VmaError(f"no device {quote(min(unknown))}, there are {there}")
+    return [device for name, device in known.items() if name in chosen]
 
 
-def extract_one(args: argparse.Namespace) -> int:
+def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
-        progress = stack.enter_context(progress_of(args, source.name))
-        refuse_same([args.archive], args.output)
-        contents = load(source, progress)
+    refuse_same([args.archive], args.output)
+    with loaded(args) as contents:
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        output = stack.enter_context(open_output(args.output))
-        if output.file:
-            write_disks(contents, {device.dev_id: output.file})
-        else:
-            spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
-            copy_pieces(source, iter_disk(spans, device.max_size), output.target.append)
-        output.flush()
-        source.check_unchanged()
-        output.commit()
+        with open_output(args.output, disk=True) as output:
+            if isinstance(output, PartialFile):
+                write_disks(contents, {device.dev_id: output})
+            else:
+                spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
+                copy_pieces(contents.source, iter_disk(spans), output.append)
+            output.sync()
+            contents.source.check_unchanged()
+            output.commit()
     return 0
 
 
-def extract_mapped(args: argparse.Namespace) -> int:
+def extract_mapped(args: Namespace) -> int:
     """Write configs into a directory, and disks where a map says, as Proxmox's qmrestore does."""
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
-        progress = stack.enter_context(progress_of(args, source.name))
-        contents = load(source, progress)
+    with ExitStack() as stack:
+        contents = stack.enter_context(loaded(args))
         header = contents.header
         directory = stack.enter_context(make_directory(args.targetdir))
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and asks for these lines with -v.
-        write_configs(header, directory)
-        directory.commit(replace=False)
-        undo = stack.enter_context(contextlib.ExitStack())
         for config in header.configs:
-            undo.callback(directory.remove, config.name)
+            directory.create(config.name).append([config.data])
+        directory.flush()
+        undo = stack.enter_context(ExitStack())
+        with Signals.held():
+            directory.commit(replace=False)
+            for config in header.configs:
+                undo.callback(directory.remove, config.name)
         if args.verbose:
             for config in header.configs:
                 print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
@@ -3405,65 +3269,68 @@ def extract_mapped(args: argparse.Namespace) -> int:
                 raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
             place = places[device.name]
             if place is not None:
-                refuse_same(used, place.path)
-                used.append(place.path)
-                targets[device.dev_id] = stack.enter_context(open_destination(device, place.path))
-                if place.write_zeros:
+                path, write_zeros = place
+                refuse_same(used, path)
+                used.append(path)
+                targets[device.dev_id] = stack.enter_context(open_destination(device, path))
+                if write_zeros:
                     zeros.add(device.dev_id)
         write_disks(contents, targets, zeros)
         for target in targets.values():
             target.sync()
-        source.check_unchanged()
+        contents.source.check_unchanged()
+        print_totals(args, contents.index)
         directory.commit(replace=False)
         undo.pop_all()
-        print_totals(args, contents.index)
     return 0
 
 
-def cmd_unpack(args: argparse.Namespace) -> int:
+def cmd_unpack(args: Namespace) -> int:
     """Write configs, disks and vma.json, from which pack makes the archive again."""
-
-    def file_names(header: Header) -> dict[int, str]:
-        return {device.dev_id: device.name for device in header.devices}
-
-    return restore(args, args.directory, file_names, description=True)
+    return restore(args, args.directory, for_pack=True)
 
 
-def restore(
-    args: argparse.Namespace,
-    path: str,
-    file_names: Callable[[Header], dict[int, str]],
-    description: bool,
-) -> int:
-    """Write an archive's configs, and the devices that get a file name, into a directory."""
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
-        progress = stack.enter_context(progress_of(args, source.name))
-        contents = load(source, progress)
+def restore(args: Namespace, path: str, for_pack: bool) -> int:
+    """Write an archive's configs and devices into a directory, as unpack does or as extract."""
+    with loaded(args) as contents:
         header = contents.header
-        names = file_names(header)
-        extra = [DESCRIPTION_NAME] if description else []
+        if for_pack:
+            names = {device.dev_id: device.name for device in header.devices}
+            extra = [DESCRIPTION_NAME]
+        else:
+            devices = choose(header, args.devices)
+            names = {device.dev_id: disk_file_name(device) for device in devices}
+            extra = []
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         twice = next((name for i, name in enumerate(files) if name in files[:i]), None)
         if twice is not None:
-            raise FormatError(f"two files would be called {quote(twice)}", archive=source.name)
-        directory = stack.enter_context(make_directory(path))
-        replace = description and args.force
-        if not description:
-            directory.require_empty()
-        else:
-            directory.require_free(files, replace)
-
-        write_configs(header, directory)
-        targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
-        write_disks(contents, targets)
-        if description:
-            directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
-        directory.flush()
-        source.check_unchanged()
-        directory.commit(replace)
-        print_totals(args, contents.index)
+            message = f"two files would be called {quote(twice)}"
+            raise FormatError(message, archive=contents.source.name)
+        for name in files:
+            refuse_same([args.archive], os.path.join(path, name))
+        with make_directory(path) as directory:
+            if for_pack:
+                directory.require_free(files, args.force)
+            else:
+                directory.require_empty()
+            for config in header.configs:
+                directory.create(config.name).append([config.data])
+            targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
+            write_disks(contents, targets)
+            if for_pack:
+                directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
+            directory.flush()
+            contents.source.check_unchanged()
+            print_totals(args, contents.index)
+            directory.commit(replace=for_pack and args.force)
     return 0
+
+
+@contextmanager
+def loaded(args: Namespace) -> Iterator[Contents]:
+    """Open the archive that a command restores, and `load` it."""
+    with open_input(args.archive) as source, progress_of(args, source.name) as progress:
+        yield load(source, progress)
 
 
 def load(
@@ -3490,149 +3357,147 @@ def load(
     return contents
 
 
-def cmd_pack(args: argparse.Namespace) -> int:
+def cmd_pack(args: Namespace) -> int:
     """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
-    with contextlib.ExitStack() as stack:
-        with naming(escape(args.directory)):
-            names = os.listdir(args.directory)
-            refuse_same([os.path.join(args.directory, name) for name in names], args.output)
-            packing = (read_described if described else read_undescribed)(args.directory)
-        header = set_options(packing.header, args.options)
-        check_names(header)
-        disks = []
-        for device in canonical_order(header.devices):
-            path = packing.paths[device.dev_id]
-            disks.append(open_disk(stack, device, path, exact=described, quiet=args.quiet))
-        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
-        write_packed(args, header, disks)
+    with naming(escape(args.directory)):
+        names = os.listdir(args.directory)
+        refuse_same([os.path.join(args.directory, name) for name in names], args.output)
+        header, paths = (read_described if described else read_undescribed)(args.directory)
+    write_packed(args, Packing(set_options(header, args.options), paths), exact=described)
     return 0
 
 
-def write_packed(
-    args: argparse.Namespace, header: Header, disks: Sequence[Disk], replace: bool = True
-) -> None:
-    layout = Layout(header, ALIGNS[args.align])
-    with contextlib.ExitStack() as stack:
+def write_packed(args: Namespace, packing: Packing, exact: bool, replace: bool = True) -> None:
+    """Write an archive of configs and disks, whose sizes are to be `exact`, or are found out."""
+    header = packing.header
+    check_names(header)
+    with ExitStack() as stack:
+        disks = [
+            open_disk(stack, device, packing.paths[device.name], exact, args.quiet)
+            for device in canonical_order(header.devices)
+        ]
+        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
+        layout = Layout(header, ALIGNS[args.align])
         output = stack.enter_context(open_output(args.output, replace))
-        progress = stack.enter_context(progress_of(args, output.target.name))
+        progress = stack.enter_context(progress_of(args, output.name))
         stack.enter_context(warning_of_partial(output))
         progress.total = sum(disk.data_size for disk in disks)
         for disk in disks:
             disk.source.copying = progress
-        pack_disks(layout, disks, output.target)
-        check_written(output, layout)
-        output.flush()
+        pack_disks(layout, disks, output)
+        if isinstance(output, PartialFile):
+            check_written(output, layout)
+        output.sync()
         for disk in disks:
             disk.source.check_unchanged()
         output.commit()
 
 
-def cmd_create(args: argparse.Namespace) -> int:
+def cmd_create(args: Namespace) -> int:
     """Write an archive of configs and raw disks, named one by one, as Proxmox's vma create does."""
-    paths: dict[str, str] = {}
+    paths = {}
     for spec in [*args.devices, *args.disks]:
         text = spec
         if text.startswith("format="):
-            image_format, _, text = text[len("format=") :].partition(":")
+            image_format, _, text = text.removeprefix("format=").partition(":")
             require_raw(image_format, text.partition("=")[2])
         name, _, path = text.partition("=")
         if not name or not path or name in paths:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
-    configs = tuple(Config(os.path.basename(path), read_small(path)) for path in args.config)
-    devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
-    header = Header(CANONICAL_UUID, int(time.time()), configs, devices)
-    check_names(header)
-    with contextlib.ExitStack() as stack:
-        disks = [
-            open_disk(stack, device, paths[device.name], exact=False, quiet=args.quiet)
-            for device in canonical_order(devices)
-        ]
-        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
-        write_packed(args, header, disks, replace=args.force)
+    configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
+    write_packed(args, packing_of(configs, paths), exact=False, replace=args.force)
     return 0
 
 
-def cmd_config(args: argparse.Namespace) -> int:
+def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     with open_input(args.archive) as source:
-        header = read_header(source)
-        data = dict(header.configs).get(args.config)
+        configs = dict(read_header(source).configs)
+    data = configs.get(args.config)
     if data is None:
-        known = ", ".join(quote(config.name) for config in header.configs)
-        raise VmaError(
-            f"{source.name}: no config {quote(args.config)}, there are {known or 'none'}"
-        )
+        there = ", ".join(map(quote, configs)) or "none"
+        raise VmaError(f"{source.name}: no config {quote(args.config)}, there are {there}")
     Target(1, "standard output", seekable=False).append([data])
     return 0
 
 
-def cmd_optimize(args: argparse.Namespace) -> int:
+def cmd_optimize(args: Namespace) -> int:
     """Rewrite an archive in the canonical layout, to another file or in its own place."""
+    if args.output == "-":
+        refuse_same([args.archive], "-")
     in_place = args.output is None or is_same_file(args.archive, args.output)
     output_path = args.archive if args.output is None else args.output
     align = ALIGNS[args.align]
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
-        state = require_replaceable(args.archive, source) if in_place else None
+        state = require_replaceable(output_path, source) if in_place else None
         progress = stack.enter_context(progress_of(args, source.name))
-        beside = os.path.dirname(os.path.realpath(output_path)) if output_path != "-" else ""
-        contents = load(source, progress, args.memory, beside, lazy=True)
+        contents = load(source, progress, args.memory, directory_beside(output_path), lazy=True)
         layout = Layout(contents.header, align)
         if in_place and is_canonical(contents, align):
-            report(args, f"{source.name}: is canonical already (--align {args.align})")
+            source.check_unchanged(output_path)
+            if not args.quiet:
+                print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
         output = stack.enter_context(open_output(output_path))
-        if args.check and (
-            output.file is None or (source.size is None and not source.compressed_size)
-        ):
+        file = output if isinstance(output, PartialFile) else None
+        if args.check and (file is None or (source.size is None and not source.compressed_size)):
             raise VmaError(f"{source.name}: --check reads both archives again: name two files")
         if source.size is not None:
-            if output.file:
-                output.file.allocate(source.size)
+            if file:
+                file.allocate(source.size)
             else:
                 contents.complete()  # what is written now cannot be taken back
         stack.enter_context(warning_of_partial(output))
         spans = contents.spans(layout.clusters)
-        copy_pieces(source, layout.pieces(spans), output.target.append)
+        copy_pieces(source, layout.pieces(spans), output.append)
         progress.finish()
-        if output.file:
-            output.file.truncate(output.target.position)  # more may have been allocated
-        check_written(output, layout)
-        if args.check or (args.check is None and in_place):
-            check_contents(args, contents, output)
-        output.flush(state)
+        if file:
+            file.truncate(file.position)  # more may have been allocated
+            check_written(file, layout)
+            if args.check or (args.check is None and in_place):
+                check_contents(args, contents, file)
+        output.sync(state)
         source.check_unchanged(output_path if in_place else None)
+        if file and not args.quiet:  # not into an archive on standard output
+            size = format_size(file.position)
+            # Before the commit: if this cannot be printed, the archive is as it was.
+            print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
         output.commit()
-        report(args, f"{source.name}: optimized (--align {args.align})", output)
     return 0
 
 
-def check_contents(args: argparse.Namespace, contents: Contents, output: Output) -> None:
+def directory_beside(output: str) -> str:
+    """Return where a stream's temporary file may be: beside a file, but not in /dev or /proc."""
+    if output == "-" or (os.path.exists(output) and not os.path.isfile(output)):
+        return ""
+    return os.path.dirname(os.path.realpath(output))
+
+
+def check_contents(args: Namespace, contents: Contents, output: PartialFile) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with output.read_back() as written:
         if isinstance(contents, Archive):
-            found = compare_disks(written, read_header(written), contents)
+            found = compare_disks(Contents(written), contents)
         else:
             with open_input(args.archive) as source:
-                found = compare_disks(source, read_header(source), Archive(written))
+                found = compare_disks(Contents(source), Archive(written))
     if found:
-        raise VmaError(f"{output.target.name}: what was written differs: {found[0]}")
+        raise VmaError(f"{output.name}: what was written differs: {found[0]}")
 
 
-@contextlib.contextmanager
-def warning_of_partial(output: Output) -> Iterator[None]:
+@contextmanager
+def warning_of_partial(output: Target) -> Iterator[None]:
     """Let an error say that what went into a pipe before it cannot be taken back."""
     try:
         yield
     except VmaError as error:
-        if output.file is not None or not output.target.position:
+        if isinstance(output, PartialFile) or not output.position:
             raise
-        raise VmaError(
-            f"{error}; what {output.target.name} got is incomplete, and no archive"
-        ) from error
+        raise VmaError(f"{error}; what {output.name} got is incomplete, and no archive") from error
 
 
 def require_replaceable(path: str, source: Input) -> os.stat_result:
@@ -3648,13 +3513,6 @@ def require_replaceable(path: str, source: Input) -> os.stat_result:
     return source.state
 
 
-def report(args: argparse.Namespace, message: str, output: Output | None = None) -> None:
-    """Print what was done, unless that would get into an archive on standard output."""
-    if not args.quiet and (output is None or output.file is not None):
-        size = output.target.position if output else 0
-        print(message + (f", {format_size(size)}" if size else ""))
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 
@@ -3666,10 +3524,23 @@ examples:
 """
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal, found without shutil: importing that costs each start 3 ms."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        columns = 0
+        with suppress(ValueError, OSError):
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
+        super().__init__(prog, **{"width": (columns or 80) - 2, **options})
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
     _intermixed = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._intermixed:  # called by parse_known_intermixed_args itself
@@ -3678,12 +3549,21 @@ class CommandParser(argparse.ArgumentParser):
         return self.parse_known_intermixed_args(args, namespace)
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one: argparse would forget the first."""
+
+    def __call__(self, _: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "may be given only once")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be read line by line
     """Return the parser; each command sets `func` to the function that runs it."""
 
     def common(default: Any) -> CommandParser:
         options = CommandParser(add_help=False)
-        flag: Any = {"action": "store_true", "default": default}
+        flag = {"action": "store_true", "default": default}
         options.add_argument("--version", action="version", version=f"vma-tool {__version__}")
         options.add_argument("-q", "--quiet", **flag, help="print errors only")
         options.add_argument("-v", "--verbose", **flag, help="print more")
@@ -3695,36 +3575,35 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
         f"(default {DEFAULT_ALIGN})",
     )  # fmt: skip
+    again = common(argparse.SUPPRESS)  # what was said before the command stays said
     parser = argparse.ArgumentParser(
         prog="vma-tool",
         parents=[common(False)],
         description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def add(
-        func: Callable[[argparse.Namespace], int], text: str, example: str, *parents: Any
+        func: Callable[[Namespace], int], text: str, example: str, *parents: Any
     ) -> Callable[..., argparse.Action]:
-        name = func.__name__[len("cmd_") :]
+        name = func.__name__.removeprefix("cmd_")
         command = commands.add_parser(
             name,
-            # What was said before the command stays said.
-            parents=[common(argparse.SUPPRESS), *parents],
+            parents=[again, *parents],
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  vma-tool {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(func=func)
         return command.add_argument
 
-    flag: Any = {"action": "store_true"}
-    several: Any = {"action": "append", "default": []}
+    flag = {"action": "store_true"}
+    several = {"action": "append", "default": []}
     text = "a file, plain or compressed, or - for standard input"
-    archive: Any = {"dest": "archive", "metavar": "ARCHIVE", "help": text}
-    output: Any = {"dest": "output", "help": "a file, or - for standard output"}
+    archive = {"dest": "archive", "metavar": "ARCHIVE", "help": text}
+    output = {"dest": "output", "help": "a file, or - for standard output"}
 
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
     arg("--json", **flag, help="print one JSON object, for scripts")
@@ -3733,7 +3612,8 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
     arg(**archive)
 
     arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
-    arg("--against", metavar="OTHER", help="compare configs and disk contents with this archive")
+    text = "compare configs and disk contents with this archive"
+    arg("--against", action=Once, metavar="OTHER", help=text)
     arg("--ignore-ctime", **flag, help="with --against: the time may differ")
     arg("--digest", **flag, help="print the SHA-256 of each config and disk, as sha256sum does")
     arg("--json", **flag, help="print one JSON object an archive")
@@ -3741,9 +3621,12 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
 
     text = "write configs and disks as Proxmox's own vma extract does"
     arg = add(cmd_extract, text, "-d drive-scsi0 backup.vma disks/")
-    arg("-d", dest="devices", metavar="NAME[,NAME...]", help="only these devices (default: all)")
-    arg("-o", dest="output", metavar="PATH", help="write the one disk of -d there (-: to a pipe)")
-    arg("-r", dest="map", metavar="MAPFILE", help="write disks into files and devices, by a map")
+    text = "only these devices (default: all)"
+    arg("-d", dest="devices", action="append", metavar="NAME[,NAME...]", help=text)
+    text = "write the one disk of -d there (-: to a pipe)"
+    arg("-o", dest="output", action=Once, metavar="PATH", help=text)
+    text = "write disks into files and devices, by a map"
+    arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
     arg(**archive)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
@@ -3785,9 +3668,15 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
     return parser
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--" in words:
+        # The parser of all commands would take it away from that of the command.
+        end = words.index("--")
+        names = words[end + 1 :]
+        words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
+    args = parser.parse_args(words)
     if args.func is cmd_extract:
         if args.output is not None and args.devices is None:
             parser.error("extract: -o writes one disk: choose it with -d NAME")
@@ -3806,7 +3695,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def cmd_completion(args: argparse.Namespace) -> int:
+def cmd_completion(args: Namespace) -> int:
     """Print a shell's completion of this command line, made from the parser itself."""
     # argparse has no public way to ask a parser for its options.
     actions = build_parser()._actions
@@ -3818,13 +3707,15 @@ def cmd_completion(args: argparse.Namespace) -> int:
 def complete_bash(commands: Mapping[str, argparse.ArgumentParser]) -> str:
     cases = []
     for name, command in commands.items():
-        options = [action for action in command._actions if action.option_strings]
-        for action in options:
-            if action.choices:
+        words: list[str] = []
+        for action in command._actions:
+            if action.choices and action.option_strings:
                 pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
-        words = [word for a in command._actions for word in a.choices or () if a not in options]
-        words += [option for action in options for option in action.option_strings]
+            if action.option_strings:
+                words += action.option_strings
+            else:
+                words = [*(action.choices or ()), *words]
         cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
     return f"""# bash completion of vma-tool: source this from ~/.bashrc
 _vma_tool() {{
@@ -3842,8 +3733,7 @@ complete -o default -F _vma_tool vma-tool vma_tool.py"""
 
 def complete_zsh(commands: Mapping[str, argparse.ArgumentParser]) -> str:
     def escaped(text: str) -> str:
-        text = "".join(f"\\{c}" if c in "[]:\\" else c for c in text)
-        return text.replace("'", "'\\''")
+        return re.sub(r"([][:\\])", r"\\\1", text).replace("'", "'\\''")
 
     descriptions = []
     cases = []
@@ -3877,43 +3767,32 @@ fi"""
 
 
 def parse_option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if (
-        not equals
-        or not key
-        or any(c in key for c in ":[#\n\r \t")
-        or "\n" in value
-        or "\r" in value
-    ):
+    match = re.fullmatch(r"([^=:[#\n\r \t]+)=([^\n\r]*)", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
-    return key, value
+    return match[1], match[2]
 
 
 def parse_memory(text: str) -> int:
-    try:
-        size = parse_size(text)
-    except ValueError:
-        size = -1
-    if size < 0:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
-    return size
-
-
-def print_error(error: object) -> None:
-    print(f"vma-tool: {error}", file=sys.stderr)
+    with suppress(ValueError):
+        if (size := parse_size(text)) >= 0:
+            return size
+    raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names, where the locale is not UTF-8
-    args = parse_args(argv)
     try:
         Signals.install()
+        occupy_standard_streams()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
+        args = parse_args(argv)
         status = int(args.func(args))
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
+        Signals.depth = 1  # all is done: from here on, a signal comes too late
         return status
     except VmaError as error:
         print_error(error)
@@ -3933,6 +3812,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def occupy_standard_streams() -> None:
+    """Let nothing take the place of a standard stream that the caller has closed.
+
+    A file of ours would get its number, and what is meant for standard error would go to standard
+    output, perhaps into an archive.
+    """
+    streams = ("input", os.O_WRONLY), ("output", os.O_RDONLY), ("error", os.O_RDONLY)
+    for fd, (name, flags) in enumerate(streams):
+        with naming(f"standard {name}"):
+            try:
+                os.fstat(fd)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+                # What is opened gets the lowest free number. To use it as what it is, still fails.
+                os.open(os.devnull, flags)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
+
+
 def discard_output() -> None:
     """Let what standard output still buffers go nowhere, so that the exit does not fail again."""
     fd = os.open(os.devnull, os.O_WRONLY)
@@ -3941,4 +3840,5 @@ def discard_output() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was loaded stays: looking for garbage in it costs time, most at the exit
     sys.exit(main())

@@ -235,7 +235,7 @@ class EveryCall(RoadTest):
     def test_signals_between_calls(self) -> None:
         """A signal may come at any line of the tool, not only at a call."""
         for name in ("optimize in place", "optimize a stream", "optimize gzip", "pack",
-                     "unpack"):  # fmt: skip
+                     "unpack", "extract by a map"):  # fmt: skip
             road = ROADS[name]
             lines = Lines(0, CRITICAL)
             self.workshop.go(road, within=lines)
@@ -916,18 +916,18 @@ class RandomMoments(RoadTest):
 HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", READ_CLOSE)
 # Where something begins to exist that has to go away again.
 CRITICAL = (
-    "Directory.__init__", "Directory.create", "Directory.commit", "Output.__init__", "Output._open",
-    "Output.__enter__", "make_directory", "open_input", "open_output", "cmd_optimize", "cmd_pack",
-    "restore", "write_packed", "Directory.__enter__", "Directory.__exit__", "Output.__exit__",
+    "Directory.__init__", "Directory.create", "Directory.commit", "PartialFile.__init__",
+    "make_directory", "open_input", "open_output", "loaded", "cmd_optimize", "cmd_pack",
+    "restore", "write_packed", "extract_mapped", "Directory.__enter__", "Directory.__exit__",
     "ProgramInput.__init__", "ProgramInput.close", "ModuleInput.__init__", "Spool.__init__",
-    "Output.flush", "Output.commit", "install", "main", "run_steps",
+    "Reorderer._spill", "PartialFile.sync", "PartialFile.commit", "install", "main", "run_steps",
 )  # fmt: skip
 CHANGING = (
     "close", "fchmod", "fchown", "fsync", "ftruncate", "link", "mkdir", "open", "pwritev",
     "rename", "replace", "rmdir", "unlink", "utime", "write", "writev",
 )  # fmt: skip
 # Each message names what it is about.
-NAMED = r"\b(in\.vma|\w+\.vma\b|new\b|empty|full|standard (in|out)put|temporary file|device)"
+NAMED = r"\b(in\.vma|\w+\.vma\b|new\b|empty|full|map|standard \w+|temporary file|device)"
 
 
 # In place: what is called between the last look at the archive and its replacement.

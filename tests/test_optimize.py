@@ -441,14 +441,6 @@ class Outputs(ToolTest):
                 self.assertIn(str(args[-1]), line)
                 self.assertEqual(snapshot(directory), before)
 
-    def test_block_device_as_output(self) -> None:
-        """A block device is written from its beginning."""
-        device = loop_device(self, self.file("disk", bytes(1 << 20)))
-        self.ok("optimize", "--align", "4K", self.source, device)
-        want = self.directory / "out.vma"
-        self.ok("optimize", "--align", "4K", self.source, want)
-        self.assertEqual(device.read_bytes()[: want.stat().st_size], want.read_bytes())
-
     def test_block_device_in_place(self) -> None:
         """An archive on a block device would be overwritten while it is read: that is refused."""
         device = loop_device(self, self.source)
@@ -484,6 +476,20 @@ class Damaged(ToolTest):
                     line = self.refused("optimize", *args, input=data)
                     self.assertRegex(line, damage.says)
                     self.assertEqual(snapshot(self.directory), before)
+
+    def test_without_devices(self) -> None:
+        """Of an archive that has only configs, all extents are read as well."""
+        archive = Archive([], [("qemu-server.conf", b"cores: 2\n")])
+        for whole in (archives.build(archive, []), archives.canonical(archive)):
+            for junk in (b"x", bytes(BLOCK), whole[-512:] + b"x"):
+                path = self.file("bad.vma", whole + junk)
+                before = snapshot(self.directory)
+                output = self.directory / "out.vma"
+                for args in ([path], [path, output], [path, "-"], ["-", output]):
+                    with self.subTest(args=args, junk=len(junk)):
+                        data = whole + junk if args[0] == "-" else None
+                        self.refused("optimize", *args, input=data)
+                        self.assertEqual(snapshot(self.directory), before)
 
     def test_nothing_into_a_pipe(self) -> None:
         """What cannot be taken back is written only of a file that has been checked whole."""
