@@ -3546,7 +3546,10 @@ class CommandParser(argparse.ArgumentParser):
         if self._intermixed:  # called by parse_known_intermixed_args itself
             return super().parse_known_args(args, namespace)
         self._intermixed = True
-        return self.parse_known_intermixed_args(args, namespace)
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
 
 
 class Once(argparse.Action):
@@ -3782,34 +3785,41 @@ def parse_memory(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
+    message = ""
     try:
-        Signals.install()
-        occupy_standard_streams()
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
-        args = parse_args(argv)
-        status = int(args.func(args))
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
-        Signals.depth = 1  # all is done: from here on, a signal comes too late
-        return status
-    except VmaError as error:
-        print_error(error)
-        return 1
+        try:
+            status = run(argv)
+        except VmaError as error:
+            status, message = 1, str(error)
+        except BrokenPipeError:
+            status = 128 + 13  # as if SIGPIPE had ended us
+            discard_output()
+        except OSError as error:
+            status, message = 1, reason(error)
+            discard_output()
+        except MemoryError:
+            status, message = 1, "out of memory"
+        Signals.depth = 1  # from here on, a signal comes too late
     except Interrupted as error:
-        print_error(f"ended by {signal.Signals(error.signum).name}")
-        return 128 + error.signum
-    except BrokenPipeError:
-        discard_output()
-        return 128 + 13  # as if SIGPIPE had ended us
-    except OSError as error:
-        print_error(reason(error))
-        discard_output()
-        return 1
-    except MemoryError:
-        print_error("out of memory")
-        return 1
+        status, message = 128 + error.signum, f"ended by {signal.Signals(error.signum).name}"
+    if message:
+        print_error(message)
+    return status
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Do what the command line says, with nothing caught: `main` makes a line of it."""
+    Signals.install()
+    occupy_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
+    with Signals.held():  # argparse's parsers do not bear to be interrupted
+        args = parse_args(argv)
+    status = int(args.func(args))
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
+    return status
 
 
 def occupy_standard_streams() -> None:

@@ -7,6 +7,7 @@ makes to the system, in its order.
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import contextlib
 import fcntl
@@ -200,9 +201,10 @@ class Nth:
 
 
 class Lines:
-    """Sends SIGTERM ahead of the N-th line of some of the tool's functions, in the main thread.
+    """Sends SIGTERM ahead of the N-th line of some functions, the tool's or argparse's.
 
-    `names` are those of the lines that were run, function and number; `name` is that of the N-th.
+    Of the main thread. `names` are those of the lines that were run, function and number; `name` is
+    that of the N-th.
     """
 
     def __init__(self, number: int, functions: Sequence[str]) -> None:
@@ -220,7 +222,7 @@ class Lines:
         sys.settrace(self._before)
 
     def _enter_function(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        if frame.f_code.co_filename != vma_tool.__file__:
+        if frame.f_code.co_filename not in (vma_tool.__file__, argparse.__file__):
             return None
         return self._line if self._function(frame) in self.functions else None
 

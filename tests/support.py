@@ -361,10 +361,13 @@ def make_read_only(test: unittest.TestCase, path: Path) -> None:
     _run_or_skip("mount", "-o", "remount,ro", str(path))
 
 
-def loop_device(test: unittest.TestCase, path: Path) -> Path:
-    """Return a block device with the content of a file, there until the test has ended."""
+def loop_device(test: unittest.TestCase, path: Path, *options: str) -> Path:
+    """Return a block device with the content of a file, there until the test has ended.
+
+    `options` are losetup's.
+    """
     require_root()
-    device = _run_or_skip("losetup", "--find", "--show", str(path)).strip()
+    device = _run_or_skip("losetup", "--find", "--show", *options, str(path)).strip()
     test.addCleanup(subprocess.run, ["losetup", "--detach", device], check=True)
     return Path(device)
 

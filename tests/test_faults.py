@@ -254,6 +254,36 @@ class EveryCall(RoadTest):
                         self.assertEqual(snapshot(self.directory), before)
                 self.workshop.undo(road)
 
+    def test_signals_while_parsing(self) -> None:
+        """argparse changes its parsers while they work, and does not expect to be interrupted."""
+        road = ROADS["pack"]
+        lines = Lines(0, PARSING)
+        self.workshop.go(road, within=lines)
+        self.workshop.undo(road)
+        self.assertGreater(len(lines.names), 30)
+        before = snapshot(self.directory)
+        for number in range(1, len(lines.names) + 1):
+            lines = Lines(number, PARSING)
+            with self.subTest(number=number):
+                answer = self.workshop.go(road, within=lines)
+                self.assertEqual(answer.returncode, 128 + signal.SIGTERM, lines.name)
+                self.check_line(answer)
+                self.assertEqual(snapshot(self.directory), before)
+
+    def test_signals_around_an_error(self) -> None:
+        """There is one line, of the error or of the signal, and no traceback."""
+        for args in (("list", "nothing.vma"), ("list", "old.vma")):
+            road = Road("wrong", args)
+            lines = Lines(0, ENDING)
+            self.assertEqual(self.workshop.go(road, within=lines).returncode, 1)
+            self.assertGreater(len(lines.names), 10)
+            for number in range(1, len(lines.names) + 1):
+                lines = Lines(number, ENDING)
+                with self.subTest(args, number=number):
+                    answer = self.workshop.go(road, within=lines)
+                    self.assertIn(answer.returncode, (1, 128 + signal.SIGTERM), lines.name)
+                    self.check_line(answer)
+
     def test_kills(self) -> None:
         """SIGKILL at any call: old files and complete new ones under all names, nothing else."""
         for road in WRITING:
@@ -906,13 +936,12 @@ class RandomMoments(RoadTest):
             self.assertIn(status, (0, 128 + number, -number))
         else:
             self.assertEqual(found, self.before)
-            self.assertEqual(status, 128 + number)
+            self.assertEqual(status, 128 + number, errors)
             self.assertRegex(errors, r"\Avma-tool: [^\n]+\n\Z")
 
 
 # What may fail without harm: it only saves time, or there is nothing left to lose.
-# What does not tell where its holes are has none.
-# What may fail without harm. Without mmap, buffers are in small pages; an index is not to be had.
+# What does not tell where its holes are has none. Without mmap, buffers are in small pages.
 HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", READ_CLOSE)
 # Where something begins to exist that has to go away again.
 CRITICAL = (
@@ -922,6 +951,8 @@ CRITICAL = (
     "ProgramInput.__init__", "ProgramInput.close", "ModuleInput.__init__", "Spool.__init__",
     "Reorderer._spill", "PartialFile.sync", "PartialFile.commit", "install", "main", "run_steps",
 )  # fmt: skip
+PARSING = ("ArgumentParser.parse_known_intermixed_args", "ArgumentParser.format_usage")
+ENDING = ("main", "run", "print_error", "discard_output", "reason")
 CHANGING = (
     "close", "fchmod", "fchown", "fsync", "ftruncate", "link", "mkdir", "open", "pwritev",
     "rename", "replace", "rmdir", "unlink", "utime", "write", "writev",

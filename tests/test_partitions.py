@@ -387,9 +387,7 @@ class Tables(PartitionsTest):
         require_root()
         require(SGDISK, SFDISK)
         disk = self.disk("4kn", 64 * MIB)
-        device = loop_device(self, disk)
-        run("losetup", "--detach", device)
-        run("losetup", "--sector-size", "4096", device, disk)
+        device = loop_device(self, disk, "--sector-size", "4096")
         run("sgdisk", "-n", "1:256:+8M", "-c", "1:first", "-n", "2:0:0", "-t", "2:8200", device)
         table = json.loads(run("sfdisk", "--json", device))["partitiontable"]
         run("sync", disk)
