@@ -208,6 +208,15 @@ class Device(NamedTuple):
         """How many bytes are restored at most: a vmstate is as long as its clusters."""
         return sys.maxsize if self.is_vmstate else self.size
 
+    @property
+    def tail_size(self) -> int:
+        """How many bytes of the last block are behind the device's end; they are zeros."""
+        return 0 if self.is_vmstate else -self.size % BLOCK_SIZE
+
+    def stores_tail(self, mask: int) -> bool:
+        """Say whether the last cluster stores, with this mask, the last block and so a tail."""
+        return self.tail_size > 0 and mask > self.block_mask(self.cluster_count - 1) >> 1
+
     def block_mask(self, cluster_num: int) -> int:
         """Return the mask of the blocks of a cluster that begin inside the device."""
         # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
@@ -1870,10 +1879,8 @@ def extent_payload(span: Span, masks: Sequence[int]) -> list[Piece]:
             pieces.append(piece)
     # Where the device ends inside its last block, that is zeros from there on, here if not before.
     device = span.device
-    tail = -device.size % BLOCK_SIZE
-    last = device.cluster_count - 1
-    whole = device.is_vmstate or span.first + len(masks) - 1 < last
-    if tail and pieces and not whole and masks[-1] > device.block_mask(last) >> 1:
+    if span.first + len(masks) == device.cluster_count and device.stores_tail(masks[-1]):
+        tail = device.tail_size
         pieces[-1:] = [part_of(pieces[-1], 0, piece_size(pieces[-1]) - tail), bytes(tail)]
     return pieces
 
@@ -1941,7 +1948,27 @@ def is_canonical(contents: Contents, align: int) -> bool:
     layout = Layout(header, align)
     for _ in layout.extents(contents.spans(layout.clusters)):
         pass
-    return layout.digest.digest() == contents.index.digest.digest()
+    same = layout.digest.digest() == contents.index.digest.digest()
+    return same and has_zero_tails(contents)
+
+
+def has_zero_tails(contents: Contents) -> bool:
+    """Say whether what the disks' last blocks hold behind their ends is zeros, as optimize has it.
+
+    Of a stream this cannot be known any more.
+    """
+    source = contents.source
+    if not isinstance(source, FileInput):
+        return True
+    for index in contents.index.devices.values():
+        entry = index.entries[-1]
+        if index.device.stores_tail(entry & FULL_MASK):
+            tail = bytearray(index.device.tail_size)
+            end = (entry >> 16) + mask_size(entry & FULL_MASK)
+            source.read_at([(end - len(tail), memoryview(tail))])
+            if any(tail):
+                return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -117,6 +117,20 @@ class GoldenDigests(ToolTest):
                     self.assertEqual(sha256(self.directory / "b.vma"), digest)
                     (self.directory / "b.vma").unlink()
 
+    def test_tail_that_is_not_zero(self) -> None:
+        """Canonical but for a byte behind a device's end: in place comes what elsewhere comes."""
+        want = manifest()["odd-size"]["optimized_sha256"]["128K"]
+        path, other = self.file("a.vma", golden("odd-size")), self.directory / "b.vma"
+        self.ok("optimize", path)
+        data = bytearray(path.read_bytes())
+        self.assertEqual(data[-1], 0)
+        data[-1] = 1
+        path.write_bytes(data)
+        self.assertRegex(self.ok("verify", path), "OK, .* not canonical")
+        self.ok("optimize", path, other)
+        self.assertIn(": optimized (", self.ok("optimize", path))
+        self.assertEqual((sha256(path), sha256(other)), (want, want))
+
     def test_another_align(self) -> None:
         """Blocks that one alignment made be stored stay stored under the next."""
         path = self.directory / "a.vma"
