@@ -528,6 +528,7 @@ class Signals:
             # What the caller ignores (nohup) stays ignored.
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, cls._handle)
+        sys.unraisablehook = cls._look_at_dropped
 
     @classmethod
     def _handle(cls, signum: int, _frame: FrameType | None) -> None:
@@ -540,6 +541,16 @@ class Signals:
         # What follows is the clean-up: a second signal must not cut that short.
         cls.depth = 1
         raise Interrupted(cls.pending)
+
+    @classmethod
+    def _look_at_dropped(cls, dropped: sys.UnraisableHookArgs) -> None:
+        """Raise again, a moment later, what came in a callback, where Python drops exceptions."""
+        if not isinstance(dropped.exc_value, Interrupted) or not hasattr(signal, "setitimer"):
+            sys.__unraisablehook__(dropped)
+            return
+        cls.depth = 0
+        signal.signal(signal.SIGALRM, cls._handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
 
     @classmethod
     @contextmanager
@@ -3826,7 +3837,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             discard_output()
         except MemoryError:
             status, message = 1, "out of memory"
-        Signals.depth = 1  # from here on, a signal comes too late
+        finally:
+            Signals.depth = 1  # from here on, a signal comes too late
     except Interrupted as error:
         status, message = 128 + error.signum, f"ended by {signal.Signals(error.signum).name}"
     if message:

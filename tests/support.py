@@ -188,11 +188,13 @@ def _kept_signals() -> Iterator[None]:
     """Give signals back the handlers that they had."""
     import vma_tool
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     handlers = [signal.getsignal(number) for number in numbers]
+    hook = sys.unraisablehook
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
         vma_tool.Signals.depth = vma_tool.Signals.pending = 0

@@ -22,6 +22,7 @@ import subprocess
 import threading
 import time
 import unittest
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -283,6 +284,22 @@ class EveryCall(RoadTest):
                     answer = self.workshop.go(road, within=lines)
                     self.assertIn(answer.returncode, (1, 128 + signal.SIGTERM), lines.name)
                     self.check_line(answer)
+
+    def test_signal_in_a_callback(self) -> None:
+        """Python drops the exceptions of callbacks; the signal counts all the same."""
+
+        def cmd_verify(_: object) -> int:
+            thing: set[int] = set()
+            reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+            del thing
+            self.assertIsNone(reference())
+            time.sleep(10)
+            return 0
+
+        with mock.patch.object(vma_tool, "cmd_verify", cmd_verify):
+            answer = call_tool("verify", "in.vma")
+        self.assertEqual(answer.returncode, 128 + signal.SIGTERM)
+        self.check_line(answer)
 
     def test_kills(self) -> None:
         """SIGKILL at any call: old files and complete new ones under all names, nothing else."""
