@@ -318,7 +318,7 @@ def parse_header(data: bytes) -> Header:
     contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
     configs = []
     for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
-        if name_offset and data_offset:
+        if name_offset and data_offset:  # a slot with one of them is an empty one
             name, content = parse_name(buffer, name_offset), parse_blob(buffer, data_offset)
             if name is None or content is None:
                 raise FormatError(
@@ -337,6 +337,7 @@ def parse_header(data: bytes) -> Header:
 
 def parse_blob(buffer: memoryview, offset: int) -> bytes | None:
     """Return the data of the blob at an offset of the blob buffer, None if it is not inside."""
+    # Offset 0 stands for no blob; what is sliced behind the buffer's end comes out shorter.
     size = int.from_bytes(buffer[offset : offset + 2], "little")
     data = bytes(buffer[offset + 2 : offset + 2 + size])
     return data if 0 < offset <= len(buffer) - 2 and len(data) == size else None
@@ -356,7 +357,7 @@ def encode_name(name: str) -> bytes:
 
 def pack_header(header: Header) -> bytearray:
     """Return a header of header.size bytes at least, its blobs in the order that Proxmox writes."""
-    data = bytearray(HEADER_FIXED_SIZE + 1)
+    data = bytearray(HEADER_FIXED_SIZE + 1)  # the blob buffer's first byte is none of a blob
 
     def add(blob: bytes) -> int:
         if len(blob) > BLOB_MAX_SIZE:
@@ -426,6 +427,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
     """
     fields = EXTENT.unpack(data)
     magic, reserved, block_count, extent_uuid, digest = fields[:5]
+    # The MD5 comes before the other fields: what is damaged is called damaged, not foreign.
     if magic != EXTENT_MAGIC:
         raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
     if md5_without(data, EXTENT_MD5) != digest:
@@ -718,7 +720,7 @@ class FileInput(Input):
             undo.callback(file.close)
             self.state = os.fstat(self.fd)
             self.size = self.state.st_size
-            if not stat.S_ISREG(self.state.st_mode):
+            if not stat.S_ISREG(self.state.st_mode):  # of a block device, st_size is 0
                 self.size = os.lseek(self.fd, 0, os.SEEK_END)
             undo.pop_all()  # close does it
         self.copying: Progress | None = None
@@ -777,7 +779,7 @@ class FileInput(Input):
             try:
                 if hasattr(os, "preadv"):
                     count = os.preadv(self.fd, views[:IOV_MAX], offset)
-                else:
+                else:  # macOS before 11, Windows
                     with self._lock:
                         os.lseek(self.fd, offset, os.SEEK_SET)
                         data = os.read(self.fd, len(views[0]))
@@ -934,7 +936,7 @@ class ProgramInput(Input):
                 buffer = memoryview(bytearray(BUFFER_SIZE))
                 while count := self.raw.readinto(buffer):
                     data = buffer[:count]
-                    while data:
+                    while data:  # it is not buffered: a write may be short
                         data = data[stdin.write(data) :]
         except BrokenPipeError:
             pass  # the child has ended; its exit status says why
@@ -1018,6 +1020,7 @@ def open_input(path: str) -> Iterator[Input]:
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
     """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
     with ExitStack() as undo, naming(name):
+        # A copy, so that who calls main finds its standard input open afterwards.
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
         refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
@@ -1218,6 +1221,7 @@ class Directory:
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist.
         """
+        # A signal waits: names that are half given would have to be taken back first.
         with ExitStack() as undo, Signals.held():
             undo.enter_context(naming(f"{escape(self.path)}: cannot write"))
             while self._files:
@@ -1234,7 +1238,7 @@ class Directory:
             if self.fd is not None:
                 undo.enter_context(naming("what was replaced is the new file, but not safely"))
                 os.fsync(self.fd)
-            undo.pop_all()
+            undo.pop_all()  # from here on, the new names stay
 
 
 class PartialFile(Target):
@@ -1248,6 +1252,7 @@ class PartialFile(Target):
         self.final = final
         self.old = old
         self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
+        # Random, and made by us: nobody can have put a link to another file there.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         fd = os.open(directory.at(self.temporary), flags, 0o666, dir_fd=directory.fd)
@@ -1477,8 +1482,8 @@ def read_payload(source: Input, extent: Extent, buffer: memoryview) -> memoryvie
 class DeviceIndex:
     """Where the clusters of one device are, 8 bytes a cluster.
 
-    `entries[cluster_num]` is offset << 16 | mask, 0 for a cluster not seen yet; the offset is that
-    of its first stored block in the archive, in bytes.
+    `entries[cluster_num]` is offset << 16 | mask; the offset is that of its first stored block in
+    the archive, in bytes, also where none is stored. It is 0 for a cluster not seen yet.
     """
 
     def __init__(self, device: Device) -> None:
@@ -1487,7 +1492,7 @@ class DeviceIndex:
         self.stored_size = 0
         self.ascending = True
         count = device.cluster_count
-        self.last = count - 1
+        self.last = count - 1  # `Index.add` looks closer at this one, which may be partial
         self.entries: Any  # array and memoryview have no common type that slices to a list
         if device.is_vmstate:
             self.last = -1  # so that each cluster of it is looked at
@@ -1579,7 +1584,7 @@ class Index:
                 current = dev_id
             cluster_num = info & 0xFFFFFFFF
             mask = info >> 48
-            if cluster_num >= last or entries[cluster_num]:
+            if cluster_num >= last or entries[cluster_num]:  # any other one can only be right
                 self._check(extent, index, cluster_num, mask)
             entries[cluster_num] = position << 16 | mask
             if cluster_num != index.seen:
@@ -1612,7 +1617,7 @@ class Index:
         if index is None or last - base >= index.last:  # a stored block, another device, ...
             return False
         first = infos[0] - base
-        entry = extent.payload_offset << 16
+        entry = extent.payload_offset << 16  # mask 0
         if in_order:
             if any(index.slice(first, count)):
                 return False
@@ -2110,13 +2115,14 @@ class Reorderer(Contents):
             directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
             with Signals.held():
                 self._spool = Spool(directory)
+        # More than had to go, so that not each extent that comes makes a write of its own.
         goal = self.memory - min(SPILL_SIZE, self.memory // 8)
         offset = self._spool.position
         parts: list[bytes] = []
         for dev_id, held in reversed(self._held.items()):
             entries = self.index.devices[dev_id].entries
             while held and self._held_size > goal:
-                cluster_num, data = held.popitem()
+                cluster_num, data = held.popitem()  # the one that came last
                 parts.append(data)
                 # The place in the stream is of no use any more, that in the file is.
                 entries[cluster_num] = offset << 16 | entries[cluster_num] & FULL_MASK
@@ -2382,6 +2388,7 @@ def read_group(group: Group, buffer: memoryview) -> Span:
         parts.append((first, end + tail))
     masks = stored_masks(buffer, parts, group.cluster_count)
     payload: list[Piece | None] = []
+    # A whole cluster is written from where it was read; only of a partial one, blocks are joined.
     for i, mask in enumerate(masks):
         cluster = buffer[i * CLUSTER_SIZE : (i + 1) * CLUSTER_SIZE]
         if mask and mask != FULL_MASK:
