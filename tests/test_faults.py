@@ -894,7 +894,7 @@ class RandomMoments(RoadTest):
 
     def wait_until_ready(self, tool: subprocess.Popen[bytes]) -> None:
         """Wait until the tool has its own handlers for signals; before, it is only Python."""
-        bit = 1 << signal.SIGTERM - 1
+        bit = 1 << signal.SIGHUP - 1  # the last one that it installs
         while tool.poll() is None:
             with suppress(OSError):
                 text = Path(f"/proc/{tool.pid}/status").read_text()
