@@ -3044,8 +3044,8 @@ def cmd_list(args: Namespace) -> int:
             contents = Contents(source)
             contents.complete()
         header = contents.header if contents else read_header(source)
+        found = describe(header, contents if args.scan else None, tables)
         source.check_unchanged()
-    found = describe(header, contents if args.scan else None, tables)
     if args.json:
         print(to_json(found))
     else:

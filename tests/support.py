@@ -37,6 +37,15 @@ DATA = ROOT / "tests" / "data"
 # Pythons but one, where it tries all of them.
 STEP = 11 if os.environ.get("VMA_TOOL_TESTS") == "sample" else 1
 
+# In the background, or under nohup, a run ignores these, and so would the tools that it starts:
+# what their caller ignores stays ignored.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 Argument = Union[str, "os.PathLike[str]"]
 Answer = subprocess.CompletedProcess  # of bytes: returncode, stdout, stderr
 

@@ -127,6 +127,7 @@ class GoldenDigests(ToolTest):
         data[-1] = 1
         path.write_bytes(data)
         self.assertRegex(self.ok("verify", path), "OK, .* not canonical")
+        self.assertIn("not canonical\n", self.ok("list", "--scan", path))
         self.ok("optimize", path, other)
         self.assertIn(": optimized (", self.ok("optimize", path))
         self.assertEqual((sha256(path), sha256(other)), (want, want))
