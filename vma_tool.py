@@ -278,7 +278,7 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     return digest.digest()
 
 
-def parse_header_size(start: bytes) -> int:
+def parse_header_size(start: Buffer) -> int:
     """Return header_size in bytes, from the first HEADER_FIXED_SIZE bytes of an archive.
 
     Raises FormatError where these cannot be the beginning of a supported header.
@@ -298,7 +298,7 @@ def parse_header_size(start: bytes) -> int:
     return int(header_size)
 
 
-def parse_header(data: bytes) -> Header:
+def parse_header(data: Buffer) -> Header:
     """Return the header that these header_size bytes hold; raises FormatError.
 
     As in Proxmox's program, a device with size 0 or without a readable name does not count.
@@ -353,6 +353,16 @@ def parse_name(buffer: memoryview, offset: int) -> str | None:
 
 def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
+
+
+def name_on_disk(name: str) -> str:
+    """Return a name so that the system gets its UTF-8, whatever the locale's encoding is."""
+    return os.fsdecode(encode_name(name))
+
+
+def name_from_disk(name: str) -> str:
+    """Return the name that `name_on_disk` has become this one of."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def pack_header(header: Header) -> bytearray:
@@ -414,10 +424,12 @@ def check_names(header: Header) -> None:
             raise FormatError(f"{len(names)} {kind}s, an archive holds {limit} at most")
         seen = set()
         for item in names:
-            fault = "occurs twice" if item.name in seen else name_fault(item.name)
+            fault = name_fault(item.name)
+            if not fault and encode_name(item.name) in seen:
+                fault = "occurs twice"
             if fault:
                 raise FormatError(f"{kind} name {quote(item.name)} {fault}")
-            seen.add(item.name)
+            seen.add(encode_name(item.name))
 
 
 def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
@@ -531,6 +543,9 @@ class Signals:
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, cls._handle)
         sys.unraisablehook = cls._look_at_dropped
+        if hasattr(signal, "SIGCHLD"):
+            # Ignored, it would hide how a decompressor ended.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     @classmethod
     def _handle(cls, signum: int, _frame: FrameType | None) -> None:
@@ -565,9 +580,6 @@ class Signals:
             cls.depth -= 1
             if cls.pending and not cls.depth:
                 cls._interrupt()
-
-
-T = TypeVar("T")
 
 
 class Progress:
@@ -677,6 +689,11 @@ class Input:
         while skipped < size and (count := self.readinto(view[: size - skipped])):
             skipped += count
         return skipped
+
+    @property
+    def output_mode(self) -> int:
+        """The mode of what is made of it, before the umask: nobody may read more than here."""
+        return 0o600 | self.state.st_mode & 0o666 if self.state else 0o666
 
     def position(self) -> int:
         """Return how far the reading is, in the terms of the progress's total."""
@@ -856,19 +873,35 @@ CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD
 
 
 class RestOfPipe(io.FileIO):
-    """A pipe of which the first bytes have been read already."""
+    """A pipe of which the first bytes have been read already.
 
-    def __init__(self, start: bytes, fd: int) -> None:
+    Its end is its end: a FIFO goes on when another writer opens it, after bytes that may be lost.
+    """
+
+    def __init__(self, start: bytes, fd: int, ended: bool) -> None:
         super().__init__(fd, "rb")
         self._start = start
+        self._ended = ended
 
     def readinto(self, buffer: Any) -> int:
-        if not self._start:
-            return super().readinto(buffer) or 0
-        data = self._start[: len(buffer)]
-        self._start = self._start[len(data) :]
-        buffer[: len(data)] = data
-        return len(data)
+        if self._start:
+            data = self._start[: len(buffer)]
+            self._start = self._start[len(data) :]
+            buffer[: len(data)] = data
+            return len(data)
+        if self._ended or not len(buffer):
+            return 0
+        while (count := super().readinto(buffer)) is None:
+            wait_for_data(self.fileno())
+        self._ended = not count
+        return count
+
+
+def wait_for_data(fd: int) -> None:
+    """Wait until there is something to read: who shares a pipe with us may have made it so."""
+    import select
+
+    select.select([fd], [], [])
 
 
 class ModuleInput(Input):
@@ -892,6 +925,14 @@ class ModuleInput(Input):
     def close(self, failed: bool = False) -> None:
         super().close(failed)
         self._buffered.close()
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread; raises VmaError where the system allows no more of them."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise VmaError(str(error)) from error
 
 
 class ProgramInput(Input):
@@ -923,9 +964,11 @@ class ProgramInput(Input):
             assert isinstance(stdout, io.FileIO)
             widen_pipe(stdout.fileno())
             super().__init__(name, io.BufferedReader(stdout, BUFFER_SIZE))
+            undo.callback(self.close, failed=True)
+            if self._process.stdin:
+                undo.callback(self._process.stdin.close)
+                start_thread(threading.Thread(target=self._feed, daemon=True))
             undo.pop_all()  # close does it
-        if not seekable:
-            threading.Thread(target=self._feed, daemon=True).start()
 
     def _feed(self) -> None:
         """Hand the pipe's bytes on to the child, in a thread of its own."""
@@ -1032,13 +1075,18 @@ def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
         if not seekable:
             widen_pipe(fd)
         start = b""
-        while len(start) < MAGIC_SIZE and (data := os.read(fd, MAGIC_SIZE - len(start))):
-            start += data
+        data = None
+        while data != b"" and len(start) < MAGIC_SIZE:
+            try:
+                data = os.read(fd, MAGIC_SIZE - len(start))
+                start += data
+            except BlockingIOError:
+                wait_for_data(fd)
         size = None
         if seekable:
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        raw = io.FileIO(fd, "rb") if seekable else RestOfPipe(start, fd)
+        raw = io.FileIO(fd, "rb") if seekable else RestOfPipe(start, fd, ended=data == b"")
         undo.pop_all()
         return raw, start, size
 
@@ -1146,8 +1194,9 @@ class Directory:
     are never followed as symbolic links. What is not committed when it is closed is removed.
     """
 
-    def __init__(self, path: str, follow: bool = True) -> None:
+    def __init__(self, path: str, follow: bool = True, mode: int = 0o666) -> None:
         self.path = path or "."
+        self.mode = mode  # of new files, before the umask
         self._files: list[PartialFile] = []
         self.fd: int | None = None
         if os.open in os.supports_dir_fd:
@@ -1160,8 +1209,10 @@ class Directory:
     def __exit__(self, *_: object) -> None:
         with Signals.held():
             for file in self._files:
-                file.close()
-                with suppress(FileNotFoundError):
+                # Something has failed before, which is what the user has to read.
+                with suppress(OSError):
+                    file.close()
+                with suppress(OSError):
                     os.unlink(self.at(file.temporary), dir_fd=self.fd)
             self._files.clear()
             if self.fd is not None:
@@ -1173,19 +1224,19 @@ class Directory:
         # Names are bytes on disk, whatever the locale believes.
         return encode_name(name if self.fd is not None else os.path.join(self.path, name))
 
-    def has(self, name: str) -> bool:
-        """Say whether there is something of that name, be it a dangling symbolic link."""
+    def state(self, name: str) -> os.stat_result | None:
+        """Return the state of what has that name, also of a dangling symbolic link, or None."""
         with naming(self.full(name)), suppress(FileNotFoundError):
-            os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
-            return True
-        return False
+            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
+        return None
 
     def require_free(self, names: Iterable[str], replace: bool) -> None:
         """Raise VmaError if there is something of one of the names: a directory if `replace`."""
         for name in names:
-            if self.has(name) and not replace:
+            state = self.state(name)
+            if state and not replace:
                 raise refused(self.full(name), errno.EEXIST)
-            if replace and os.path.isdir(os.path.join(self.path, name)):
+            if state and stat.S_ISDIR(state.st_mode):
                 raise refused(self.full(name), errno.EISDIR)
 
     def require_empty(self) -> None:
@@ -1219,14 +1270,14 @@ class Directory:
         """Give all files their names, the last created last, and see that the disk knows them.
 
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
-        not exist do not exist.
+        not exist do not exist, and those that were replaced stay replaced.
         """
         # A signal waits: names that are half given would have to be taken back first.
         with ExitStack() as undo, Signals.held():
             undo.enter_context(naming(f"{escape(self.path)}: cannot write"))
             while self._files:
                 file = self._files[0]
-                exists = self.has(file.final)
+                exists = self.state(file.final) is not None
                 if exists and not replace:
                     raise refused(file.name, errno.EEXIST)
                 file.close()
@@ -1255,7 +1306,9 @@ class PartialFile(Target):
         # Random, and made by us: nobody can have put a link to another file there.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        fd = os.open(directory.at(self.temporary), flags, 0o666, dir_fd=directory.fd)
+        # Until `sync` gives it the old one's mode, nobody else may read what the old one hid.
+        mode = directory.mode if old is None else 0o600
+        fd = os.open(directory.at(self.temporary), flags, mode, dir_fd=directory.fd)
         super().__init__(fd, directory.full(final), seekable=True)
 
     def truncate(self, size: int) -> None:
@@ -1313,39 +1366,61 @@ def allocates_cheaply(fd: int) -> bool:
 
 
 @contextmanager
-def open_output(path: str, replace: bool = True, disk: bool = False) -> Iterator[Target]:
+def open_output(
+    path: str, replace: bool = True, mode: int = 0o666, device: Device | None = None
+) -> Iterator[Target]:
     """Open a file to be written and then committed, or (`-`) standard output, or what is there.
 
-    A block device only for a `disk`. What is not committed when the block is left, is removed.
+    A block device only for a `device` that it has room for. A new file gets `mode`, before the
+    umask. What is not committed at the end is removed.
     """
     name = shown(path, "output")
     old = None
     with naming(name), suppress(FileNotFoundError):
         old = os.stat(path) if path != "-" else os.fstat(1)
-    mode = old.st_mode if old else stat.S_IFREG
+    kind = old.st_mode if old else stat.S_IFREG
     if not path:
         raise refused(quote(path), errno.ENOENT)
-    if stat.S_ISDIR(mode) or path.endswith(os.sep):
+    if stat.S_ISDIR(kind) or path.endswith(os.sep):
         raise refused(name, errno.EISDIR)
-    if stat.S_ISBLK(mode) and not disk:
+    if stat.S_ISBLK(kind) and device is None:
         raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
     if path == "-":
         refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
         yield Target(1, name, seekable=False)
-    elif stat.S_ISREG(mode):
+    elif stat.S_ISREG(kind):
         # As cp does: what a symbolic link points to is written, the link stays.
         path = os.path.realpath(path)
+        if old and not is_same_state(old, path):  # /dev/fd/3 of a file that was removed
+            raise VmaError(f"{name}: the file has no name under which it could be replaced")
         if old and not replace:
             raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
-        with Directory(os.path.dirname(path)) as files:
+        with Directory(os.path.dirname(path), mode=mode) as files:
             yield files.create(os.path.basename(path), old)
     else:
         fd = open_path(path, os.O_WRONLY)
         try:
             refuse_terminal(fd, f"{name} is a terminal")
+            if stat.S_ISBLK(kind) and device is not None:
+                require_room(name, fd, device)
+                os.lseek(fd, 0, os.SEEK_SET)
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
+
+
+def is_same_state(state: os.stat_result, path: str) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(state, os.stat(path))
+    return False
+
+
+def require_room(name: str, fd: int, device: Device, slack: int = sys.maxsize) -> None:
+    """Raise VmaError if a file or block device is smaller than a device, or larger by `slack`."""
+    with naming(name):
+        size = os.lseek(fd, 0, os.SEEK_END)
+    if not device.size <= size <= device.size + slack:
+        raise VmaError(f"{name}: {size} bytes, device {quote(device.name)} needs {device.size}")
 
 
 def refuse_terminal(fd: int, message: str) -> None:
@@ -1359,6 +1434,7 @@ def open_path(path: str, flags: int) -> int:
         return os.open(path, flags | getattr(os, "O_BINARY", 0))
 
 
+T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -1394,7 +1470,7 @@ def run_steps(
         free.put(new_buffer(buffer_size))
     writer = threading.Thread(target=write, daemon=True)
     try:
-        writer.start()
+        start_thread(writer)
         for item in items:
             buffer = free.get()
             if failures:
@@ -1439,8 +1515,11 @@ def write_all(writes: Iterable[Write]) -> None:
 def read_header(source: Input) -> Header:
     """Read the header at the beginning of an archive; raises FormatError."""
     with in_archive(source.name):
-        data = source.read(HEADER_FIXED_SIZE)
-        return parse_header(data + source.read(parse_header_size(data) - len(data)))
+        start = source.read(HEADER_FIXED_SIZE)
+        data = memoryview(bytearray(parse_header_size(start)))
+        data[:HEADER_FIXED_SIZE] = start
+        count = source.readinto(data[HEADER_FIXED_SIZE:])
+        return parse_header(data[: HEADER_FIXED_SIZE + count])
 
 
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
@@ -1462,20 +1541,28 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
             if source.size is None or end <= source.size:
                 yield extent
                 source.skip(end - source.offset)
-            if source.offset != end:
-                stop = source.offset if source.size is None else source.size
-                raise FormatError(
-                    f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
-                    f"payload, expected {extent.payload_size}",
-                    offset,
-                )
+            require_end(source, extent)
+
+
+def require_end(source: Input, extent: Extent) -> None:
+    """Raise FormatError unless the source stands at the end of an extent."""
+    if source.offset != extent.payload_offset + extent.payload_size:
+        stop = source.offset if source.size is None else source.size
+        raise FormatError(
+            f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
+            f"payload, expected {extent.payload_size}",
+            extent.offset,
+            source.name,
+        )
 
 
 def read_payload(source: Input, extent: Extent, buffer: memoryview) -> memoryview:
-    """Read an extent's payload into a buffer of EXTENT_MAX_BLOCKS blocks."""
+    """Read an extent's payload into a buffer of EXTENT_MAX_BLOCKS blocks; raises FormatError."""
     payload = buffer[: extent.payload_size]
-    if payload:  # if it is cut short, read_extents finds that the source stands at another place
+    if payload:
         source.readinto(payload)
+        # Behind what was read, the buffer still holds what was in the extent before.
+        require_end(source, extent)
     return payload
 
 
@@ -1996,16 +2083,16 @@ HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its bloc
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 
-def iter_chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Gather pieces into lists of up to CHUNK_SIZE bytes, or of one that is larger."""
-    chunk: list[Piece] = []
+def iter_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Gather items into lists of up to CHUNK_SIZE bytes, or of one that is larger."""
+    chunk: list[T] = []
     size = 0
-    for piece in pieces:
-        length = piece_size(piece)
+    for item in items:
+        length = size_of(item)
         if size + length > CHUNK_SIZE and chunk:
             yield chunk
             chunk, size = [], 0
-        chunk.append(piece)
+        chunk.append(item)
         size += length
     if chunk:
         yield chunk
@@ -2036,15 +2123,12 @@ def copy_pieces(
             source.read_at(wanted)
         return parts
 
-    run_steps(ahead(iter_chunks(pieces), source), step, deliver)
+    run_steps(ahead(iter_chunks(pieces, piece_size), source), step, deliver)
 
 
-C = TypeVar("C", bound=Sequence[Any])
-
-
-def ahead(chunks: Iterable[C], source: Input) -> Iterator[C]:
+def ahead(chunks: Iterable[list[T]], source: Input) -> Iterator[list[T]]:
     """Pass chunks on a little later, after the system was told what they will read."""
-    waiting: collections.deque[C] = collections.deque()
+    waiting: collections.deque[list[T]] = collections.deque()
     for chunk in chunks:
         if isinstance(source, FileInput):
             # The last two fields of both are where they are and their size.
@@ -2063,6 +2147,7 @@ class Spool(Target):
     def __init__(self, directory: str) -> None:
         import tempfile
 
+        directory = os.environ.get("TMPDIR") or directory or tempfile.gettempdir()
         name = f"temporary file in {escape(directory)}"
         with naming(name):
             file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - source closes
@@ -2110,11 +2195,8 @@ class Reorderer(Contents):
     def _spill(self) -> None:
         """Write clusters that are needed last to the temporary file until the rest is in bounds."""
         if self._spool is None:
-            import tempfile
-
-            directory = os.environ.get("TMPDIR") or self.directory or tempfile.gettempdir()
             with Signals.held():
-                self._spool = Spool(directory)
+                self._spool = Spool(self.directory)
         # More than had to go, so that not each extent that comes makes a write of its own.
         goal = self.memory - min(SPILL_SIZE, self.memory // 8)
         offset = self._spool.position
@@ -2202,33 +2284,22 @@ def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
         archive.source.read_at(wanted)
         return place(slots, buffer, targets, ends)
 
-    run_steps(ahead(stored_clusters(archive, targets), archive.source), step, write_all)
+    chunks = iter_chunks(stored_clusters(archive, targets), operator.attrgetter("size"))
+    run_steps(ahead(chunks, archive.source), step, write_all)
     if archive.source.copying:
         archive.source.copying.finish()
 
 
-def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[list[Slot]]:
-    """Yield the clusters of devices that store blocks, up to CHUNK_SIZE bytes at once.
-
-    Each one's start is its offset in the archive.
-    """
-    chunk: list[Slot] = []
-    room = CHUNK_SIZE
+def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[Slot]:
+    """Yield the clusters of devices that store blocks; each one's start is its archive offset."""
     for device in canonical_order(archive.header.devices, chosen):
         first = 0
         while entries := archive.entries(device, first, EXTENT_SLOTS):
             for cluster_num, entry in enumerate(entries, first):
                 mask = entry & FULL_MASK
                 if mask:
-                    size = mask_size(mask)
-                    if size > room:
-                        yield chunk
-                        chunk, room = [], CHUNK_SIZE
-                    chunk.append(Slot(device.dev_id, cluster_num, mask, entry >> 16, size))
-                    room -= size
+                    yield Slot(device.dev_id, cluster_num, mask, entry >> 16, mask_size(mask))
             first += len(entries)
-    if chunk:
-        yield chunk
 
 
 def stream_disks(stream: Contents, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
@@ -2254,7 +2325,6 @@ def write_disks(
 
     New files become as long as the disks. Of a stream, clusters are written as they come.
     """
-    devices = contents.index.devices
     if not isinstance(contents, Archive):
         stream_disks(contents, targets, zeros)
     else:
@@ -2264,7 +2334,7 @@ def write_disks(
             copy_pieces(contents.source, iter_disk(spans), targets[dev_id].append)
     for dev_id, target in targets.items():
         if isinstance(target, PartialFile):
-            target.truncate(devices[dev_id].disk_size)
+            target.truncate(contents.index.devices[dev_id].disk_size)
 
 
 class Disk(NamedTuple):
@@ -2466,8 +2536,8 @@ def compare_disks(contents: Contents, archive: Archive) -> list[str]:
     Of the first archive, only the header has been read; it is read in the order that it has, and
     checked as `Archive` does. A zero block that only one of them stores is no difference.
     """
-    both = set(contents.header.devices) & set(archive.header.devices)
-    common = {device.dev_id: device for device in sorted(both)}
+    others = archive.header.devices
+    common = {device.dev_id: device for device in contents.header.devices if device in others}
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
     for extent, payload in contents.payloads():
@@ -2740,8 +2810,11 @@ def disk_file_name(device: Device) -> str:
 
 
 @contextmanager
-def make_directory(path: str) -> Iterator[Directory]:
-    """Open a directory, made if it is not there; one that was made here goes away on an error."""
+def make_directory(path: str, mode: int) -> Iterator[Directory]:
+    """Open a directory, made if it is not there; one that was made here goes away on an error.
+
+    Its new files get `mode`, before the umask.
+    """
     made = False
     with ExitStack() as undo:
         with Signals.held(), naming(escape(path)), suppress(FileExistsError):
@@ -2749,7 +2822,7 @@ def make_directory(path: str) -> Iterator[Directory]:
             made = True
             undo.callback(remove_directory, path)
         # What was made here is no symbolic link, unless somebody else has put one in its place.
-        with Directory(path, follow=not made) as directory:
+        with Directory(path, follow=not made, mode=mode) as directory:
             yield directory
         undo.pop_all()
 
@@ -2776,11 +2849,15 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2)
 
 
-class Packing(NamedTuple):
-    """What is to be packed: the archive's header, and each device's file, by name."""
+def refuse_twice(where: str, files: Sequence[str]) -> None:
+    """Raise VmaError if two files of a directory have the same name."""
+    for i, name in enumerate(files):
+        if name in files[:i]:
+            raise VmaError(f"{where}: two files would be called {quote(name)}")
 
-    header: Header
-    paths: Mapping[str, str]
+
+# What is to be packed: the archive's header, and each device's file, by name
+Packing = tuple[Header, Mapping[str, str]]
 
 
 def read_described(directory: str) -> Packing:
@@ -2809,16 +2886,17 @@ def read_described(directory: str) -> Packing:
         raise VmaError(f"{where}: a size or the ctime is out of range")
     # Names are checked before they are opened: vma.json may come from anywhere.
     check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
-    known = {DESCRIPTION_NAME, *names, *(device.name for device in devices)}
-    extra = sorted(set(os.listdir(directory)) - known)
+    known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
+    refuse_twice(where, known)
+    extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
     if extra:
         raise VmaError(
             f"{escape(os.path.join(directory, extra[0]))}: not listed in {DESCRIPTION_NAME}: "
             "list it there, or remove one of them"
         )
-    paths = {name: os.path.join(directory, name) for name in known}
+    paths = {name: os.path.join(directory, name_on_disk(name)) for name in known}
     configs = tuple(Config(name, read_small(paths[name])) for name in names)
-    return Packing(Header(CANONICAL_UUID, ctime, configs, devices), paths)
+    return Header(CANONICAL_UUID, ctime, configs, devices), paths
 
 
 def require(value: object, kind: type[T]) -> T:
@@ -2833,10 +2911,11 @@ def read_undescribed(directory: str) -> Packing:
     devices = {}
     for entry in sorted(os.listdir(directory), key=natural_key):
         path = os.path.join(directory, entry)
-        if entry.endswith((".conf", ".fw")):
-            configs.append(Config(entry, read_small(path)))
+        name = name_from_disk(entry)
+        if name.endswith((".conf", ".fw")):
+            configs.append(Config(name, read_small(path)))
             continue
-        match = re.fullmatch(DISK_FILE, entry)
+        match = re.fullmatch(DISK_FILE, name)
         if not match:
             raise VmaError(
                 f"{escape(path)}: neither a config (*.conf, *.fw) nor a device (disk-NAME.raw, "
@@ -2855,7 +2934,7 @@ def read_undescribed(directory: str) -> Packing:
 def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
     """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
     devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
-    return Packing(Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths)
+    return Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
@@ -2928,11 +3007,14 @@ def set_option(data: bytes, key: str, value: str) -> bytes:
     lines = data.splitlines(keepends=True)
     main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
     new = encode_name(f"{key}: {value}\n")
-    for i, line in enumerate(lines[:main]):
-        name, colon, _ = line.partition(b":")
-        if colon and name.strip() == encode_name(key):
-            lines[i] = new
-            break
+    known = [
+        i for i, line in enumerate(lines[:main])
+        if b":" in line and line.partition(b":")[0].strip() == encode_name(key)
+    ]  # fmt: skip
+    if known:
+        lines[known[0]] = new
+        for i in reversed(known[1:]):  # of two, the last one would count
+            del lines[i]
     else:
         while main and not lines[main - 1].strip():
             main -= 1  # blank lines belong to the section that follows
@@ -2942,12 +3024,10 @@ def set_option(data: bytes, key: str, value: str) -> bytes:
     return b"".join(lines)
 
 
-def require_raw(image_format: str, path: str) -> None:
+def require_raw(image_format: str, hint: str) -> None:
     if image_format != "raw":
-        raise VmaError(
-            f"format={escape(image_format)} is not read or written here, only raw: first run "
-            f"qemu-img convert -O raw {escape(path)} {escape(path)}.raw"
-        )
+        what = f"format={escape(image_format)} is not read or written here, only raw"
+        raise VmaError(f"{what}: {hint}")
 
 
 def parse_map(lines: Iterable[str]) -> dict[str, tuple[str, bool] | None]:
@@ -2968,7 +3048,8 @@ def parse_map(lines: Iterable[str]) -> dict[str, tuple[str, bool] | None]:
         while rest.startswith(MAP_OPTIONS):
             option, _, rest = rest.partition(":")
             if option.startswith("format="):
-                require_raw(option.removeprefix("format="), "PATH")
+                hint = "extract the disk, then use qemu-img convert"
+                require_raw(option.removeprefix("format="), hint)
         name, _, path = rest[2:].partition("=")
         if rest[:2] not in ("0:", "1:") or not name or not path or "\0" in path:
             raise VmaError(
@@ -2987,11 +3068,8 @@ def open_destination(device: Device, path: str) -> Iterator[Target]:
         with naming(name):
             if not is_disk(os.fstat(fd).st_mode):
                 raise VmaError(f"{name}: neither a file nor a block device")
-            size = os.lseek(fd, 0, os.SEEK_END)
         # Storages round sizes up; Proxmox demands the same.
-        if not device.size <= size <= device.size + DESTINATION_SLACK:
-            needed = f"device {quote(device.name)} needs {device.size}"
-            raise VmaError(f"{name}: {size} bytes, {needed}")
+        require_room(name, fd, device, DESTINATION_SLACK)
         yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
@@ -3136,12 +3214,12 @@ def cmd_verify(args: Namespace) -> int:
         try:
             with open_input(path) as source, progress_of(args, source.name) as progress:
                 if args.digest:
-                    verify_digest(args, source, progress)
+                    verify_digest(args, path, source, progress)
                     continue
                 source.progress = progress
                 progress.total = source.size or source.compressed_size
                 if args.against is not None:
-                    bad += verify_against(args, source)
+                    bad += verify_against(args, path, source)
                 else:
                     contents = Contents(source)
                     contents.complete()
@@ -3161,14 +3239,13 @@ def cmd_verify(args: Namespace) -> int:
     return 1 if bad else 0
 
 
-def verify_against(args: Namespace, source: Input) -> bool:
+def verify_against(args: Namespace, path: str, source: Input) -> bool:
     """Compare with another archive, say how they differ, and return whether they do."""
     with open_input(args.against) as other:
-        name = other.name
         # Either may be a stream: that one is read in its order, the other one wherever needed.
         read, sought = (source, other) if isinstance(other, FileInput) else (other, source)
         if not isinstance(sought, FileInput):
-            raise VmaError(f"{source.name} and {name}: one of them has to be a plain file")
+            raise VmaError(f"{source.name} and {other.name}: one of them has to be a plain file")
         archive = Archive(sought)
         contents = Contents(read)
         check_source(archive.header, sought)
@@ -3178,7 +3255,7 @@ def verify_against(args: Namespace, source: Input) -> bool:
         read.check_unchanged()
         sought.check_unchanged()
     if args.json:
-        result = {"archive": source.name, "against": name, "same": not found}
+        result = {"archive": path, "against": args.against, "same": not found}
         print(to_json({**result, "differences": found}))
     elif found:
         for line in found:
@@ -3188,7 +3265,7 @@ def verify_against(args: Namespace, source: Input) -> bool:
     return bool(found)
 
 
-def verify_digest(args: Namespace, source: Input, progress: Progress) -> None:
+def verify_digest(args: Namespace, path: str, source: Input, progress: Progress) -> None:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
     contents = load(source, progress)
     header = contents.header
@@ -3203,7 +3280,7 @@ def verify_digest(args: Namespace, source: Input, progress: Progress) -> None:
         size = index.disk_size
         files.append({"name": index.device.name, "size": size, "sha256": digests[dev_id]})
     if args.json:
-        print(to_json({"archive": source.name, "ok": True, "files": files}))
+        print(to_json({"archive": path, "ok": True, "files": files}))
     else:
         for file in files:
             print(f"{file['sha256']}  {escape(file['name'])}")
@@ -3252,7 +3329,9 @@ def cmd_extract(args: Namespace) -> int:
 def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
     """Return the devices that lists of names, with commas, choose: all, if there are none."""
     known = {device.name: device for device in header.devices}
-    chosen = known.keys() if lists is None else set(",".join(lists).split(","))
+    chosen = set(known)
+    if lists is not None:  # a name may have a comma itself
+        chosen = set().union(*([text] if text in known else text.split(",") for text in lists))
     unknown = chosen - known.keys()
     if unknown:
         there = ", ".join(map(quote, known)) or "none"
@@ -3267,7 +3346,8 @@ def extract_one(args: Namespace) -> int:
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        with open_output(args.output, disk=True) as output:
+        mode = contents.source.output_mode
+        with open_output(args.output, mode=mode, device=device) as output:
             if isinstance(output, PartialFile):
                 write_disks(contents, {device.dev_id: output})
             else:
@@ -3284,7 +3364,10 @@ def extract_mapped(args: Namespace) -> int:
     with ExitStack() as stack:
         contents = stack.enter_context(loaded(args))
         header = contents.header
-        directory = stack.enter_context(make_directory(args.targetdir))
+        states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
+        refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
+        mode = contents.source.output_mode
+        directory = stack.enter_context(make_directory(args.targetdir, mode))
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and asks for these lines with -v.
         for config in header.configs:
@@ -3304,7 +3387,7 @@ def extract_mapped(args: Namespace) -> int:
         with naming(escape(args.map)), open(args.map, "rb") as lines:
             places = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
         targets: dict[int, Target] = {}
-        used = [args.archive]
+        used: list[str] = []
         zeros = set()
         for device in header.devices:
             if device.is_vmstate:
@@ -3315,7 +3398,9 @@ def extract_mapped(args: Namespace) -> int:
             place = places[device.name]
             if place is not None:
                 path, write_zeros = place
-                refuse_same(used, path)
+                refuse_same([args.archive], path)
+                if any(is_same_file(other, path) for other in used):
+                    raise VmaError(f"{escape(path)}: two disks are to go there")
                 used.append(path)
                 targets[device.dev_id] = stack.enter_context(open_destination(device, path))
                 if write_zeros:
@@ -3347,13 +3432,10 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
             names = {device.dev_id: disk_file_name(device) for device in devices}
             extra = []
         files = [*(config.name for config in header.configs), *names.values(), *extra]
-        twice = next((name for i, name in enumerate(files) if name in files[:i]), None)
-        if twice is not None:
-            message = f"two files would be called {quote(twice)}"
-            raise FormatError(message, archive=contents.source.name)
+        refuse_twice(contents.source.name, files)
         for name in files:
-            refuse_same([args.archive], os.path.join(path, name))
-        with make_directory(path) as directory:
+            refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
+        with make_directory(path, contents.source.output_mode) as directory:
             if for_pack:
                 directory.require_free(files, args.force)
             else:
@@ -3409,17 +3491,17 @@ def cmd_pack(args: Namespace) -> int:
         names = os.listdir(args.directory)
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
         header, paths = (read_described if described else read_undescribed)(args.directory)
-    write_packed(args, Packing(set_options(header, args.options), paths), exact=described)
+    write_packed(args, (set_options(header, args.options), paths), exact=described)
     return 0
 
 
 def write_packed(args: Namespace, packing: Packing, exact: bool, replace: bool = True) -> None:
     """Write an archive of configs and disks, whose sizes are to be `exact`, or are found out."""
-    header = packing.header
+    header, paths = packing
     check_names(header)
     with ExitStack() as stack:
         disks = [
-            open_disk(stack, device, packing.paths[device.name], exact, args.quiet)
+            open_disk(stack, device, paths[device.name], exact, args.quiet)
             for device in canonical_order(header.devices)
         ]
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
@@ -3446,7 +3528,8 @@ def cmd_create(args: Namespace) -> int:
         text = spec
         if text.startswith("format="):
             image_format, _, text = text.removeprefix("format=").partition(":")
-            require_raw(image_format, text.partition("=")[2])
+            disk = escape(text.partition("=")[2])
+            require_raw(image_format, f"first run qemu-img convert -O raw {disk} {disk}.raw")
         name, _, path = text.partition("=")
         if not name or not path or name in paths:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
@@ -3487,7 +3570,7 @@ def cmd_optimize(args: Namespace) -> int:
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(output_path))
+        output = stack.enter_context(open_output(output_path, mode=source.output_mode))
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or (source.size is None and not source.compressed_size)):
             raise VmaError(f"{source.name}: --check reads both archives again: name two files")
@@ -3548,7 +3631,8 @@ def warning_of_partial(output: Target) -> Iterator[None]:
 def require_replaceable(path: str, source: Input) -> os.stat_result:
     """Return the state of an archive, or raise VmaError if it cannot be optimized in its place."""
     if source.compressed_size:
-        plain = path.rsplit(".", 1)[0] if not path.endswith(".vma") else path + ".new"
+        root, extension = os.path.splitext(path)
+        plain = root if extension not in ("", ".vma") else f"{path}.new"
         raise VmaError(
             f"{source.name}: a compressed archive is not replaced by a plain one: "
             f"vma-tool optimize {escape(path)} {escape(plain)}"
@@ -3732,10 +3816,10 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
             parser.error("extract: name a TARGETDIR, or -o PATH")
         if args.map is not None and args.devices is not None:
             parser.error("extract: the devices are chosen by -d or by -r, not by both")
-        if args.map is not None and args.output is not None:
-            parser.error("extract: disks go where -o or -r says, not both")
     if args.func is cmd_verify and args.against is not None and args.digest:
         parser.error("verify: --against or --digest, not both")
+    if args.func is cmd_verify and args.against is None and args.ignore_ctime:
+        parser.error("verify: --ignore-ctime is of use with --against only")
     if args.func is cmd_optimize and args.archive == "-" and args.output is None:
         parser.error("optimize: standard input cannot be replaced: name an OUTPUT")
     if args.func is cmd_optimize and args.check and "-" in (args.archive, args.output):

@@ -438,7 +438,9 @@ class ExtractOne(ToolTest):
                 self.assertEqual(device.read(), b"\xff" * MIB)
         small = loop_device(self, self.file("small", b"\xff" * MIB))
         path = self.file("a.vma", good())
-        self.refused("extract", "-d", "drive-scsi0", "-o", small, path, says=["No space left"])
+        says = ["1048576 bytes, device 'drive-scsi0' needs 1572864"]
+        self.refused("extract", "-d", "drive-scsi0", "-o", small, path, says=says)
+        self.assertEqual(small.read_bytes(), b"\xff" * MIB)
 
     def test_fifo(self) -> None:
         """A FIFO gets the disk as standard output would."""

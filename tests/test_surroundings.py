@@ -1,0 +1,309 @@
+"""What the caller hands on: modes, limits, ignored signals, a locale, a pipe with a past."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import stat
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import vma_tool
+from tests import archives
+from tests.archives import CLUSTER, Archive, Device
+from tests.damage import good, good_archive
+from tests.support import Argument, ToolTest, call_tool, golden, run_tool, sha256, snapshot
+
+MIB = 1 << 20
+
+
+class SurroundingsTest(ToolTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = self.file("a.vma", golden("live-order"))
+
+    def built(self, *devices: Device, configs: Any = ()) -> Path:
+        """Return the path of an archive of these."""
+        archive = Archive(list(devices), list(configs))
+        name = f"{len(os.listdir(self.directory))}.vma"
+        return self.file(name, archives.build(archive, archives.in_order(archive)))
+
+
+class System(SurroundingsTest):
+    """What the system and its administrator have set."""
+
+    def test_private(self) -> None:
+        """What is made of an archive is never readable by more people than the archive is."""
+        self.addCleanup(os.umask, os.umask(0o022))
+        self.source.chmod(0o600)
+        modes: list[int] = []
+        real = vma_tool.check_written
+
+        def looking(output: vma_tool.PartialFile, layout: vma_tool.Layout) -> None:
+            modes.append(stat.S_IMODE(os.fstat(output.fd).st_mode))
+            real(output, layout)
+
+        public = self.file("public.vma", b"an older archive")
+        made = [self.directory / "b.vma", self.directory / "disk", self.source]
+        with mock.patch.object(vma_tool, "check_written", looking):
+            self.ok("optimize", self.source, made[0])
+            self.ok("optimize", self.source, public)
+            self.ok("optimize", self.source)
+        self.assertEqual(modes, [0o600] * 3)
+        self.assertEqual(stat.S_IMODE(public.stat().st_mode), 0o644)
+        self.ok("unpack", self.source, self.directory / "new")
+        self.ok("extract", "-d", "drive-scsi0", "-o", made[1], self.source)
+        for path in (*made, *(self.directory / "new").iterdir()):
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600, path)
+        self.source.chmod(0o440)
+        self.ok("optimize", self.source, self.directory / "c.vma")
+        self.assertEqual(stat.S_IMODE((self.directory / "c.vma").stat().st_mode), 0o640)
+
+    def test_error_of_close(self) -> None:
+        """It neither hides the error before it, nor keeps the file from being removed."""
+        before = snapshot(self.directory)
+        close = vma_tool.PartialFile.close
+
+        def closing(file: vma_tool.PartialFile) -> None:
+            close(file)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        args: list[Argument] = ["unpack", self.source, self.directory / "new"]
+        with mock.patch.object(vma_tool.PartialFile, "close", closing):
+            self.refused(*args, says=["cannot write", os.strerror(errno.EDQUOT)])
+            self.assertEqual(snapshot(self.directory), before)
+            full = vma_tool.VmaError("the disk is full")
+            with mock.patch.object(vma_tool.Target, "write_at", side_effect=full):
+                self.refused(*args, says=["the disk is full"])
+        self.assertEqual(snapshot(self.directory), before)
+
+    def test_no_thread(self) -> None:
+        """As under a limit of tasks."""
+        packed = self.file("a.vma.gz", gzip.compress(golden("live-order")))
+        fifo = self.directory / "fifo"
+        os.mkfifo(fifo)
+        before = snapshot(self.directory)
+        calls: list[list[Argument]] = [
+            ["optimize", self.source, self.directory / "b.vma"],
+            ["unpack", self.source, self.directory / "new"],
+            ["verify", fifo],
+        ]
+        for args in calls:
+            keeper = os.open(fifo, os.O_RDWR)
+            os.write(keeper, packed.read_bytes()[:100])
+            error = RuntimeError("can't start new thread")
+            with self.subTest(args=args):
+                with mock.patch.object(threading.Thread, "start", side_effect=error):
+                    self.refused(*args, says=["can't start new thread"])
+                os.close(keeper)
+                self.assertEqual(snapshot(self.directory), before)
+                with self.assertRaises(ChildProcessError):
+                    os.waitpid(-1, os.WNOHANG)
+
+    def test_file_without_a_name(self) -> None:
+        """It cannot be replaced, and nothing appears under the name that the system shows."""
+        with open(self.directory / "gone", "wb") as gone:
+            os.unlink(gone.name)
+            path = f"/dev/fd/{gone.fileno()}"
+            if not os.path.exists(path):
+                self.skipTest("needs /dev/fd")
+            before = snapshot(self.directory)
+            self.refused("optimize", self.source, path, says=[path, "no name"])
+            disk = "extract", "-d", "drive-scsi0", "-o"
+            self.refused(*disk, path, self.source, says=[path, "no name"])
+        self.assertEqual(snapshot(self.directory), before)
+
+    def test_parent_that_ignores_its_children(self) -> None:
+        """How a decompressor ended is known all the same."""
+        program = self.file("zstd", b'#!/bin/sh\ncat >/dev/null; cat "$ARCHIVE"; exit 3\n')
+        program.chmod(0o755)
+        packed = self.file("a.vma.zst", b"\x28\xb5\x2f\xfd")
+        environment = {**os.environ, "ARCHIVE": str(self.source)}
+        environment["PATH"] = f"{self.directory}:{environment['PATH']}"
+        ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+        script = f"import os, signal, sys; {ignore}; os.execv(sys.argv[1], sys.argv[1:])"
+        prefix = [sys.executable, "-c", script]
+        answer = run_tool("verify", packed, prefix=prefix, env=environment)
+        self.check_error(answer, "zstd: ended with status 3")
+
+    def test_locale_without_the_characters(self) -> None:
+        """Names are UTF-8 on the disk, whatever the locale says that names are."""
+        name = "drive-é€"
+        source = self.built(Device(1, name, b"x" * 5000), configs=[("é€.conf", b"name: a\n")])
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        for command in ("unpack", "extract"):
+            target, output = self.directory / command, self.directory / f"{command}.vma"
+            self.check_ok(run_tool(command, source, target, env=environment))
+            answer = run_tool("pack", "-q", target, output, env=environment)
+            self.assertEqual((answer.returncode, answer.stderr), (0, b""))
+            header = archives.parse(output.read_bytes()).archive
+            self.assertEqual([d.raw_name for d in header.devices], [name.encode()])
+            self.assertEqual(header.configs, [("é€.conf", b"name: a\n")])
+        self.assertTrue(
+            os.path.exists(os.fsencode(self.directory / "unpack") + b"/drive-\xc3\xa9\xe2\x82\xac")
+        )
+
+
+class Names(SurroundingsTest):
+    """Names that meet."""
+
+    def pack(self, configs: list[str], devices: list[dict[str, Any]], says: str) -> None:
+        """Check that pack refuses a description."""
+        value = {"format": 1, "ctime": 5, "configs": configs, "devices": devices}
+        directory = self.directory / "dir"
+        (directory / "vma.json").write_text(json.dumps(value))
+        self.refused("pack", directory, self.directory / "b.vma", says=[says])
+
+    def test_packed(self) -> None:
+        """What pack takes, unpack takes."""
+        directory = self.directory / "dir"
+        directory.mkdir()
+        (directory / "é.conf").write_bytes(b"x")
+        (directory / "same").write_bytes(b"x" * 512)
+        # Two texts for the same bytes
+        other = "é.conf".encode().decode("ascii", "surrogateescape")
+        self.pack(["é.conf", other], [], "occurs twice")
+        device = {"dev_id": 1, "name": "same", "size": 512}
+        for name in ("same", "vma.json"):
+            self.pack([name], [device], f"two files would be called '{name}'")
+
+    def test_mapped(self) -> None:
+        """extract -r finds what cannot be before it has written to a disk."""
+        devices = [Device(1, "a", b"x" * MIB), Device(2, "b", b"y" * MIB)]
+        state = Device(3, "vmstate", b"z" * CLUSTER)
+        disk = self.file("disk", bytes(MIB))
+        lines = self.file("map", f"1:a={disk}\n1:b={disk}\n".encode())
+        for source, says in (
+            (self.built(*devices), f"{disk}: two disks"),
+            (self.built(devices[0], state, configs=[("vmstate.bin", b"")]), "two files would be"),
+        ):
+            with self.subTest(says):
+                self.refused("extract", "-r", lines, source, self.directory / "new", says=[says])
+                self.assertEqual(disk.read_bytes(), bytes(MIB))
+
+    def test_what_to_call_the_plain_archive(self) -> None:
+        """The command that the error shows never has the compressed archive as its output."""
+        (self.directory / "d.x").mkdir()
+        data = gzip.compress(golden("live-order"))
+        for name, plain in (("c.vma.gz", "c.vma"), ("b", "b.new"), ("d.x/b", "d.x/b.new"),
+                            ("c.vma", "c.vma.new")):  # fmt: skip
+            path = self.file(name, data)
+            line = self.refused("optimize", path)
+            self.assertTrue(line.rstrip().endswith(f"{path} {self.directory / plain}"), line)
+
+    def test_forced_over_links(self) -> None:
+        """A link is replaced, wherever it leads; a directory never is."""
+        target = self.directory / "new"
+        self.ok("unpack", self.source, target)
+        config = target / "qemu-server.conf"
+        want = config.read_bytes()
+        config.unlink()
+        config.symlink_to(self.directory)
+        self.ok("unpack", "--force", self.source, target)
+        self.assertFalse(config.is_symlink())
+        self.assertEqual(config.read_bytes(), want)
+        config.unlink()
+        config.mkdir()
+        self.refused("unpack", "--force", self.source, target, says=[os.strerror(errno.EISDIR)])
+
+    def test_option_set_twice(self) -> None:
+        """Of two equal lines the last one counts, so that none may stay."""
+        self.ok("unpack", self.source, self.directory / "new")
+        config = self.directory / "new" / "qemu-server.conf"
+        config.write_bytes(b"name: a\ncores: 2\nname: b\n[snap]\nname: c\n")
+        self.ok("pack", "-u", "name=web", self.directory / "new", self.directory / "b.vma")
+        text = self.ok("config", self.directory / "b.vma")
+        self.assertEqual(text, "name: web\ncores: 2\n[snap]\nname: c\n")
+
+    def test_device_with_a_comma(self) -> None:
+        source = self.built(Device(1, "a,b", b"x" * 512), Device(2, "b", b"y" * 512))
+        self.ok("extract", "-d", "a,b", "-o", self.directory / "disk", source)
+        self.assertEqual((self.directory / "disk").read_bytes(), b"x" * 512)
+
+    def test_option_without_use(self) -> None:
+        answer = call_tool("verify", "--ignore-ctime", self.source)
+        self.assertEqual(answer.returncode, 2)
+        self.assertIn(b"--against", answer.stderr)
+
+
+class Pipes(ToolTest):
+    """What comes after the end of a pipe, or not yet."""
+
+    def test_second_writer_of_a_fifo(self) -> None:
+        """A FIFO goes on after its end; an archive that was cut there must not."""
+        fifo = self.directory / "fifo"
+        os.mkfifo(fifo)
+        fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        with fifo.open("wb", buffering=0) as writer:
+            os.set_blocking(fd, True)
+            writer.write(b"first")
+        with vma_tool.RestOfPipe(b"start ", fd, ended=False) as pipe:
+            buffer = bytearray(100)
+            view = memoryview(buffer)
+            while count := pipe.readinto(view):
+                view = view[count:]
+            self.assertEqual(buffer.rstrip(b"\0"), b"start first")
+            with fifo.open("wb", buffering=0) as writer:
+                writer.write(b"second")
+                self.assertEqual(pipe.readinto(buffer), 0)
+
+    def feed(self, writing: int, pieces: list[bytes]) -> threading.Thread:
+        """Write pieces to a pipe, in a thread, each a little later."""
+
+        def write() -> None:
+            with open(writing, "wb", buffering=0) as pipe:
+                time.sleep(0.1)
+                for piece in pieces:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[pipe.write(view) :]
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        return thread
+
+    def test_pipe_that_does_not_block(self) -> None:
+        """No data yet is not the end: of a pipe that somebody has switched so, it waits."""
+        data = good()
+        packed = gzip.compress(data)
+        cuts = sorted({0, 1, 3, *archives.extent_offsets(data), 20000, 50000, len(data)})
+        plain = [data[start:end] for start, end in zip(cuts, cuts[1:])]
+        path = self.file("a.vma", data)
+        for what, command, pieces in (
+            ("unpack", "unpack", plain),
+            ("optimize", "optimize", plain),
+            ("packed", "optimize", [packed[:2], packed[2:5000], packed[5000:]]),
+        ):
+            reading, writing = os.pipe()
+            os.set_blocking(reading, False)
+            target = self.directory / what
+            with self.subTest(what), open(reading, "rb") as stdin:
+                feeder = self.feed(writing, pieces)
+                self.check_ok(run_tool(command, "-q", "-", target, stdin=stdin))
+                feeder.join()
+                if command == "optimize":
+                    self.ok("verify", "-q", "--against", path, target)
+                    continue
+                for device in good_archive().devices:
+                    name = device.raw_name.decode()
+                    self.assertEqual(sha256(target / name), sha256(device.data))
+
+    def test_short_payload(self) -> None:
+        """What a buffer holds of the extent before is never taken for the next one's payload."""
+        whole = vma_tool.Input.readinto
+
+        def short(source: vma_tool.Input, view: memoryview) -> int:
+            return whole(source, view[:-1] if len(view) > 40000 else view)
+
+        with mock.patch.object(vma_tool.Input, "readinto", short):
+            for command in ("unpack", "optimize"):
+                target = self.directory / command
+                self.refused(command, "-", target, input=good(), says=["ends inside an extent"])
+                self.assertFalse(target.exists())
