@@ -215,6 +215,7 @@ class Device(NamedTuple):
 
     def stores_tail(self, mask: int) -> bool:
         """Say whether the last cluster stores, with this mask, the last block and so a tail."""
+        # The last block's bit is the highest that may be set: a mask above all others has it.
         return self.tail_size > 0 and mask > self.block_mask(self.cluster_count - 1) >> 1
 
     def block_mask(self, cluster_num: int) -> int:
@@ -259,7 +260,10 @@ class Extent(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A cluster in an extent: its stored blocks are payload[start:start + size], in bytes."""
+    """A cluster as an extent has it: its stored blocks begin at start, and have size bytes.
+
+    `start` is a place in the extent's payload, or where it is said, in the archive.
+    """
 
     dev_id: int
     cluster_num: int
@@ -366,7 +370,10 @@ def name_from_disk(name: str) -> str:
 
 
 def pack_header(header: Header) -> bytearray:
-    """Return a header of header.size bytes at least, its blobs in the order that Proxmox writes."""
+    """Return a header of header.size bytes at least, its blobs in the order that Proxmox writes.
+
+    Raises VmaError for a blob that is too large.
+    """
     data = bytearray(HEADER_FIXED_SIZE + 1)  # the blob buffer's first byte is none of a blob
 
     def add(blob: bytes) -> int:
@@ -565,7 +572,8 @@ class Signals:
         if not isinstance(dropped.exc_value, Interrupted) or not hasattr(signal, "setitimer"):
             sys.__unraisablehook__(dropped)
             return
-        cls.depth = 0
+        cls.depth = 0  # _interrupt has shut the door, for an exception that is lost
+        # Raised here, it would be dropped as well.
         signal.signal(signal.SIGALRM, cls._handle)
         signal.setitimer(signal.ITIMER_REAL, 0.001)
 
@@ -743,23 +751,23 @@ class FileInput(Input):
         self.copying: Progress | None = None
         self._window = b""
         self._window_offset = 0
-        self._advised = (0, 0)  # where all has been announced
+        self._advised = (0, 0)  # from where to where all has been announced
         self._lock = threading.Lock()
 
     def read(self, size: int) -> bytes:
         """Return the next bytes; fewer than size only at the end."""
         size = min(size, self.size - self.offset)
-        start = self.offset - self._window_offset
-        if not 0 <= start <= len(self._window) - size:
+        at = self.offset - self._window_offset
+        if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
             # What follows on what was read is read with more behind it; after a skip, by itself.
-            follows = 0 <= start <= len(self._window)
+            follows = 0 <= at <= len(self._window)
             window = bytearray(
                 min(max(size, BUFFER_SIZE), self.size - self.offset) if follows else size
             )
             self._fill([memoryview(window)], self.offset)
-            self._window, self._window_offset, start = bytes(window), self.offset, 0
+            self._window, self._window_offset, at = bytes(window), self.offset, 0
         self._advance(size)
-        return self._window[start : start + size]
+        return self._window[at : at + size]
 
     def readinto(self, view: memoryview) -> int:
         view = view[: self.size - self.offset]
@@ -823,11 +831,11 @@ class FileInput(Input):
 
     def advise_up_to(self, end: int) -> None:
         """Tell the system that all from where the reading in order is will be read soon."""
-        first, last = self._advised
-        if not first <= self.offset <= last:
-            first = last = self.offset
-        self._advise(last, end)
-        self._advised = first, max(last, end)
+        begin, stop = self._advised
+        if not begin <= self.offset <= stop:
+            begin = stop = self.offset
+        self._advise(stop, end)
+        self._advised = begin, max(stop, end)
 
     def _advise(self, start: int, end: int) -> None:
         if start < end:
@@ -1287,7 +1295,7 @@ class Directory:
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
             if self.fd is not None:
-                undo.enter_context(naming("what was replaced is the new file, but not safely"))
+                undo.enter_context(naming("written, but the directory is perhaps not on the disk"))
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
 
@@ -1691,6 +1699,8 @@ class Index:
 
         Return False, with nothing done, if it is anything else, or wrong.
         """
+        # With mask 0, a blockinfo is dev_id << 32 | cluster_num: those of a device compare and
+        # subtract like cluster numbers, and all others are far behind the device's last one.
         infos = extent.blockinfo
         if 0 in infos:
             infos = tuple(info for info in infos if info)
@@ -1817,6 +1827,7 @@ class Contents:
         index = self.index.devices[device.dev_id]
         while True:
             entries = index.slice(first, count)
+            # A vmstate ends where its clusters end: fewer may only mean that more are to be read.
             known = 0 not in entries and (len(entries) == count or not device.is_vmstate)
             if known or not self._read_extent():
                 return entries
@@ -1852,7 +1863,9 @@ class Archive(Contents):
 
     def __init__(self, source: FileInput, lazy: bool = False) -> None:
         super().__init__(source)
-        self._lead = 0  # by how many clusters what was entered is ahead of what was asked for
+        # By how many clusters what was entered is ahead of what was asked for. From MAX_LEAD on,
+        # the file's order says nothing of what is needed next.
+        self._lead = 0
         if not lazy:
             self.complete()
 
@@ -2018,7 +2031,7 @@ class Layout:
     def __init__(self, header: Header, align: int) -> None:
         self.header = header
         self.align = align
-        self.clusters = clusters_per_extent(align)
+        self.cluster_count = clusters_per_extent(align)
         self.digest = hashlib.sha256()
 
     def extents(self, spans: Iterable[Span]) -> Iterator[tuple[bytes, Span | None, Sequence[int]]]:
@@ -2049,7 +2062,7 @@ def is_canonical(contents: Contents, align: int) -> bool:
         return False
     contents.complete()
     layout = Layout(header, align)
-    for _ in layout.extents(contents.spans(layout.clusters)):
+    for _ in layout.extents(contents.spans(layout.cluster_count)):
         pass
     same = layout.digest.digest() == contents.index.digest.digest()
     return same and has_zero_tails(contents)
@@ -2058,7 +2071,7 @@ def is_canonical(contents: Contents, align: int) -> bool:
 def has_zero_tails(contents: Contents) -> bool:
     """Say whether what the disks' last blocks hold behind their ends is zeros, as optimize has it.
 
-    Of a stream this cannot be known any more.
+    Of a stream this cannot be known any more: True.
     """
     source = contents.source
     if not isinstance(source, FileInput):
@@ -2077,7 +2090,7 @@ def has_zero_tails(contents: Contents) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Reorder: from any order to the canonical one, and to the disks
 
-EMPTY_GROUPS = 1024  # headers of empty extents that are written at once
+ZERO_EXTENTS = 1024  # headers of extents without data that are written at once
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
@@ -2131,7 +2144,7 @@ def ahead(chunks: Iterable[list[T]], source: Input) -> Iterator[list[T]]:
     waiting: collections.deque[list[T]] = collections.deque()
     for chunk in chunks:
         if isinstance(source, FileInput):
-            # The last two fields of both are where they are and their size.
+            # Of a Range and of a Slot, the last two fields are the offset and the size.
             source.advise([piece[-2:] for piece in chunk if isinstance(piece, (Range, Slot))])
         waiting.append(chunk)
         if len(waiting) > READ_AHEAD:
@@ -2249,6 +2262,7 @@ def place(
     begin = filled = 0  # where in the buffer neighbours of it begin, and where it ends
 
     def add() -> None:
+        """Add what is in the buffer for the last run, when it is known that nothing follows it."""
         if filled > begin:
             parts.append(buffer[begin : filled - max(end - ends[last], 0)])
 
@@ -2393,24 +2407,24 @@ def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: in
 class Group(NamedTuple):
     """The clusters of one extent to pack, and where their data is, (start, end) on the disk.
 
-    `empty` are the headers of extents before it that hold nothing, so that each step has work.
+    `zero_headers` are those of extents before it that store nothing, so that each step has work.
     """
 
     disk: Disk
     first: int
     cluster_count: int
     data: Sequence[tuple[int, int]]
-    empty: Sequence[bytes]
+    zero_headers: Sequence[bytes]
 
 
 def iter_groups(layout: Layout, disk: Disk) -> Iterator[Group]:
     """Yield the extents of a disk; those without data only as the headers that they will have."""
     parts = iter_data(disk)
     part = next(parts, None)
-    empty: list[bytes] = []
+    zero_headers: list[bytes] = []
     cluster_count = -(-disk.size // CLUSTER_SIZE)
-    for first in range(0, cluster_count, layout.clusters):
-        count = min(layout.clusters, cluster_count - first)
+    for first in range(0, cluster_count, layout.cluster_count):
+        count = min(layout.cluster_count, cluster_count - first)
         start, end = first * CLUSTER_SIZE, min((first + count) * CLUSTER_SIZE, disk.size)
         data = []
         while part and part[0] < end:
@@ -2418,11 +2432,11 @@ def iter_groups(layout: Layout, disk: Disk) -> Iterator[Group]:
             if part[1] > end:
                 break
             part = next(parts, None)
-        if data or len(empty) == EMPTY_GROUPS or end == disk.size:
-            yield Group(disk, first, count, data, empty)
-            empty = []
+        if data or len(zero_headers) == ZERO_EXTENTS or end == disk.size:
+            yield Group(disk, first, count, data, zero_headers)
+            zero_headers = []
         else:
-            empty.append(lay_out_extent(disk.device, first, [0] * count, layout.align)[0])
+            zero_headers.append(lay_out_extent(disk.device, first, [0] * count, layout.align)[0])
 
 
 def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
@@ -2431,7 +2445,7 @@ def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
     def step(group: Group, buffer: memoryview) -> tuple[list[bytes], list[Piece]]:
         span = read_group(group, buffer)
         header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
-        return [*group.empty, header], extent_payload(span, masks)
+        return [*group.zero_headers, header], extent_payload(span, masks)
 
     def deliver(result: tuple[list[bytes], list[Any]]) -> None:
         headers, payload = result
@@ -2440,10 +2454,10 @@ def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
         target.append([*headers, *payload])
 
     target.append([lay_out_header(layout.header, layout.align)])
-    for data, _, _ in layout.extents(()):
+    for data, _, _ in layout.extents(()):  # one, if there are no devices
         target.append([data])
     groups = itertools.chain.from_iterable(iter_groups(layout, disk) for disk in disks)
-    run_steps(groups, step, deliver, layout.clusters * CLUSTER_SIZE)
+    run_steps(groups, step, deliver, layout.cluster_count * CLUSTER_SIZE)
 
 
 def read_group(group: Group, buffer: memoryview) -> Span:
@@ -2470,8 +2484,8 @@ def read_group(group: Group, buffer: memoryview) -> Span:
 
 def check_written(output: PartialFile, layout: Layout) -> None:
     """Raise VmaError unless what is on the disk has the extents that were laid out."""
-    # Headers that are as they were laid out need no more parsing: of a complete index, all clusters
-    # were in them. The MD5 tells that each is whole, the digest of all that it is the right one.
+    # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
+    # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
     with output.read_back() as source:
         header = read_header(source)
@@ -2956,7 +2970,7 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     return data
 
 
-def open_disk(stack: ExitStack, device: Device, path: str, exact: bool, quiet: bool) -> Disk:
+def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
     """Open the file or block device of a disk; `exact` if device.size is to be its size."""
     name = escape(path)
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -2976,11 +2990,6 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool, quiet: b
             )
     else:
         device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
-        if size % SECTOR_SIZE and not quiet:
-            print(
-                f"{name}: {size} bytes, rounded up to {device.size}, as disks have whole sectors",
-                file=sys.stderr,
-            )
     if not device.size:
         raise VmaError(f"{name}: an empty file is no disk")
     if device.cluster_count > MAX_CLUSTERS:
@@ -3129,7 +3138,7 @@ def cmd_list(args: Namespace) -> int:
     else:
         print_listing(source.name, found)
     # It is shown for what it is, but a script must not take it for an archive that restores.
-    check_source(header, source)
+    check_archive_names(header, source)
     return 0
 
 
@@ -3223,7 +3232,7 @@ def cmd_verify(args: Namespace) -> int:
                 else:
                     contents = Contents(source)
                     contents.complete()
-                    check_source(contents.header, source)
+                    check_archive_names(contents.header, source)
                     source.check_unchanged()
                     if args.json:
                         description = describe(contents.header, contents, {})
@@ -3242,18 +3251,19 @@ def cmd_verify(args: Namespace) -> int:
 def verify_against(args: Namespace, path: str, source: Input) -> bool:
     """Compare with another archive, say how they differ, and return whether they do."""
     with open_input(args.against) as other:
-        # Either may be a stream: that one is read in its order, the other one wherever needed.
-        read, sought = (source, other) if isinstance(other, FileInput) else (other, source)
-        if not isinstance(sought, FileInput):
+        # Either may be a stream. That one is read in its order, and each cluster of it looked up in
+        # the other one.
+        in_order, file = (source, other) if isinstance(other, FileInput) else (other, source)
+        if not isinstance(file, FileInput):
             raise VmaError(f"{source.name} and {other.name}: one of them has to be a plain file")
-        archive = Archive(sought)
-        contents = Contents(read)
-        check_source(archive.header, sought)
-        check_source(contents.header, read)
+        archive = Archive(file)
+        contents = Contents(in_order)
+        check_archive_names(archive.header, file)
+        check_archive_names(contents.header, in_order)
         found = compare_headers(contents.header, archive.header, args.ignore_ctime)
         found += compare_disks(contents, archive)
-        read.check_unchanged()
-        sought.check_unchanged()
+        in_order.check_unchanged()
+        file.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
         print(to_json({**result, "differences": found}))
@@ -3286,7 +3296,7 @@ def verify_digest(args: Namespace, path: str, source: Input, progress: Progress)
             print(f"{file['sha256']}  {escape(file['name'])}")
 
 
-def check_source(header: Header, source: Input) -> None:
+def check_archive_names(header: Header, source: Input) -> None:
     """Raise FormatError for names that do not restore."""
     with in_archive(source.name):
         check_names(header)
@@ -3480,7 +3490,7 @@ def load(
         source.progress = progress
         progress.total = source.compressed_size
         contents = Reorderer(source, memory, directory)
-    check_source(contents.header, source)
+    check_archive_names(contents.header, source)
     return contents
 
 
@@ -3501,9 +3511,16 @@ def write_packed(args: Namespace, packing: Packing, exact: bool, replace: bool =
     check_names(header)
     with ExitStack() as stack:
         disks = [
-            open_disk(stack, device, paths[device.name], exact, args.quiet)
+            open_disk(stack, device, paths[device.name], exact)
             for device in canonical_order(header.devices)
         ]
+        for disk in disks:
+            if disk.device.size != disk.size and not exact and not args.quiet:
+                print(
+                    f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}, "
+                    "as disks have whole sectors",
+                    file=sys.stderr,
+                )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         layout = Layout(header, ALIGNS[args.align])
         output = stack.enter_context(open_output(args.output, replace))
@@ -3580,7 +3597,7 @@ def cmd_optimize(args: Namespace) -> int:
             else:
                 contents.complete()  # what is written now cannot be taken back
         stack.enter_context(warning_of_partial(output))
-        spans = contents.spans(layout.clusters)
+        spans = contents.spans(layout.cluster_count)
         copy_pieces(source, layout.pieces(spans), output.append)
         progress.finish()
         if file:
@@ -3913,7 +3930,7 @@ def parse_memory(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit status."""
+    """Run the command line, and return the exit status; SystemExit for --help and wrong usage."""
     message = ""
     try:
         try:

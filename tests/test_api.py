@@ -199,7 +199,7 @@ class Writing(ApiTest):
             with self.subTest(align=align):
                 archive = vma_tool.Archive(self.open(good()))
                 layout = vma_tool.Layout(archive.header, size)
-                data = self.joined(layout.pieces(archive.spans(layout.clusters)), good())
+                data = self.joined(layout.pieces(archive.spans(layout.cluster_count)), good())
                 self.assertEqual(sha256(data), sha256(archives.canonical(good_archive(), size)))
                 written = vma_tool.Archive(self.open(data))
                 self.assertTrue(vma_tool.is_canonical(written, size))
@@ -237,7 +237,7 @@ class Writing(ApiTest):
                     )
 
         layout = vma_tool.Layout(header, vma_tool.ALIGNS["128K"])
-        data = self.joined(layout.pieces(spans(layout.clusters)))
+        data = self.joined(layout.pieces(spans(layout.cluster_count)))
         self.assertEqual(sha256(data), sha256(archives.canonical(guest)))
 
     def test_empty_archive(self) -> None:
