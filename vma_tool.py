@@ -1615,7 +1615,7 @@ class DeviceIndex:
 
     @property
     def zero_size(self) -> int:
-        """How many bytes of the device are zeros that are not stored."""
+        """How many bytes of the size that the header says no stored block covers."""
         return max(self.device.size - self.stored_size, 0)
 
     def slice(self, first: int, count: int) -> list[int]:
