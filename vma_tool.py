@@ -1399,8 +1399,12 @@ def open_output(
     elif stat.S_ISREG(kind):
         # As cp does: what a symbolic link points to is written, the link stays.
         path = os.path.realpath(path)
-        if old and not is_same_state(old, path):  # /dev/fd/3 of a file that was removed
-            raise VmaError(f"{name}: the file has no name under which it could be replaced")
+        if old:
+            now = None
+            with naming(name), suppress(FileNotFoundError):
+                now = os.stat(path)
+            if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
+                raise VmaError(f"{name}: the file has no name under which it could be replaced")
         if old and not replace:
             raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
         with Directory(os.path.dirname(path), mode=mode) as files:
@@ -1415,12 +1419,6 @@ def open_output(
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
-
-
-def is_same_state(state: os.stat_result, path: str) -> bool:
-    with suppress(OSError):
-        return os.path.samestat(state, os.stat(path))
-    return False
 
 
 def require_room(name: str, fd: int, device: Device, slack: int = sys.maxsize) -> None:
