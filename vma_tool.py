@@ -1295,7 +1295,8 @@ class Directory:
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
             if self.fd is not None:
-                undo.enter_context(naming("written, but the directory is perhaps not on the disk"))
+                where = escape(self.path)
+                undo.enter_context(naming(f"{where}: not flushed, but what was replaced is new"))
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
 
