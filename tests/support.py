@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "vma_tool.py"
 DATA = ROOT / "tests" / "data"
 
-# VMA_TOOL_TESTS=sample: where a test tries thousands of cases, every eleventh. CI does so under all
-# Pythons but one, where it tries all of them.
+# VMA_TOOL_TESTS=sample: where a test tries thousands of cases, every eleventh; of fewer that take
+# long, every third. CI does so under all Pythons but one, where it tries all of them.
 STEP = 11 if os.environ.get("VMA_TOOL_TESTS") == "sample" else 1
 
 # In the background, or under nohup, a run ignores these, and so would the tools that it starts:

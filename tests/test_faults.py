@@ -310,7 +310,7 @@ class EveryCall(RoadTest):
             # In front of any other call, nothing has changed since the one before.
             changing = [i for i, name in enumerate(calls.names, 1) if name in CHANGING]
             self.assertGreater(len(changing), 4)
-            for number in changing:
+            for number in changing[::STEP]:
                 with self.subTest(road.name, call=number, name=calls.names[number - 1]):
                     self.assertTrue(
                         self.killed(road, number) or road.reads in ("-", "-.gz", "in.vma.gz")
@@ -500,7 +500,7 @@ class ChangingArchives(RoadTest):
     def change_at_every_call(self, road: Road, changes: Iterator[Callable[[Path], None]]) -> None:
         path = self.directory / road.reads
         old, state = path.read_bytes(), path.stat()
-        for number in itertools.count(1):
+        for number in itertools.count(1, min(STEP, 3)):
             change = next(changes)
             changed: dict[str, str] = {}
 
@@ -914,7 +914,7 @@ class RandomMoments(RoadTest):
         rng = random.Random(SEED)
         source = (self.directory / "in.vma").read_bytes()
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] + [signal.SIGKILL] * 3
-        for args in self.ROADS:
+        for args in self.ROADS[:: min(STEP, 3)]:
             tool = self.start(args)
             self.wait_until_ready(tool)
             ready = time.monotonic()

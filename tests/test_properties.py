@@ -21,7 +21,7 @@ from unittest import mock
 
 from tests import archives
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
-from tests.support import Argument, ToolTest, call_tool, sha256, snapshot
+from tests.support import STEP, Argument, ToolTest, call_tool, sha256, snapshot
 
 SEED = 20251120
 ROUNDS = 30
@@ -111,7 +111,7 @@ class RoundTrips(ToolTest):
         return self.directory / name
 
     def test_roads(self) -> None:
-        for number, rng, sample in samples():
+        for number, rng, sample in samples(ROUNDS // min(STEP, 3)):
             with self.subTest(sample=number, devices=len(sample.archive.devices)):
                 self.check_roads(rng, sample, zero_blocks=number % 2 == 1)
                 for path in self.directory.rglob("*"):
