@@ -13,11 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import vma_tool
-from tests import archives, fuzz
+from tests import archives
 from tests.archives import BLOCK, HEADER, Archive, Device
 from tests.damage import damages, good
 from tests.faults import memory_directory
-from tests.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
+from tests.tools import fuzz
+from tests.tools.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 from tests.support import STEP, ToolTest, golden, manifest, sha256
 
 CASES = 2000 // STEP
@@ -201,7 +202,7 @@ class Fuzzing(ToolTest):
             try:
                 sandbox.check(case.data, commands, number)
             except FindingError as finding:
-                self.fail(f"python3 tests/fuzz.py --case {SEED}:{number} ({case.what}): {finding}")
+                self.fail(f"python3 tests/tools/fuzz.py --case {SEED}:{number} ({case.what}): {finding}")
             good += sandbox.judgement.contents is not None
         # A fuzzer that makes only good archives, or only bad ones, shows little.
         self.assertGreater(good, CASES // 4)
