@@ -17,9 +17,9 @@ from tests import archives
 from tests.archives import BLOCK, HEADER, Archive, Device
 from tests.damage import damages, good
 from tests.faults import memory_directory
+from tests.support import STEP, ToolTest, golden, manifest, sha256
 from tests.tools import fuzz
 from tests.tools.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
-from tests.support import STEP, ToolTest, golden, manifest, sha256
 
 CASES = 2000 // STEP
 SEED = 20251120
@@ -187,7 +187,7 @@ class Regressions(ToolTest):
 def named(name: bytes) -> bytes:
     """Return an archive whose device and config have that name."""
     archive = Archive([Device(1, name, b"x" * 5000)], [(name + b"-", b"y")])
-    return archives.build(archive, archives.in_order(archive))
+    return archives.build(archive)
 
 
 class Fuzzing(ToolTest):
@@ -202,7 +202,8 @@ class Fuzzing(ToolTest):
             try:
                 sandbox.check(case.data, commands, number)
             except FindingError as finding:
-                self.fail(f"python3 tests/tools/fuzz.py --case {SEED}:{number} ({case.what}): {finding}")
+                again = f"python3 tests/tools/fuzz.py --case {SEED}:{number}"
+                self.fail(f"{again} ({case.what}): {finding}")
             good += sandbox.judgement.contents is not None
         # A fuzzer that makes only good archives, or only bad ones, shows little.
         self.assertGreater(good, CASES // 4)

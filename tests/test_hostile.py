@@ -27,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 from tests import archives
-from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
+from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, forked, has_child, open_files
 from tests.support import (
     STEP,
@@ -44,7 +44,6 @@ from tests.support import (
     temporary_directory,
 )
 
-MIB = 1 << 20
 SOMEBODY = b"somebody else's"
 Plant = Callable[[Path], None]
 SEED = 20251120
@@ -408,7 +407,7 @@ class Names(ToolTest):
         """Where the terminal does not take all letters, they are escaped as well."""
         archive = self.archive("caf\u00e9\U0001f4be", "device")
         archive.configs = [(b"\xff.conf", b"")]
-        source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+        source = self.file("a.vma", archives.build(archive))
         for setting in (
             {"PYTHONIOENCODING": "ascii"},
             {"PYTHONIOENCODING": "latin-1"},
@@ -426,7 +425,7 @@ class Names(ToolTest):
         for name in NAMES:
             raw = name if isinstance(name, bytes) else name.encode()
             archive = self.archive(raw, "device")
-            source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+            source = self.file("a.vma", archives.build(archive))
             new, out = self.directory / "new", self.directory / "out.vma"
             with self.subTest(name=name):
                 answer = call_tool("unpack", source, new)
@@ -448,7 +447,7 @@ class Names(ToolTest):
         disk = bytearray(2 * CLUSTER)
         disk[:4] = b"XFSB"
         archive = Archive([Device(1, name, bytes(disk))])
-        source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+        source = self.file("a.vma", archives.build(archive))
         listed = json.loads(self.ok("list", "--json", "--partitions", source))
         (device,) = listed["devices"]
         commands = [partition["mount"] for partition in device["partitions"]]
@@ -498,7 +497,7 @@ class Large(ToolTest):
         rng = random.Random(SEED)
         configs: list[archives.Config] = [(f"{n}.conf", rng.randbytes(65535)) for n in range(256)]
         archive = Archive([Device(1, "drive-scsi0", rng.randbytes(5000))], configs)
-        data = archives.build(archive, archives.in_order(archive))
+        data = archives.build(archive)
         source, out, new = self.file("a.vma", data), self.directory / "b.vma", self.directory / "n"
         wanted = sha256(archives.canonical(archive))
         tries: list[tuple[list[Argument], bytes | None]] = [

@@ -12,7 +12,7 @@ from unittest import mock
 
 import vma_tool
 from tests import archives
-from tests.archives import Archive, Device
+from tests.archives import MIB, Archive, Device
 from tests.damage import good, good_archive
 from tests.support import (
     Argument,
@@ -27,7 +27,6 @@ from tests.support import (
     snapshot,
 )
 
-MIB = 1 << 20
 WANT = manifest()["live-order"]["optimized_sha256"]["128K"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import archives
-from tests.archives import CLUSTER, Archive, Device
+from tests.archives import CLUSTER, MIB, Archive, Device
 from tests.support import (
     Argument,
     ToolTest,
@@ -25,7 +25,6 @@ from tests.support import (
     snapshot,
 )
 
-MIB = 1 << 20
 CONF = "qemu-server.conf"
 
 

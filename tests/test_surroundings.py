@@ -9,18 +9,14 @@ import os
 import stat
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import vma_tool
 from tests import archives
-from tests.archives import CLUSTER, Archive, Device
-from tests.damage import good, good_archive
-from tests.support import Argument, ToolTest, call_tool, golden, run_tool, sha256, snapshot
-
-MIB = 1 << 20
+from tests.archives import CLUSTER, MIB, Archive, Device
+from tests.support import Argument, ToolTest, call_tool, golden, run_tool, snapshot
 
 
 class SurroundingsTest(ToolTest):
@@ -32,7 +28,7 @@ class SurroundingsTest(ToolTest):
         """Return the path of an archive of these."""
         archive = Archive(list(devices), list(configs))
         name = f"{len(os.listdir(self.directory))}.vma"
-        return self.file(name, archives.build(archive, archives.in_order(archive)))
+        return self.file(name, archives.build(archive))
 
 
 class System(SurroundingsTest):
@@ -230,80 +226,3 @@ class Names(SurroundingsTest):
         answer = call_tool("verify", "--ignore-ctime", self.source)
         self.assertEqual(answer.returncode, 2)
         self.assertIn(b"--against", answer.stderr)
-
-
-class Pipes(ToolTest):
-    """What comes after the end of a pipe, or not yet."""
-
-    def test_second_writer_of_a_fifo(self) -> None:
-        """A FIFO goes on after its end; an archive that was cut there must not."""
-        fifo = self.directory / "fifo"
-        os.mkfifo(fifo)
-        fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        with fifo.open("wb", buffering=0) as writer:
-            os.set_blocking(fd, True)
-            writer.write(b"first")
-        with vma_tool.RestOfPipe(b"start ", fd, ended=False) as pipe:
-            buffer = bytearray(100)
-            view = memoryview(buffer)
-            while count := pipe.readinto(view):
-                view = view[count:]
-            self.assertEqual(buffer.rstrip(b"\0"), b"start first")
-            with fifo.open("wb", buffering=0) as writer:
-                writer.write(b"second")
-                self.assertEqual(pipe.readinto(buffer), 0)
-
-    def feed(self, writing: int, pieces: list[bytes]) -> threading.Thread:
-        """Write pieces to a pipe, in a thread, each a little later."""
-
-        def write() -> None:
-            with open(writing, "wb", buffering=0) as pipe:
-                time.sleep(0.1)
-                for piece in pieces:
-                    view = memoryview(piece)
-                    while view:
-                        view = view[pipe.write(view) :]
-                    time.sleep(0.02)
-
-        thread = threading.Thread(target=write)
-        thread.start()
-        return thread
-
-    def test_pipe_that_does_not_block(self) -> None:
-        """No data yet is not the end: of a pipe that somebody has switched so, it waits."""
-        data = good()
-        packed = gzip.compress(data)
-        cuts = sorted({0, 1, 3, *archives.extent_offsets(data), 20000, 50000, len(data)})
-        plain = [data[start:end] for start, end in zip(cuts, cuts[1:])]
-        path = self.file("a.vma", data)
-        for what, command, pieces in (
-            ("unpack", "unpack", plain),
-            ("optimize", "optimize", plain),
-            ("packed", "optimize", [packed[:2], packed[2:5000], packed[5000:]]),
-        ):
-            reading, writing = os.pipe()
-            os.set_blocking(reading, False)
-            target = self.directory / what
-            with self.subTest(what), open(reading, "rb") as stdin:
-                feeder = self.feed(writing, pieces)
-                self.check_ok(run_tool(command, "-q", "-", target, stdin=stdin))
-                feeder.join()
-                if command == "optimize":
-                    self.ok("verify", "-q", "--against", path, target)
-                    continue
-                for device in good_archive().devices:
-                    name = device.raw_name.decode()
-                    self.assertEqual(sha256(target / name), sha256(device.data))
-
-    def test_short_payload(self) -> None:
-        """What a buffer holds of the extent before is never taken for the next one's payload."""
-        whole = vma_tool.Input.readinto
-
-        def short(source: vma_tool.Input, view: memoryview) -> int:
-            return whole(source, view[:-1] if len(view) > 40000 else view)
-
-        with mock.patch.object(vma_tool.Input, "readinto", short):
-            for command in ("unpack", "optimize"):
-                target = self.directory / command
-                self.refused(command, "-", target, input=good(), says=["ends inside an extent"])
-                self.assertFalse(target.exists())

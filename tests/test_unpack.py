@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests import archives
-from tests.archives import CLUSTER, Archive, Device
+from tests.archives import CLUSTER, MIB, Archive, Device
 from tests.damage import damages, good, good_archive
 from tests.support import ToolTest, call_tool, golden, manifest, run_tool, sha256, snapshot
 
-MIB = 1 << 20
 COMMANDS = ("unpack", "extract")
 
 
@@ -30,7 +29,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def built(archive: Archive) -> bytes:
-    return archives.build(archive, archives.in_order(archive))
+    return archives.build(archive)
 
 
 class Restored(ToolTest):

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests import archives
-from tests.archives import CLUSTER, Archive, Device
+from tests.archives import CLUSTER, MIB, Archive, Device
 from tests.damage import DISK, cluster_of, damages, extents, good, good_archive
 from tests.support import ToolTest, call_tool, golden, manifest, run_measured
-
-MIB = 1 << 20
 
 
 class SoundArchives(ToolTest):
@@ -90,7 +88,7 @@ class SoundArchives(ToolTest):
             device = Device(1, "vmstate", bytes(clusters * CLUSTER), CLUSTER - 100)
             archive = Archive([device])
             with self.subTest(clusters=clusters):
-                data = archives.build(archive, archives.in_order(archive))
+                data = archives.build(archive)
                 self.verified(self.directory / "a.vma", data)
 
     def test_payload_has_no_checksum(self) -> None:
@@ -189,7 +187,7 @@ class BadArchives(ToolTest):
                 Archive([Device(1, name, bytes(512))]),
             ):
                 with self.subTest(name=name, archive=archive):
-                    data = archives.build(archive, archives.in_order(archive))
+                    data = archives.build(archive)
                     path = self.file("bad.vma", data)
                     line = self.refused("verify", path, says=[f"{path}: ", " name '"])
                     self.assertTrue(line.rstrip("\n").isprintable())
@@ -201,7 +199,7 @@ class BadArchives(ToolTest):
             ("config", Archive(configs=[("a.conf", b"1"), ("a.conf", b"2")])),
         ):
             with self.subTest(what):
-                data = archives.build(archive, archives.in_order(archive))
+                data = archives.build(archive)
                 says = [f"{what} name ", " occurs twice"]
                 self.refused("verify", self.file("bad.vma", data), says=says)
 

@@ -7,11 +7,11 @@ the two minima. Peaks of memory are those that the kernel accounts to a finished
 runs with the Python that runs this, in an environment without packages, as they may cost each
 start more than Python itself.
 
-    python3 tests/tools/bench.py                           against cp, on tmpfs
-    python3 tests/tools/bench.py --dir /var/tmp            also on that file system, against cp and sync
-    python3 tests/tools/bench.py streams                   optimize - against cat, temporary bytes
-    python3 tests/tools/bench.py startup                   list and --help against python3 -c pass
-    python3 tests/tools/bench.py --cold --dir /var/tmp     bytes read from the disk; needs root
+    python3 tests/tools/bench.py  against cp, on tmpfs
+    python3 tests/tools/bench.py --dir /var/tmp  also on that file system, against cp and sync
+    python3 tests/tools/bench.py streams  optimize - against cat, temporary bytes
+    python3 tests/tools/bench.py startup  list and --help against python3 -c pass
+    python3 tests/tools/bench.py --cold --dir /var/tmp  bytes read from the disk; needs root
     python3 tests/tools/bench.py --size 64M --zeros 16G --runs 2
 
 For Linux, by hand; no test runs it. A figure in brackets is the goal, for ratios only on tmpfs.
@@ -42,9 +42,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import archives
+from tests.archives import MIB
 
 TOOL = Path(__file__).resolve().parents[2] / "vma_tool.py"
-MIB = 1 << 20
 SHM = Path("/dev/shm")
 SHARING = ("btrfs", "xfs", "zfs", "bcachefs")  # where a plain cp may copy no data at all
 SHORT = 5  # a command of some milliseconds runs so many times as often

@@ -9,8 +9,8 @@ of fixed blocks tell how much new data the second day is: for the archives as wr
 `vma_tool.py optimize` makes of them, and for the raw disks, which are the limit. What comes back
 from restic, borg, rdiff and xdelta3 is compared byte by byte, and verified.
 
-    python3 tests/tools/dedup.py                      the table of the README, in ten to twenty minutes
-    python3 tests/tools/dedup.py --size small         a smaller guest, in a few minutes
+    python3 tests/tools/dedup.py  the table of the README, in ten to twenty minutes
+    python3 tests/tools/dedup.py --size small  a smaller guest, in a few minutes
     python3 tests/tools/dedup.py --svg docs/gains.svg
 
 Needs no root and mounts nothing, though mmdebstrap may want user namespaces. The Debian packages:
@@ -44,8 +44,8 @@ from typing import BinaryIO, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import archives
+from tests.archives import MIB
 
-MIB = 1 << 20
 PARTITION = 1 * MIB  # where the root file system begins on the disk
 TOOL = Path(__file__).resolve().parents[2] / "vma_tool.py"
 PROGRAMS = ["mke2fs", "debugfs", "e2fsck", "restic", "borg", "rdiff", "xdelta3", "zstd", "tar"]

@@ -32,9 +32,9 @@ with atheris.instrument_imports(include=["vma_tool"]):
     import vma_tool  # noqa: F401 - to be instrumented before anybody else imports it
 
 from tests import archives
-from tests.tools import fuzz
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.faults import memory_directory
+from tests.tools import fuzz
 
 MAX_SIZE = 128 << 10
 KEPT_OF_A_KIND = 3
