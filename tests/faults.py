@@ -106,6 +106,16 @@ class Intercepted(OsProxy):
             os.close(fd)
 
 
+class AnyFileIO(type(io.FileIO)):  # type: ignore[misc]  # known only when it runs
+    """The type of a class that stands for io.FileIO, and takes any of those for its own."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, RealFileIO)
+
+
+RealFileIO = io.FileIO
+
+
 @contextlib.contextmanager
 def intercepted(before: Before) -> Iterator[None]:
     """Call `before` with its name ahead of each call to the system; it may raise, or do more.
@@ -113,10 +123,6 @@ def intercepted(before: Before) -> Iterator[None]:
     Those that are not made through `os` are there too: reads of a file object, open, Popen, mmap
     and temporary files.
     """
-
-    class AnyFileIO(type(io.FileIO)):  # type: ignore[misc]  # known only when it runs
-        def __instancecheck__(cls, instance: object) -> bool:
-            return isinstance(instance, io.FileIO)
 
     class FileIO(io.FileIO, metaclass=AnyFileIO):
         def readinto(self, buffer: Any, /) -> int:

@@ -244,6 +244,16 @@ class Compressed(ProcessTest):
                 self.check_error(answer)
                 self.assertLess(peak, 64 * MIB)
 
+    def test_what_to_call_the_plain_archive(self) -> None:
+        """The command that the error shows never has the compressed archive as its output."""
+        (self.directory / "d.x").mkdir()
+        data = gzip.compress(golden("live-order"))
+        for name, plain in (("c.vma.gz", "c.vma"), ("b", "b.new"), ("d.x/b", "d.x/b.new"),
+                            ("c.vma", "c.vma.new")):  # fmt: skip
+            path = self.file(name, data)
+            line = self.refused("optimize", path)
+            self.assertTrue(line.rstrip().endswith(f"{path} {self.directory / plain}"), line)
+
 
 class CleaningUp(ProcessTest):
     """Nothing is left of a decompressor, whether it went well or not."""

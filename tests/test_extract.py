@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from tests import archives
-from tests.archives import BLOCK, MIB, Archive, Device
+from tests.archives import BLOCK, CLUSTER, MIB, Archive, Device
 from tests.damage import damages, good, good_archive
 from tests.support import (
     ToolTest,
@@ -155,17 +155,6 @@ class ExtractOne(ToolTest):
         self.refused("extract", "-d", "drive-scsi0", "-o", small, path, says=says)
         self.assertEqual(small.read_bytes(), b"\xff" * MIB)
 
-    def test_fifo(self) -> None:
-        """A FIFO gets the disk as standard output would."""
-        fifo = self.directory / "fifo"
-        os.mkfifo(fifo)
-        found = []
-        reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()))
-        reader.start()
-        self.ok("extract", "-d", "drive-scsi0", "-o", fifo, self.file("a.vma", good()))
-        reader.join(10)
-        self.assertEqual(sha256(found[0]), sha256(good_archive().devices[1].data))
-
     def test_what_is_refused(self) -> None:
         """Nothing appears, and what was there stays."""
         path = self.file("a.vma", good())
@@ -212,6 +201,20 @@ class ExtractOne(ToolTest):
                 self.refused("extract", "-d", "drive-scsi0", "-o", self.output, "-",
                              input=damage.data)  # fmt: skip
                 self.assertEqual(os.listdir(self.directory), ["a.vma"])
+
+    def test_device_with_a_comma(self) -> None:
+        archive = Archive([Device(1, "a,b", b"x" * 512), Device(2, "b", b"y" * 512)])
+        source = self.file("a.vma", archives.build(archive))
+        self.ok("extract", "-d", "a,b", "-o", self.output, source)
+        self.assertEqual(self.output.read_bytes(), b"x" * 512)
+
+    def test_devices_by_several_options(self) -> None:
+        source = self.file("a.vma", golden("live-order"))
+        target = self.directory / "out"
+        names = [device["name"] for device in manifest()["live-order"]["devices"]]
+        self.ok("extract", "-d", names[0], "-d", names[1], source, target)
+        found = {path.name for path in target.iterdir() if path.name.startswith("disk-")}
+        self.assertEqual(found, {f"disk-{name}.raw" for name in names[:2]})
 
 
 class ExtractMap(ToolTest):
@@ -454,6 +457,19 @@ class ExtractMap(ToolTest):
                 with open(target, "rb") as device:
                     self.assertEqual(sha256(device.read(len(disk))), sha256(disk))
                     self.assertEqual(device.read(), b"\xff" * MIB)
+
+    def test_two_files_of_one_name(self) -> None:
+        """What cannot be is found before a disk is written to."""
+        state = Device(3, "vmstate", b"z" * CLUSTER)
+        archive = Archive([Device(1, "a", b"x" * MIB), state], [("vmstate.bin", b"")])
+        path, disk = self.file("b.vma", archives.build(archive)), self.file("disk", bytes(MIB))
+        says = ["two files would be"]
+        self.refused("extract", "-r", self.map(f"1:a={disk}"), path, self.target, says=says)
+        self.assertEqual(disk.read_bytes(), bytes(MIB))
+
+    def test_map_with_a_nul(self) -> None:
+        path = self.file("nul", b"1:drive-scsi0=/x\0y\ndone\n")
+        self.refused("extract", "-r", path, self.path, self.target, says=["\\x00"])
 
 
 def open_to_write(fifo: Path) -> int:

@@ -28,7 +28,7 @@ from unittest import mock
 
 from tests import archives
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
-from tests.faults import ROADS, Nth, Road, Workshop, forked, has_child, open_files
+from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
     STEP,
     Answer,
@@ -220,84 +220,6 @@ class Planted(ToolTest):
                     break
                 self.workshop.undo(road)
             self.workshop.undo(road)
-
-
-class PlantedForPack(ToolTest):
-    """A directory to pack that holds something else than files: an error, and no waiting."""
-
-    def test_no_files(self) -> None:
-        for name in ("vma.json", "qemu-server.conf", "drive-scsi0"):
-            for what in ("fifo", "directory", "/dev/zero", "/dev/tty", "loop", "nowhere"):
-                with self.subTest(name, what=what):
-                    target = temporary_directory(self)
-                    self.ok("unpack", self.file("in.vma", golden("three-disks")), target / "full")
-                    path = target / "full" / name
-                    path.unlink()
-                    if what == "fifo":
-                        os.mkfifo(path)
-                    elif what == "directory":
-                        path.mkdir()
-                    else:
-                        path.symlink_to(path if what == "loop" else what)
-                    output = target / "out.vma"
-                    # In a child, which a hang ends.
-                    pack = functools.partial(call_tool, "pack", target / "full", output)
-                    self.check_error(forked(pack), *([] if what == "loop" else [name]))
-                    self.assertFalse(output.exists())
-
-    def test_descriptions(self) -> None:
-        """A vma.json that nobody's unpack wrote."""
-        good: dict[str, Any] = {
-            "format": 1,
-            "ctime": 0,
-            "configs": [],
-            "devices": [{"dev_id": 1, "name": "drive-scsi0", "size": 4096}],
-        }
-        device = good["devices"][0]
-        texts: list[tuple[str, str | bytes]] = [
-            ("nested", "[" * 100000),
-            ("nested objects", '{"a":' * 100000),
-            ("a number of many digits", '{"format": 1, "ctime": %s}' % ("9" * 10000)),
-            ("not UTF-8", b"\xff\xfe\xfa"),
-            ("empty", ""),
-            ("null", "null"),
-            ("NaN", '{"format": NaN}'),
-            ("large", " " * (64 * MIB)),
-        ]
-        for what, change in (
-            ("ctime", {"ctime": 1 << 63}),
-            ("ctime of a fraction", {"ctime": 1.5}),
-            ("format", {"format": "\x1b[2J"}),
-            ("config of a number", {"configs": [7]}),
-            ("surrogate", {"configs": ["\ud800"]}),
-            ("NUL", {"configs": ["a\0b"]}),
-            ("path", {"configs": ["../victim"]}),
-            ("absolute path", {"configs": ["/etc/hostname"]}),
-            ("257 configs", {"configs": [f"{n}.conf" for n in range(257)]}),
-            ("dev_id 0", {"devices": [{**device, "dev_id": 0}]}),
-            ("dev_id 255", {"devices": [{**device, "dev_id": 255}]}),
-            ("dev_id true", {"devices": [{**device, "dev_id": True}]}),
-            ("dev_id twice", {"devices": [device, {**device, "name": "b"}]}),
-            ("device path", {"devices": [{**device, "name": "../victim"}]}),
-            ("device name of 256 bytes", {"devices": [{**device, "name": "n" * 256}]}),
-            ("no size", {"devices": [{"dev_id": 1, "name": "drive-scsi0"}]}),
-            ("another size", {"devices": [{**device, "size": 1 << 62}]}),
-            ("size 0", {"devices": [{**device, "size": 0}]}),
-            ("negative size", {"devices": [{**device, "size": -4096}]}),
-            ("device of a list", {"devices": [[1, 2, 3]]}),
-        ):  # type: tuple[str, dict[str, Any]]
-            texts.append((what, json.dumps({**good, **change})))
-        (self.directory / "victim").write_text("secret")
-        for what, text in texts:
-            with self.subTest(what):
-                directory = temporary_directory(self)
-                (directory / "drive-scsi0").write_bytes(bytes(4096))
-                data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-                (directory / "vma.json").write_bytes(data)
-                output = self.directory / "out.vma"
-                line = self.refused("pack", directory, output)
-                self.assertTrue(line.rstrip("\n").isprintable(), line)
-                self.assertFalse(output.exists())
 
 
 NAMES = (

@@ -162,3 +162,11 @@ class OnePass(ProcessTest):
                 cat.wait()
                 self.check_ok(answer)
                 self.assertLess(peak, (8 + 64) * MIB)
+
+    def test_output_that_is_no_file(self) -> None:
+        """What has to wait does not wait in /dev or /proc."""
+        archive = Archive([Device(1, "drive-scsi0", b"x" * (40 << 16))])
+        data = archives.build(archive, archives.reversed_order(archive))
+        answer = run_tool("optimize", "--memory", "0", "-", "/dev/stdout", input=data)
+        self.check_ok(answer)
+        self.assertEqual(answer.stdout, archives.canonical(archive))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import json
 import os
 import stat
 import sys
@@ -15,8 +14,8 @@ from unittest import mock
 
 import vma_tool
 from tests import archives
-from tests.archives import CLUSTER, MIB, Archive, Device
-from tests.support import Argument, ToolTest, call_tool, golden, run_tool, snapshot
+from tests.archives import Archive, Device
+from tests.support import Argument, ToolTest, golden, run_tool, snapshot
 
 
 class SurroundingsTest(ToolTest):
@@ -144,85 +143,3 @@ class System(SurroundingsTest):
         self.assertTrue(
             os.path.exists(os.fsencode(self.directory / "unpack") + b"/drive-\xc3\xa9\xe2\x82\xac")
         )
-
-
-class Names(SurroundingsTest):
-    """Names that meet."""
-
-    def pack(self, configs: list[str], devices: list[dict[str, Any]], says: str) -> None:
-        """Check that pack refuses a description."""
-        value = {"format": 1, "ctime": 5, "configs": configs, "devices": devices}
-        directory = self.directory / "dir"
-        (directory / "vma.json").write_text(json.dumps(value))
-        self.refused("pack", directory, self.directory / "b.vma", says=[says])
-
-    def test_packed(self) -> None:
-        """What pack takes, unpack takes."""
-        directory = self.directory / "dir"
-        directory.mkdir()
-        (directory / "é.conf").write_bytes(b"x")
-        (directory / "same").write_bytes(b"x" * 512)
-        # Two texts for the same bytes
-        other = "é.conf".encode().decode("ascii", "surrogateescape")
-        self.pack(["é.conf", other], [], "occurs twice")
-        device = {"dev_id": 1, "name": "same", "size": 512}
-        for name in ("same", "vma.json"):
-            self.pack([name], [device], f"two files would be called '{name}'")
-
-    def test_mapped(self) -> None:
-        """extract -r finds what cannot be before it has written to a disk."""
-        devices = [Device(1, "a", b"x" * MIB), Device(2, "b", b"y" * MIB)]
-        state = Device(3, "vmstate", b"z" * CLUSTER)
-        disk = self.file("disk", bytes(MIB))
-        lines = self.file("map", f"1:a={disk}\n1:b={disk}\n".encode())
-        for source, says in (
-            (self.built(*devices), f"{disk}: two disks"),
-            (self.built(devices[0], state, configs=[("vmstate.bin", b"")]), "two files would be"),
-        ):
-            with self.subTest(says):
-                self.refused("extract", "-r", lines, source, self.directory / "new", says=[says])
-                self.assertEqual(disk.read_bytes(), bytes(MIB))
-
-    def test_what_to_call_the_plain_archive(self) -> None:
-        """The command that the error shows never has the compressed archive as its output."""
-        (self.directory / "d.x").mkdir()
-        data = gzip.compress(golden("live-order"))
-        for name, plain in (("c.vma.gz", "c.vma"), ("b", "b.new"), ("d.x/b", "d.x/b.new"),
-                            ("c.vma", "c.vma.new")):  # fmt: skip
-            path = self.file(name, data)
-            line = self.refused("optimize", path)
-            self.assertTrue(line.rstrip().endswith(f"{path} {self.directory / plain}"), line)
-
-    def test_forced_over_links(self) -> None:
-        """A link is replaced, wherever it leads; a directory never is."""
-        target = self.directory / "new"
-        self.ok("unpack", self.source, target)
-        config = target / "qemu-server.conf"
-        want = config.read_bytes()
-        config.unlink()
-        config.symlink_to(self.directory)
-        self.ok("unpack", "--force", self.source, target)
-        self.assertFalse(config.is_symlink())
-        self.assertEqual(config.read_bytes(), want)
-        config.unlink()
-        config.mkdir()
-        self.refused("unpack", "--force", self.source, target, says=[os.strerror(errno.EISDIR)])
-
-    def test_option_set_twice(self) -> None:
-        """Of two equal lines the last one counts, so that none may stay."""
-        self.ok("unpack", self.source, self.directory / "new")
-        config = self.directory / "new" / "qemu-server.conf"
-        config.write_bytes(b"name: a\ncores: 2\nname: b\n[snap]\nname: c\n")
-        self.ok("pack", "-u", "name=web", self.directory / "new", self.directory / "b.vma")
-        text = self.ok("config", self.directory / "b.vma")
-        self.assertEqual(text, "name: web\ncores: 2\n[snap]\nname: c\n")
-
-    def test_device_with_a_comma(self) -> None:
-        source = self.built(Device(1, "a,b", b"x" * 512), Device(2, "b", b"y" * 512))
-        self.ok("extract", "-d", "a,b", "-o", self.directory / "disk", source)
-        self.assertEqual((self.directory / "disk").read_bytes(), b"x" * 512)
-
-    def test_option_without_use(self) -> None:
-        answer = call_tool("verify", "--ignore-ctime", self.source)
-        self.assertEqual(answer.returncode, 2)
-        self.assertIn(b"--against", answer.stderr)

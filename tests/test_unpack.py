@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -424,3 +425,18 @@ class ExistingTargets(ToolTest):
         ):
             with self.subTest(args=args):
                 self.assertEqual(call_tool(*args).returncode, 2)
+
+    def test_forced_over_links(self) -> None:
+        """A link is replaced, wherever it leads; a directory never is."""
+        target = self.target
+        self.ok("unpack", self.source, target)
+        config = target / "qemu-server.conf"
+        want = config.read_bytes()
+        config.unlink()
+        config.symlink_to(self.directory)
+        self.ok("unpack", "--force", self.source, target)
+        self.assertFalse(config.is_symlink())
+        self.assertEqual(config.read_bytes(), want)
+        config.unlink()
+        config.mkdir()
+        self.refused("unpack", "--force", self.source, target, says=[os.strerror(errno.EISDIR)])
