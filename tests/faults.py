@@ -183,6 +183,37 @@ class Short(OsProxy):
         return wrapper
 
 
+class WrongBit(OsProxy):
+    """`os` that writes one bit of any file wrongly: of the byte at this offset in it."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(hidden=("copy_file_range", "sendfile", "splice"))
+        self.at = at
+
+    def _wrong(self, data: bytes, offset: int) -> bytes:
+        if not offset <= self.at < offset + len(data):
+            return data
+        changed = bytearray(data)
+        changed[self.at - offset] ^= 1 << self.at % 8
+        return bytes(changed)
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.pwrite(fd, self._wrong(b"".join(buffers), offset), offset)
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        return os.pwrite(fd, self._wrong(bytes(data), offset), offset)
+
+    def writev(self, fd: int, buffers: Sequence[Any]) -> int:
+        return self.write(fd, b"".join(buffers))
+
+    def write(self, fd: int, data: Any) -> int:
+        try:
+            offset = os.lseek(fd, 0, os.SEEK_CUR)
+        except OSError:  # a pipe
+            return os.write(fd, data)
+        return os.write(fd, self._wrong(bytes(data), offset))
+
+
 class Nth:
     """Does something ahead of the N-th call of a run, of which it gets the name, and nothing else.
 

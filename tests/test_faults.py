@@ -366,6 +366,45 @@ class ChangingArchives(RoadTest):
             path.write_bytes(old)
             os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
+    def test_while_it_is_read(self) -> None:
+        """Whatever is said of an archive is said of one that did not change meanwhile."""
+        (self.directory / "same.vma.gz").write_bytes(gzip.compress(self.workshop.canonical, 1))
+        commands: list[tuple[str, ...]] = [
+            ("optimize", "same.vma"),
+            ("list", "--partitions", "same.vma"),
+        ]
+        for name in ("same.vma", "same.vma.gz"):
+            commands += [("verify", name), ("list", "--scan", name), ("unpack", name, "new"),
+                         ("optimize", name, "out.vma")]  # fmt: skip
+        roads = [Road(" ".join(args), args) for args in commands]
+        self.workshop.before = digests(self.directory)
+        changed = 0
+        for road in roads:
+            path = self.directory / next(name for name in road.args if name.startswith("same"))
+            data = path.read_bytes()
+            calls = Nth(0, lambda name: None)
+            self.workshop.go(road, calls)
+            self.workshop.undo(road)
+            for number in range(1, len(calls.names) + 1, FEW):
+
+                def append(_call: str, path: Path = path) -> None:
+                    with open(path, "ab") as file:
+                        file.write(b"junk")
+
+                with self.subTest(road.name, call=number, name=calls.names[number - 1]):
+                    answer = self.workshop.go(road, Nth(number, append))
+                    if answer.returncode:
+                        self.check_line(answer)
+                        changed += b"changed while it was read" in answer.stderr
+                        self.assertFalse((self.directory / "new").exists())
+                        self.assertFalse((self.directory / "out.vma").exists())
+                    else:  # behind the last look
+                        later = set(calls.names[number - 1 :])
+                        self.assertLessEqual(later, {*AFTER_THE_LAST_LOOK, *HARMLESS, *CHANGING})
+                self.workshop.undo(road)
+                path.write_bytes(data)
+        self.assertGreater(changed, 20)
+
 
 class Permissions(RoadTest):
     """What may not be read or written, or is something else than a file."""
@@ -603,6 +642,11 @@ class Idle(Short):
             self._wrappers[name] = lambda *args: 0
 
 
+# What changes something by itself.
+CHANGING = (
+    "fchmod", "fchown", "ftruncate", "link", "mkdir", "pwritev", "rename", "rmdir", "unlink",
+    "utime", "write", "writev",
+)  # fmt: skip
 # What may fail without harm: it only saves time, or there is nothing left to lose.
 # What does not tell where its holes are has none. Without mmap, buffers are in small pages.
 HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", READ_CLOSE)

@@ -8,16 +8,13 @@ blocks of zeros; `verify --against` and `--digest` say so, and say where one cha
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import unittest
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tests import archives
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
@@ -287,48 +284,6 @@ class ChangedBits(ToolTest):
                     answer = call_tool("verify", "-q", pair[0], "--against", pair[1])
                     self.assertEqual(answer.returncode, 0 if same else 1)
         self.ok("verify", "-q", "--ignore-ctime", one, "--against", variant(ctime=7))
-
-
-class CheckedWrites(ToolTest):
-    """optimize --check, and optimize in place, find what a disk has written wrongly."""
-
-    def flipping(self, at: int) -> Any:
-        """Return a pwritev that writes one bit of the file wrongly."""
-
-        def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
-            data = bytearray(b"".join(buffers))
-            if offset <= at < offset + len(data):
-                data[at - offset] ^= 1 << at % 8
-            return os.pwrite(fd, data, offset)
-
-        return pwritev
-
-    def test_a_flipped_bit(self) -> None:
-        """Wherever it is, in header, extent or payload: an error, and nothing is left."""
-        rng = random.Random(SEED)
-        archive = Archive(
-            [
-                Device(1, "drive-scsi0", archives.disk(rng, 70 * CLUSTER, "sparse")),
-                Device(2, "vmstate", archives.disk(rng, 3 * CLUSTER)),
-            ],
-            [("qemu-server.conf", b"cores: 2\n")],
-        )
-        data = archives.build(archive, archives.live_order(archive, rng))
-        written = archives.canonical(archive)
-        source = self.file("x.vma", data)
-        before = snapshot(self.directory)
-        extents = archives.extent_offsets(written)
-        places = [0, 5, 100, 131071, *extents, extents[-1] + 30, len(written) - 1]
-        places += [rng.randrange(len(written)) for _ in range(12)]
-        output = self.directory / "out.vma"
-        for at in places:
-            for args in (["--check", source, output], [source]):
-                with self.subTest(at=at, args=args):
-                    with mock.patch("os.pwritev", self.flipping(at)):
-                        self.refused("optimize", *args)
-                    self.assertEqual(snapshot(self.directory), before)
-        self.ok("optimize", "-q", "--check", source, output)
-        self.assertEqual(sha256(output), hashlib.sha256(written).hexdigest())
 
 
 if __name__ == "__main__":
