@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Union
 
+SECTOR = 512  # of which a device's size is a multiple
 BLOCK = 4096
 CLUSTER = 16 * BLOCK
 KIB, MIB = 1 << 10, 1 << 20

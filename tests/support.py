@@ -12,7 +12,6 @@ import functools
 import gzip
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import lzma
@@ -53,6 +52,9 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# Exit statuses: an operation that failed, and an archive that is bad or differs from another.
+FAILED, BAD = 1, 3
 
 Argument = Union[str, "os.PathLike[str]"]
 Answer = subprocess.CompletedProcess  # of bytes: returncode, stdout, stderr
@@ -202,19 +204,12 @@ def call_tool(*args: Argument, input: bytes | Iterable[bytes] | None = None) -> 
 
 @contextlib.contextmanager
 def _kept_signals() -> Iterator[None]:
-    """Give signals back the handlers that they had."""
-    import vma_tool
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    """Check that signals keep the handlers that they had: `main` leaves them alone."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
-    hook = sys.unraisablehook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
-        vma_tool.Signals.depth = vma_tool.Signals.pending = 0
+    yield
+    if [signal.getsignal(number) for number in numbers] != handlers:
+        raise AssertionError("main has changed how this process handles signals")
 
 
 @contextlib.contextmanager
@@ -289,11 +284,9 @@ def _call_script(args: Iterable[Argument]) -> int:
     """Call what the program calls: the function that handles signals, unlike `main`."""
     import vma_tool
 
-    script = getattr(vma_tool, "script", vma_tool.main)
-    argv = [os.fspath(argument) for argument in args]
-    sys.argv = ["vma-tool", *argv]
+    sys.argv = ["vma-tool", *(os.fspath(argument) for argument in args)]
     try:
-        status = script(argv) if inspect.signature(script).parameters else script()
+        vma_tool.script()
     except SystemExit as exit:
         status = exit.code
     for stream in (sys.stdout, sys.stderr):
@@ -369,10 +362,10 @@ class ToolTest(unittest.TestCase):
         self.assertEqual((answer.returncode, answer.stderr.decode()), (0, notice))
         return answer.stdout.decode(errors="replace")
 
-    def check_error(self, answer: Answer[bytes], *says: str) -> str:
+    def check_error(self, answer: Answer[bytes], *says: str, status: int = FAILED) -> str:
         """Check that the tool failed with one line that says all of this; return the line."""
         line = answer.stderr.decode()
-        self.assertEqual(answer.returncode, 1, line)
+        self.assertEqual(answer.returncode, status, line)
         self.assertRegex(line, r"\Avma-tool: [^\n]+\n\Z")
         for part in says:
             self.assertIn(part, line)
@@ -382,11 +375,17 @@ class ToolTest(unittest.TestCase):
         """Call the tool, which must succeed; return its standard output."""
         return self.check_ok(call_tool(*args, **kw), notice)
 
-    def refused(self, *args: Argument, says: Iterable[str] = (), **kw: Any) -> str:
+    def refused(
+        self, *args: Argument, says: Iterable[str] = (), status: int = FAILED, **kw: Any
+    ) -> str:
         """Call the tool, which must fail with one line that says all of `says`; return the line."""
         answer = call_tool(*args, **kw)
         self.assertEqual(answer.stdout, b"")
-        return self.check_error(answer, *says)
+        return self.check_error(answer, *says, status=status)
+
+    def bad(self, *args: Argument, **kw: Any) -> str:
+        """Call the tool, which must find an archive bad, else as `refused`."""
+        return self.refused(*args, status=BAD, **kw)
 
 
 class ProcessTest(ToolTest):

@@ -19,6 +19,7 @@ from tests import archives
 from tests.archives import MIB
 from tests.damage import damages, good, good_archive
 from tests.support import (
+    BAD,
     COMPRESSIONS,
     ProcessTest,
     both_ways,
@@ -123,7 +124,7 @@ class Compressed(ProcessTest):
         for args in (["verify"], ["list", "--scan"], ["optimize"], ["unpack"]):
             more = [self.directory / "out"] if args[0] in ("optimize", "unpack") else []
             for source in (str(path), "-"):
-                line = self.refused(*args, source, *more, input=data if source == "-" else None)
+                line = self.bad(*args, source, *more, input=data if source == "-" else None)
                 self.assertIn("standard input: " if source == "-" else f"{path}: ", line)
                 if says:
                     self.assertIn(says, line.replace("lbzip2", "bzip2"))
@@ -153,7 +154,7 @@ class Compressed(ProcessTest):
             compressed = compress("gzip", damage.data) if len(damage.data) < 20000 else b""
             data = compressed or gzip.compress(damage.data, 0)
             with self.subTest(damage.name):
-                self.assertRegex(self.refused("verify", "-", input=data), damage.says)
+                self.assertRegex(self.bad("verify", "-", input=data), damage.says)
 
     def test_missing_program(self) -> None:
         """One line names the package, and the pipe to use instead."""
@@ -219,7 +220,7 @@ class Compressed(ProcessTest):
         ):
             with self.subTest(what):
                 answer, peak = run_measured("verify", "-", input=data)
-                self.check_error(answer)
+                self.check_error(answer, status=BAD)
                 self.assertLess(peak, 64 * MIB)
 
     def test_what_to_call_the_plain_archive(self) -> None:

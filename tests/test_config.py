@@ -87,4 +87,4 @@ class Config(ToolTest):
         self.refused("config", path, says=[r"'a\x1b[31m\u202e'"])
         path = self.file("none.vma", archives.canonical(Archive([good_archive().devices[0]])))
         self.refused("config", path, says=["there are none"])
-        self.refused("config", self.file("text", b"hello"), says=["not a VMA archive"])
+        self.bad("config", self.file("text", b"hello"), says=["not a VMA archive"])

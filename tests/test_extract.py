@@ -197,8 +197,8 @@ class ExtractOne(ToolTest):
         for damage in damages():
             with self.subTest(damage=damage.name):
                 path = self.file("a.vma", damage.data)
-                self.refused("extract", "-d", "drive-scsi0", "-o", self.output, path)
-                self.refused("extract", "-d", "drive-scsi0", "-o", self.output, "-",
+                self.bad("extract", "-d", "drive-scsi0", "-o", self.output, path)
+                self.bad("extract", "-d", "drive-scsi0", "-o", self.output, "-",
                              input=damage.data)  # fmt: skip
                 self.assertEqual(os.listdir(self.directory), ["a.vma"])
 
@@ -440,7 +440,7 @@ class ExtractMap(ToolTest):
                     self.file(f"target{device.dev_id}", bytes(len(device.data)))
                 shutil.rmtree(self.target, ignore_errors=True)
                 path = self.file("a.vma", damage.data)
-                line = self.refused("extract", "-r", self.map(*lines), path, self.target)
+                line = self.bad("extract", "-r", self.map(*lines), path, self.target)
                 self.assertNotIn("target", line)
                 self.assertFalse((self.target / "vmstate.bin").exists())
 

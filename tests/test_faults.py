@@ -592,8 +592,8 @@ class ShortCounts(RoadTest):
         """Each call does a single byte."""
         rng = random.Random(SEED)
         disks = [
-            archives.Device(1, "drive-efidisk0", archives.disk(rng, 5000, "full")),
-            archives.Device(2, "drive-scsi0", archives.disk(rng, 1, "full")),
+            archives.Device(1, "drive-efidisk0", archives.disk(rng, 5120, "full")),
+            archives.Device(2, "drive-scsi0", archives.disk(rng, 512, "full")),
             archives.Device(3, "drive-tpmstate0-backup", archives.disk(rng, 4096, "full")),
         ]
         archive = archives.Archive(
@@ -610,7 +610,7 @@ class ShortCounts(RoadTest):
 
     def test_a_pipe_of_single_bytes(self) -> None:
         """Each byte comes by itself, plain or compressed, as from somebody who types."""
-        archive = archives.Archive([archives.Device(1, "drive-scsi0", b"x" * 5000)])
+        archive = archives.Archive([archives.Device(1, "drive-scsi0", b"x" * 5120)])
         data = archives.build(archive)
         output = self.directory / "out.vma"
         for stream in (data, gzip.compress(data, 1)):

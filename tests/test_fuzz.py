@@ -168,7 +168,7 @@ class Regressions(ToolTest):
         ),
         (
             "canonical, one byte",
-            lambda: archives.canonical(Archive([Device(1, "drive-scsi1", b"a")]), 4096),
+            lambda: archives.canonical(Archive([Device(1, "drive-scsi1", b"a" * 512)]), 4096),
         ),
         # names that look like options
         ("a dash", lambda: named(b"-rf")),
@@ -186,7 +186,7 @@ class Regressions(ToolTest):
 
 def named(name: bytes) -> bytes:
     """Return an archive whose device and config have that name."""
-    archive = Archive([Device(1, name, b"x" * 5000)], [(name + b"-", b"y")])
+    archive = Archive([Device(1, name, b"x" * 5120)], [(name + b"-", b"y")])
     return archives.build(archive)
 
 

@@ -30,6 +30,7 @@ from tests import archives
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
+    BAD,
     STEP,
     Answer,
     Argument,
@@ -352,7 +353,7 @@ class Names(ToolTest):
             with self.subTest(name=name):
                 answer = call_tool("unpack", source, new)
                 if answer.returncode:
-                    self.check_error(answer, "device name")
+                    self.check_error(answer, "device name", status=BAD)
                     self.assertFalse(new.exists())
                     self.assertRegex(raw.decode("utf-8", "replace"), "[\0-\x1f\x7f-\x9f\\\\]")
                     continue
@@ -400,7 +401,7 @@ class Large(ToolTest):
         """Each of them of its own size, and in an order that strictly alternates."""
         rng = random.Random(SEED)
         disks = [
-            Device(dev_id, f"drive-scsi{dev_id}".ljust(255, "x"), archives.disk(rng, dev_id * 700))
+            Device(dev_id, f"drive-scsi{dev_id}".ljust(242, "x"), archives.disk(rng, dev_id * 1024))
             for dev_id in range(1, 255)
         ]
         archive = Archive(disks, [("qemu-server.conf", b"")])
@@ -418,7 +419,7 @@ class Large(ToolTest):
         """All slots full of 65535 bytes: a header of 16 MiB."""
         rng = random.Random(SEED)
         configs: list[archives.Config] = [(f"{n}.conf", rng.randbytes(65535)) for n in range(256)]
-        archive = Archive([Device(1, "drive-scsi0", rng.randbytes(5000))], configs)
+        archive = Archive([Device(1, "drive-scsi0", rng.randbytes(5120))], configs)
         data = archives.build(archive)
         source, out, new = self.file("a.vma", data), self.directory / "b.vma", self.directory / "n"
         wanted = sha256(archives.canonical(archive))
@@ -459,7 +460,7 @@ class Announced(ToolTest):
         for args, stream in tries:
             with self.subTest(what, args=args[:2], stream=stream is not None):
                 answer, memory = run_measured(*args, input=stream)
-                self.check_error(answer)
+                self.check_error(answer, status=BAD)
                 self.assertLess(memory, usual_memory() + 64 * MIB)
         found = {path.name for path in self.directory.iterdir()}
         self.assertEqual(found, {"a.vma", "a.vma.gz"})
@@ -564,7 +565,7 @@ class Bombs(ToolTest):
             path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 64]))
             for command in ("list", "verify"):
                 with self.subTest(start=start[:4], command=command):
-                    self.check_error(self.measure(command, path))
+                    self.check_error(self.measure(command, path), status=BAD)
 
     def test_empty_extents_without_end(self) -> None:
         """An archive whose end never comes: what is read is not held."""
@@ -609,7 +610,7 @@ class Bombs(ToolTest):
                 yield archives.extent_bytes(archive.uuid, infos, [])
 
         path = self.file("a.vma.gz", gzip.compress(b"".join(pieces()), 1))
-        self.check_error(self.measure("verify", path, index=4096 * count))
+        self.check_error(self.measure("verify", path, index=4096 * count), status=BAD)
 
 
 if __name__ == "__main__":

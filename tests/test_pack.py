@@ -97,14 +97,14 @@ class WithDescription(PackTest):
         for seed in range(15):
             rng = random.Random(seed)
             ids = rng.sample(range(1, 255), 4)
-            sizes = [1, 512, 4095, 4097, CLUSTER, 59 * CLUSTER, rng.randrange(1, 40 * CLUSTER)]
+            sizes = [512, 3584, 4608, CLUSTER, 59 * CLUSTER, rng.randrange(512, 40 * CLUSTER, 512)]
             disks = [
                 Device(dev_id, f"drive-scsi{dev_id}", archives.disk(rng, rng.choice(sizes)))
                 for dev_id in sorted(ids[:3])
             ]
             vmstate = archives.disk(rng, rng.randint(1, 3) * CLUSTER, "sparse")
             devices = sorted(
-                [*disks, Device(ids[3], "vmstate", vmstate, rng.randint(1, CLUSTER))],
+                [*disks, Device(ids[3], "vmstate", vmstate, rng.randrange(512, CLUSTER, 512))],
                 key=lambda device: device.dev_id,
             )
             archive = Archive(devices, [("b.conf", b"\0"), ("a.conf", b"")], ctime=-seed)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import archives
-from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
+from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, SECTOR, Archive, Device
 from tests.support import FEW, Argument, ToolTest, call_tool, sha256, snapshot
 
 SEED = 20251120
@@ -47,12 +47,13 @@ def any_archive(rng: random.Random) -> Archive:
     devices = []
     for dev_id in sorted(rng.sample(range(1, 255), count)):
         near = rng.choice([BLOCK, CLUSTER, 2 * CLUSTER, 58 * CLUSTER])
-        size = rng.choice([1, 511, near - 1, near, near + 1, rng.randint(1, largest)])
+        any_size = rng.randrange(SECTOR, largest + 1, SECTOR)
+        size = rng.choice([SECTOR, near - SECTOR, near, near + SECTOR, any_size])
         pattern = rng.choice(["mixed", "full", "sparse", "zeros"])
         data = archives.disk(rng, min(size, largest), pattern)
         devices.append(Device(dev_id, f"drive-scsi{dev_id}", data))
     if devices and rng.random() < 0.4:
-        stated = rng.randint(1, 3 * CLUSTER)
+        stated = rng.randrange(SECTOR, 3 * CLUSTER + 1, SECTOR)
         more = rng.choice([0, 0, 1, 60])
         data = archives.disk(rng, (-(-stated // CLUSTER) + more) * CLUSTER, "sparse")
         victim = rng.randrange(len(devices))
@@ -244,10 +245,10 @@ class ChangedBits(ToolTest):
     def test_behind_the_end(self) -> None:
         """What the last block holds behind the device's end is restored by nobody."""
         rng = random.Random(SEED)
-        archive = Archive([Device(1, "drive-scsi0", archives.disk(rng, CLUSTER + 5000, "full"))])
+        archive = Archive([Device(1, "drive-scsi0", archives.disk(rng, CLUSTER + 5120, "full"))])
         data = archives.build(archive)
         good = self.file("good.vma", data)
-        for at, same in ((-1, True), (-(2 * BLOCK - 5000), True), (-(2 * BLOCK - 4999), False)):
+        for at, same in ((-1, True), (-(2 * BLOCK - 5120), True), (-(2 * BLOCK - 5119), False)):
             changed = bytearray(data)
             changed[at] ^= 1
             bad = self.file("bad.vma", bytes(changed))
@@ -273,7 +274,7 @@ class ChangedBits(ToolTest):
             ("uuid and order", variant(uuid=rng.randbytes(16)), True),
             ("dev_id", variant(dev_id=2), False),
             ("device name", variant(name="drive-scsi1"), False),
-            ("device size", variant(size=3 * CLUSTER - 1), False),
+            ("device size", variant(size=3 * CLUSTER - SECTOR), False),
             ("config data", variant(configs=[("a.conf", b"y")]), False),
             ("config name", variant(configs=[("b.conf", b"x")]), False),
             ("one config more", variant(configs=[("a.conf", b"x"), ("b.conf", b"x")]), False),

@@ -16,7 +16,7 @@ from unittest import mock
 from tests import archives
 from tests.archives import Archive, Device
 from tests.faults import intercepted
-from tests.support import Argument, ToolTest, golden, run_tool, snapshot
+from tests.support import BAD, Argument, ToolTest, golden, run_tool, snapshot
 
 
 class SurroundingsTest(ToolTest):
@@ -127,12 +127,12 @@ class System(SurroundingsTest):
         script = f"import os, signal, sys; {ignore}; os.execv(sys.argv[1], sys.argv[1:])"
         prefix = [sys.executable, "-c", script]
         answer = run_tool("verify", packed, prefix=prefix, env=environment)
-        self.check_error(answer, "zstd: ended with status 3")
+        self.check_error(answer, "zstd: ended with status 3", status=BAD)
 
     def test_locale_without_the_characters(self) -> None:
         """Names are UTF-8 on the disk, whatever the locale says that names are."""
         name = "drive-é€"
-        source = self.built(Device(1, name, b"x" * 5000), configs=[("é€.conf", b"name: a\n")])
+        source = self.built(Device(1, name, b"x" * 5120), configs=[("é€.conf", b"name: a\n")])
         environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         for command in ("unpack", "extract"):
             target, output = self.directory / command, self.directory / f"{command}.vma"
