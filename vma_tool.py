@@ -3201,6 +3201,14 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     return data
 
 
+def require_names(header: Header) -> None:
+    """Raise VmaError, as `check_names` does, for names that an archive to be made cannot have."""
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, as there is none yet
+        raise VmaError(str(error)) from error
+
+
 def read_described(directory: str) -> Packing:
     """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
     import json
@@ -3232,7 +3240,7 @@ def read_described(directory: str) -> Packing:
                 f"{SECTOR_SIZE}"
             )
     # Names are checked before they are opened: vma.json may come from anywhere.
-    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
     extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
@@ -3886,16 +3894,9 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    check_names(header)
+    require_names(header)
     if args.map is not None:
         header = add_device_map(header, args.map)
-    missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
-    if missing:
-        notice(
-            args,
-            f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-            "--map STORAGE adds it",
-        )
     with ExitStack() as stack:
         disks = [
             open_disk(stack, device, paths[device.name], exact)
@@ -3910,6 +3911,13 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
                 )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
+        missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
+        if missing:
+            notice(
+                args,
+                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
+                "--map STORAGE adds it",
+            )
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
         progress.begin(
             "reading",
