@@ -62,7 +62,7 @@ class Compressed(ProcessTest):
                     self.assertIn(": OK, 3 devices", self.ok("verify", source, **kw))
                     self.assertEqual(self.ok("list", "--json", "--scan", source, **kw), plain)
                     self.ok("list", source, **kw)
-                    self.ok("optimize", source, output, **kw)
+                    self.ok("optimize", "--force", source, output, **kw)
                     self.assertEqual(sha256(output), want["optimized_sha256"]["128K"])
                     self.ok("unpack", "--force", source, target, **kw)
                     for device in want["devices"]:

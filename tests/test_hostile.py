@@ -17,6 +17,7 @@ import json
 import lzma
 import os
 import random
+import re
 import stat
 import struct
 import subprocess
@@ -247,7 +248,7 @@ class Names(ToolTest):
     """Names that would act on a terminal, hide, or be taken for something else."""
 
     def check_printable(self, answer: Answer[bytes]) -> None:
-        self.assertIn(answer.returncode, (0, 1))
+        self.assertIn(answer.returncode, (0, 1, 3))
         text = (answer.stdout + answer.stderr).decode()  # UTF-8, so no byte of another kind
         for line in text.split("\n"):
             self.assertTrue(line.isprintable(), f"{line!r}")
@@ -355,7 +356,8 @@ class Names(ToolTest):
                 if answer.returncode:
                     self.check_error(answer, "device name", status=BAD)
                     self.assertFalse(new.exists())
-                    self.assertRegex(raw.decode("utf-8", "replace"), "[\0-\x1f\x7f-\x9f\\\\]")
+                    text = raw.decode("utf-8", "replace")
+                    self.assertTrue(len(raw) > 242 or re.search("[\0-\x1f\x7f-\x9f\\\\]", text))
                     continue
                 self.assertIn(raw, os.listdir(os.fsencode(new)))
                 self.ok("pack", "-q", new, out)

@@ -117,7 +117,7 @@ class OnePass(ProcessTest):
             with mock.patch("tempfile.TemporaryFile", note), mock.patch.dict(os.environ):
                 os.environ.pop("TMPDIR", None)
                 os.environ.update(environment)
-                self.ok("optimize", "--memory", "64K", "-", output, input=data)
+                self.ok("optimize", "--force", "--memory", "64K", "-", output, input=data)
             self.assertEqual([os.path.realpath(p) for p in places], [os.path.realpath(place)])
             self.assertEqual(os.listdir(self.directory / "tmp"), [])
             self.assertEqual(os.listdir(output.parent), ["out.vma"])

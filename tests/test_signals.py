@@ -27,6 +27,7 @@ from tests.damage import good, good_archive
 from tests.faults import ROADS, WRITING, Lines, Nth, Road, RoadTest, digests
 from tests.support import (
     ALL,
+    BAD,
     FEW,
     STEP,
     Answer,
@@ -329,7 +330,7 @@ class Decompressors(ToolTest):
         commands: list[list[Argument]] = [["verify", "-"], ["unpack", "-", self.directory / "new"]]
         for command in commands:
             with self.started(data, *command) as tool:
-                self.check_ended(tool, 1, b"not a VMA archive")
+                self.check_ended(tool, BAD, b"not a VMA archive")
             self.assertEqual(os.listdir(self.directory), [])
 
     def test_bad_archive_with_more_to_come(self) -> None:
@@ -339,7 +340,7 @@ class Decompressors(ToolTest):
         commands: list[list[Argument]] = [["verify", path], ["optimize", path, "out.vma"]]
         for command in commands:
             with self.started(b"", *command) as tool:
-                self.check_ended(tool, 1, b"reserved")
+                self.check_ended(tool, BAD, b"reserved")
             self.assertEqual(os.listdir(self.directory), ["a.vma.gz"])
 
     def test_signal_in_an_open_pipe(self) -> None:
@@ -374,7 +375,7 @@ class RandomMoments(RoadTest, ProcessTest):
     ROADS = (
         ("optimize", "in.vma", "out.vma"),
         ("optimize", "in.vma"),
-        ("optimize", "-", "old.vma"),
+        ("optimize", "--force", "-", "old.vma"),
         ("pack", "full", "out.vma"),
         ("unpack", "in.vma", "new"),
         ("extract", "-", "new"),
