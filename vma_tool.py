@@ -1528,7 +1528,7 @@ class Directory:
 
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
-                    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+                    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
                     fd = os.open(self.at(name), flags, dir_fd=self.fd)
                     try:
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -3188,6 +3188,11 @@ def require(value: object, kind: type[T]) -> T:
     return value
 
 
+def require_name(value: object) -> str:
+    """Return a name as an archive would have it; other texts may stand for the same bytes."""
+    return encode_name(require(value, str)).decode("utf-8", "surrogateescape")
+
+
 def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     """Return a regular file's contents of up to limit bytes."""
     # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
@@ -3221,9 +3226,9 @@ def read_described(directory: str) -> Packing:
         if value["format"] != DESCRIPTION_FORMAT:
             raise VmaError(f"{where}: format {value['format']!r} is not supported")
         ctime = require(value["ctime"], int)
-        names = [require(name, str) for name in value["configs"]]
+        names = [require_name(name) for name in value["configs"]]
         devices = tuple(
-            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
+            Device(require(d["dev_id"], int), require_name(d["name"]), require(d["size"], int))
             for d in value["devices"]
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
