@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
 
@@ -1644,10 +1644,10 @@ class PartialFile(Target):
         Only where the file system does that without writing.
         """
         self.truncate(size)  # too large a file is an error here, on any file system
-        if not size or not hasattr(os, "posix_fallocate") or not allocates_cheaply(self.fd):
-            return self.truncate(0)
         with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
-            os.posix_fallocate(self.fd, 0, size)
+            if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
+                return os.posix_fallocate(self.fd, 0, size)
+        self.truncate(0)
 
     def read_back(self) -> FileInput:
         """Return what was written, as an input."""
@@ -2200,6 +2200,8 @@ class Contents(Producer):
             pass
 
     def _read_extent(self) -> bool:
+        if Progress.current:  # one part of a disordered stream may need all of it
+            Progress.current.tick()
         extent = next(self._extents, None)
         if extent is None:
             self.index.finish()
@@ -2599,6 +2601,8 @@ def pump(
         failures.insert(0, error)
         raise
     finally:
+        if isinstance(items, Generator):
+            items.close()  # not when the garbage is collected: it may have files open
         for _ in range(threads):
             todo.put(None)
         ordered.put(None)

@@ -106,18 +106,20 @@ class Terminal(ProcessTest):
     def test_progress(self) -> None:
         """On a terminal a line shows how far it is, at most ten times a second, and is erased."""
         leader, follower = pty.openpty()
-        process = self.start("optimize", "-", "-", stdin=subprocess.PIPE, stderr=follower)
+        output = self.directory / "out.vma"
+        process = self.start("optimize", "-", output, stdin=subprocess.PIPE, stderr=follower)
         os.close(follower)
-        assert process.stdin and process.stdout
-        data = golden("live-order")
+        assert process.stdin
+        archive = archives.parse(golden("live-order")).archive
+        data = archives.build(archive, slots=2)
         start = time.monotonic()
         for at in range(0, len(data), 20000):
             process.stdin.write(data[at : at + 20000])
             process.stdin.flush()
             time.sleep(0.03)
         process.stdin.close()
-        self.assertEqual(sha256(process.stdout.read()), self.want)
         self.assertEqual(process.wait(20), 0)
+        self.assertEqual(sha256(output), self.want)
         seconds = time.monotonic() - start
         shown = b""
         with contextlib.suppress(OSError):  # how Linux says that the other end is closed
@@ -128,7 +130,7 @@ class Terminal(ProcessTest):
         self.assertGreater(len(lines), 3)
         self.assertLess(len(lines), 10 * seconds + 5)
         drawn = [line for line in lines if line.startswith(b"standard input: reading, ")]
-        self.assertGreater(len(drawn), 2)
+        self.assertGreater(len(drawn), 1)
         self.assertIn(b"KiB/s", drawn[-1])
         self.assertTrue(shown.endswith(b"\r\x1b[K"))
         self.assertNotIn(b"\n", shown)
