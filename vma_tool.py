@@ -285,6 +285,7 @@ MAX_CLUSTERS = 1 << 32  # of a device: what cluster_num can count
 SECTOR_SIZE = 512
 Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
+ZEROS = memoryview(ZERO_CLUSTER)
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 # spec, "VMA Header": magic, version, uuid, ctime, md5sum, blob_buffer_offset, blob_buffer_size,
@@ -2079,6 +2080,7 @@ BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
 BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
+COMPARED_CLUSTERS = 14  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 T = TypeVar("T")
@@ -2087,9 +2089,10 @@ T = TypeVar("T")
 class Part(NamedTuple):
     """Consecutive clusters of one device, as they lie on its disk.
 
-    The masks say which blocks are stored, none behind the device's end. `image` is all bytes of
-    these clusters: zeros where nothing is stored, and behind the device's end. It is None if no
-    block is stored.
+    The masks say which blocks are stored, none behind the device's end. `image` has room for all
+    bytes of these clusters, but only the stored blocks are set; it is None if there are none. To
+    clear the rest of each would cost as much as to copy the data: `filled` and `whole` clear what
+    is needed.
     """
 
     device: Device
@@ -2107,6 +2110,38 @@ class Part(NamedTuple):
         """Bytes of the disk: fewer than the clusters have at the device's end."""
         return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
 
+    def filled(self, masks: Sequence[int]) -> list[memoryview]:
+        """Return the blocks in masks that have all stored blocks, and more as zeros."""
+        if self.image is None:
+            return []
+        for base, stored, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks, masks):
+            if stored != mask:
+                self._clear(base, mask ^ stored)
+        return [self.image[start:end] for start, end in block_spans(masks)]
+
+    def whole(self) -> memoryview | None:
+        """Return all bytes up to the device's end, None if they are all zeros."""
+        if self.image is None:
+            return None
+        for base, stored in zip(itertools.count(0, CLUSTER_SIZE), self.masks):
+            if stored != FULL_MASK:
+                self._clear(base, stored ^ FULL_MASK)
+        return self.image[: self.size]
+
+    def filled_run(self, base: int, start: int, size: int) -> Buffer:
+        """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
+        if self.image is None:
+            return ZEROS[:size]
+        run = (1 << -(-size // BLOCK_SIZE)) - 1 << start // BLOCK_SIZE
+        self._clear(base, run & ~self.masks[base // CLUSTER_SIZE])
+        return self.image[base + start : base + start + size]
+
+    def _clear(self, base: int, mask: int) -> None:
+        """Zero some blocks of the cluster at base in the image."""
+        assert self.image is not None
+        for start, size in block_runs(mask):
+            self.image[base + start : base + start + size] = ZEROS[:size]
+
 
 class Plan(NamedTuple):
     """A part that has not been read yet: `cluster_count` clusters from `first` on.
@@ -2123,7 +2158,7 @@ class Plan(NamedTuple):
 
 
 def make_part(device: Device, first: int, masks: list[int], image: memoryview | None) -> Part:
-    """Return a part, with everything behind the device's end cleared."""
+    """Return a part, with everything behind the device's end left out or cleared."""
     end = device.max_size - first * CLUSTER_SIZE
     if image is not None and end < len(image):
         image[end:] = bytes(len(image) - end)
@@ -2133,14 +2168,12 @@ def make_part(device: Device, first: int, masks: list[int], image: memoryview | 
 def scatter(entries: Sequence[int], image: memoryview) -> list[tuple[int, memoryview]]:
     """Return where the stored blocks of clusters are, and the views of the image they belong to.
 
-    Entries are as in DeviceIndex. Everything else of the image is zeroed.
+    Entries are as in DeviceIndex.
     """
     wanted = []
     begin = end = source = 0  # the run that grows: where in the image, and its end in the archive
     for base, entry in zip(itertools.count(0, CLUSTER_SIZE), entries):
         offset, mask = entry >> 16, entry & FULL_MASK
-        if mask != FULL_MASK:
-            image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
         for start, size in block_runs(mask):
             if base + start != end or offset != source:
                 if end > begin:
@@ -2269,7 +2302,7 @@ class Contents(Producer):
             entries = index.slice(first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
             has_data = any(entry & FULL_MASK for entry in entries)
             plan = Plan(index.device, first, len(entries), entries, has_data)
-            image = self.read(plan, buffer).image
+            image = self.read(plan, buffer).whole()
             stop = min((first + len(entries)) * CLUSTER_SIZE, end)
             if image is not None:
                 start = first * CLUSTER_SIZE
@@ -2346,8 +2379,6 @@ class Stream(Contents):
                 spilled += scatter(entries[i : i + 1], image[base : base + CLUSTER_SIZE])
                 continue
             self._held_size -= len(data) + HELD_OVERHEAD
-            if mask != FULL_MASK:
-                image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
             at = 0
             for start, size in block_runs(mask):
                 image[base + start : base + start + size] = data[at : at + size]
@@ -2423,15 +2454,12 @@ class Disks(Producer):
             return Part(device, first, [0] * count, None)
         image = buffer[: count * CLUSTER_SIZE]
         base = first * CLUSTER_SIZE
-        done = 0
         spans = []
         for start, end in where:
-            image[done : start - base] = bytes(start - base - done)
             self.disks[device.dev_id].source.read_at([(start, image[start - base : end - base])])
             done = min(-(-(end - base) // BLOCK_SIZE) * BLOCK_SIZE, len(image))
             image[end - base : done] = bytes(done - (end - base))
             spans.append((start - base, done))
-        image[done:] = bytes(len(image) - done)
         masks = find_data(image, spans, count)
         return Part(device, first, masks, image if any(masks) else None)
 
@@ -2652,10 +2680,7 @@ class CanonicalWriter(Consumer):
 
     def prepare(self, part: Part) -> list[Buffer]:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
-        if part.image is None:
-            return [header]
-        # Blocks that were added to fill the extent up are zeros in the image.
-        return [header, *(part.image[start:end] for start, end in block_spans(masks))]
+        return [header, *part.filled(masks)]
 
     def deliver(self, prepared: Sequence[Any]) -> None:
         for extent in prepared:
@@ -2736,15 +2761,16 @@ class DiskWriter(Consumer):
             if part.device.dev_id in self.zeros:
                 target.write_at(part.offset, disk_bytes(part))
             elif part.image is not None:
-                image = part.image[: part.size]
+                image = part.image[: part.size]  # the last block may reach further
                 for start, end in block_spans(part.masks):
                     target.write_at(part.offset + start, [image[start:end]])
 
 
 def disk_bytes(part: Part) -> list[Buffer]:
     """Return all bytes of a part, zeros and all, up to the device's end."""
-    if part.image is not None:
-        return [part.image[: part.size]]
+    whole = part.whole()
+    if whole is not None:
+        return [whole]
     count, rest = divmod(part.size, CLUSTER_SIZE)
     return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
 
@@ -2819,10 +2845,11 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     firsts: dict[int, int] = {}
     both = one, other
     parallel = one.parallel or other.parallel
+    size = COMPARED_CLUSTERS * CLUSTER_SIZE
 
     def pairs() -> Iterator[tuple[Plan | None, ...]]:
         groups = (
-            itertools.groupby(c.plans(CANONICAL_MAX_CLUSTERS, set(common)), lambda p: p.device[0])
+            itertools.groupby(c.plans(COMPARED_CLUSTERS, set(common)), lambda p: p.device[0])
             for c in both
         )
         for (_, ours), (_, theirs) in zip(*groups):
@@ -2836,7 +2863,7 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     def read(pair: Sequence[Any], buffer: memoryview, ordered: bool) -> list[Any]:
         """Read the plans of a pair whose contents are to be read in order, or the others."""
         return [
-            contents.read(plan, buffer[i * BUFFER_SIZE : (i + 1) * BUFFER_SIZE])
+            contents.read(plan, buffer[i * size : (i + 1) * size])
             if isinstance(plan, Plan) and contents.ordered == ordered
             else plan
             for i, (plan, contents) in enumerate(zip(pair, both))
@@ -2851,18 +2878,38 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
             counts[dev_id] += 1
             firsts.setdefault(dev_id, offset)
 
-    work = functools.partial(read, ordered=False) if parallel else None
-    pump(pairs(), read_here, compare, work, 2 * BUFFER_SIZE)
+    if parallel:
+        pump(pairs(), read_here, compare, functools.partial(read, ordered=False), 2 * size)
+    else:
+        # In one buffer, which stays in the processor's cache, one thread is faster than two.
+        buffer = new_buffer(2 * size)
+        for pair in pairs():
+            compare(read_here(pair, buffer))
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        size, other_size = (contents.index.devices[dev_id].disk_size for contents in both)
-        if size != other_size:
-            found.append(f"{device.title}: {size} bytes, the other {other_size}")
+        ours, theirs = (contents.index.devices[dev_id].disk_size for contents in both)
+        if ours != theirs:
+            found.append(f"{device.title}: {ours} bytes, the other {theirs}")
     return found
+
+
+def same_data(one: Part, other: Part) -> bool:
+    """Say whether two parts store the same blocks, with the same bytes."""
+    if one.masks != other.masks or one.size != other.size:
+        return False
+    if one.image is None or other.image is None:
+        return True
+    for first, last in block_spans(one.masks):
+        for start in range(first, last, SCRATCH_SIZE):
+            end = min(start + SCRATCH_SIZE, last)
+            # A bytearray compares with any buffer at once, a memoryview byte by byte.
+            if bytearray(one.image[start:end]) != other.image[start:end]:
+                return False
+    return True
 
 
 def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[int, int]]:
@@ -2870,21 +2917,21 @@ def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[i
 
     Only clusters that both have are compared.
     """
-    if one is None or other is None or (one.image is None and other.image is None):
+    if one is None or other is None or same_data(one, other):
         return
-    for i in range(min(len(one.masks), len(other.masks))):
-        if not one.masks[i] and not other.masks[i]:
-            continue
-        start = i * CLUSTER_SIZE
-        end = min(start + CLUSTER_SIZE, one.size, other.size)
-        ours, theirs = (
-            ZERO_CLUSTER[: end - start] if part.image is None else part.image[start:end]
-            for part in (one, other)
-        )
-        # A bytearray compares with any buffer at once, a memoryview byte by byte.
-        if bytearray(ours) != theirs:  # type: ignore[comparison-overlap]  # any buffer will do
-            at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-            yield one.device.dev_id, one.offset + start + at
+    both = one, other
+    for i, masks in enumerate(zip(one.masks, other.masks)):
+        base = i * CLUSTER_SIZE
+        end = min(one.size, other.size) - base
+        for start, size in block_runs(masks[0] | masks[1]) if end > 0 else ():
+            # What only one of them stores may be zeros.
+            ours, theirs = (
+                part.filled_run(base, start, max(min(size, end - start), 0)) for part in both
+            )
+            if bytearray(ours) != theirs:
+                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                yield one.device.dev_id, one.offset + base + start + at
+                break
 
 
 # ---------------------------------------------------------------------------------------------
