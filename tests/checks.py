@@ -255,9 +255,20 @@ def one_disk(size: int, seed: int = 1, name: str = "drive-scsi0") -> bytes:
     return built(Device(1, name, archives.disk(random.Random(seed), size, "full")))
 
 
-def zero_disk(dev_id: int, name: str, size: int) -> tuple[Device, list[tuple[int, int]]]:
-    """Return a disk of zeros of any size, and the clusters that the archive has of it."""
-    return Device(dev_id, name, b"", size), [(dev_id, n) for n in range(-(-size // CLUSTER))]
+def sparse_archive(*devices: Device) -> bytes:
+    """Return an archive in which a device without content is a disk of zeros, of any size."""
+    archive = Archive(list(devices))
+    pieces = [archives.header_bytes(archive)]
+    for device in devices:
+        for first in range(0, -(-device.stated_size // CLUSTER), 58):
+            blockinfos, payload = [], []
+            for number in range(first, min(first + 58, -(-device.stated_size // CLUSTER))):
+                mask = device.mask(number) if device.data else 0
+                blockinfos.append((mask, device.dev_id, number))
+                bits = [bit for bit in range(16) if mask >> bit & 1]
+                payload += [device.block(number * 16 + bit) for bit in bits]
+            pieces.append(archives.extent_bytes(archive.uuid, blockinfos, payload))
+    return b"".join(pieces)
 
 
 def large_archive(path: Path, size: int = 192 * MIB, order: str = "live") -> None:

@@ -363,7 +363,7 @@ class Leftovers(CheckedTest):
         self.assertEqual(sha256(self.directory / "b.vma"), sha256(self.directory / "c.vma"))
 
     def test_of_a_directory(self) -> None:
-        """What unpack was making when it was killed: in one line, also where it is several files."""
+        """What unpack was making when it was killed: one line, also where it is several files."""
         target = self.directory / "dir"
         for make_it in (False, True):  # a new directory, and one that is there
             with self.subTest(there=make_it):
