@@ -1086,7 +1086,7 @@ class Codec(NamedTuple):
     programs: tuple[str, ...]
     module: str
     package: str
-    damage_is_warning: bool = False  # the program ends with status 0 all the same
+    damage: str = "(?!)"  # what the program prints of damage for which it ends with status 0
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
@@ -1097,19 +1097,18 @@ CODECS = (
     Codec("gzip", (b"\x1f\x8b",), ("gzip",), "gzip", "gzip"),
     Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
     Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
-    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage_is_warning=True),
+    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage="garbage"),
 )
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
-# What a decompressor prints, and what it means
-CODEC_MESSAGES = (
-    (r"Read error \(39\)|[Ii]nappropriate ioctl", "the compressed file is cut short"),
-    (
-        r"--long=|too much memory for decoding",
-        "it needs a window of more than 128 MiB to decompress, so read it through a pipe: "
-        "zstd -dc --long=31 FILE | vma-tool COMMAND -",
-    ),
+# What a decompressor prints of a file that was cut, and of a window that it does not take. lzop has
+# the system's message for an error that there was not.
+CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
+WINDOW_MESSAGES = r"--long=|too much memory for decoding"
+# A message behind the program's name and what it calls its standard input
+CODEC_MESSAGE = (
+    r"(?:(?:(?:\S*/)?(?:zstd|gzip|lzop|xz|l?bzip2)|/\*stdin\*\\+|[(<]?stdin[)>]?) ?: )+(.*)"
 )
 
 
@@ -1162,10 +1161,10 @@ class ModuleInput(Input):
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
-            raise FormatError(f"{self.name}: {self.compression}: {cause}") from error
+            raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
         except Exception as error:
-            raise FormatError(f"{self.name}: {self.compression}: {error}") from error
+            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -1244,14 +1243,26 @@ class ProgramInput(Input):
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
         self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
-        lines = "; ".join(filter(None, map(str.strip, text.splitlines())))
-        warned = self._codec.damage_is_warning and self._ended and lines
-        if status in expected and not warned:
+        damaged = self._ended and re.search(self._codec.damage, text)
+        if status in expected and not damaged:
             return
-        known = (told for pattern, told in CODEC_MESSAGES if re.search(pattern, lines))
-        said = next(known, escape(lines) or f"ended with status {status}")
-        kind = FormatError if status >= 0 else VmaError  # a child that was killed says nothing
-        raise kind(f"{self.name}: {self._program}: {said}")
+        # A child that was killed, or that lacks an option, says nothing about the archive.
+        if status < 0:
+            raise VmaError(
+                f"{self.name}: {self._program} was ended by {signal.Signals(-status).name}"
+            )
+        if re.search(WINDOW_MESSAGES, text):
+            raise VmaError(
+                f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
+                "through a pipe: zstd -dc --long=31 FILE | vma-tool COMMAND -"
+            )
+        lines = list(filter(None, map(str.strip, text.splitlines())))
+        # Where a program puts its name before a message, other lines are advice.
+        told = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
+        said = escape("; ".join(told)) or f"ended with status {status}"
+        if re.search(CUT_MESSAGES, text):
+            said = "the compressed file is cut short"
+        raise FormatError(f"{self._program}: {said}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
