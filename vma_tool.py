@@ -3492,7 +3492,8 @@ def cmd_list(args: Namespace) -> int:
         if args.partitions and source.size is None:
             raise VmaError(
                 f"{source.name}: --partitions reads at any place, which a stream does not allow; "
-                "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
+                f"make a file that does: vma-tool optimize {escape(args.archive)} "
+                f"{escape(plain_name(args.archive))}"
             )
         contents = Contents(source) if args.scan or args.partitions else None
         if contents:
@@ -3541,6 +3542,12 @@ def describe(
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
     return result
+
+
+def plain_name(path: str) -> str:
+    """Return a name for the plain form of a compressed archive, or of standard input."""
+    root, extension = os.path.splitext(path)
+    return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
 def mount_command(device: Device, partition: Partition) -> str | None:
@@ -4051,11 +4058,9 @@ def directory_beside(output: str) -> str:
 def require_replaceable(path: str, source: Input) -> None:
     """Raise VmaError if an archive cannot be optimized in place."""
     if source.compression and source.raw_size:
-        root, extension = os.path.splitext(path)
-        plain = root if extension not in ("", ".vma") else f"{path}.new"
         raise VmaError(
             f"{source.name}: a compressed archive is not replaced by a plain one: "
-            f"vma-tool optimize {escape(path)} {escape(plain)}"
+            f"vma-tool optimize {escape(path)} {escape(plain_name(path))}"
         )
     if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
