@@ -1758,8 +1758,7 @@ def open_output(
         with open_new_file(path, name, old, force, readers) as output:
             yield output
     elif stat.S_ISBLK(kind):
-        slack = sys.maxsize if force else DESTINATION_SLACK
-        with open_destination(path, device, slack) as output:
+        with open_destination(path, device, force) as output:
             output.seekable = False
             yield output
     else:
@@ -1769,6 +1768,12 @@ def open_output(
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
+
+
+def refuse_existing(path: str, force: bool, hint: str = "") -> None:
+    """Raise VmaError if an output is a file that exists, before anything is read."""
+    if not force and path != "-" and os.path.isfile(path):
+        raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it{hint}")
 
 
 @contextmanager
@@ -1792,9 +1797,12 @@ def open_new_file(
 
 @contextmanager
 def open_destination(
-    path: str, device: Device | None, slack: int = DESTINATION_SLACK
+    path: str, device: Device | None, force: bool | None = None
 ) -> Iterator[Target]:
-    """Open an existing file or block device to restore a device into; `slack` as in bytes."""
+    """Open an existing file or block device to restore a device into.
+
+    One that is much larger needs `force`; None if the command has no such option.
+    """
     name = escape(path)
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
@@ -1806,9 +1814,14 @@ def open_destination(
                 raise VmaError(f"{name}: neither a file nor a block device")
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        if device and not device.size <= size <= device.size + slack:
-            larger = f" and at most {format_size(slack)} more" if size > device.size else ""
-            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}{larger}")
+        if device and size < device.size:
+            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}")
+        if device and size > device.size + DESTINATION_SLACK and not force:
+            hint = "" if force is None else "; --force writes it all the same"
+            raise VmaError(
+                f"{name}: {size} bytes, {device.title} needs {device.size} and at most "
+                f"{format_size(DESTINATION_SLACK)} more{hint}"
+            )
         yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
@@ -3460,8 +3473,9 @@ def require_report() -> None:
 
 
 def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
-    for path in directory.leftovers():
-        notice(args, f"{path}: left by a run that was killed; remove it")
+    """Mention the partial files beside an output that no run writes any more."""
+    if paths := directory.leftovers():
+        notice(args, f"{', '.join(paths)}: left by a run that was killed, and may be removed")
 
 
 def progress_of(args: Namespace, source: Input) -> Progress:
@@ -3747,12 +3761,15 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
     refuse_same([args.archive], args.output)
+    refuse_existing(args.output, args.force)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
         readers = contents.source.readers
         with open_output(args.output, args.force, readers, device) as output:
+            if isinstance(output, PartialFile):
+                warn_of_leftovers(args, output.directory)
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
@@ -3776,6 +3793,7 @@ def extract_mapped(args: Namespace) -> int:
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
         directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
+        warn_of_leftovers(args, directory)
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
@@ -3849,6 +3867,8 @@ def cmd_unpack(args: Namespace) -> int:
 
 def restore(args: Namespace, path: str, for_pack: bool) -> int:
     """Write an archive's configs and devices into a directory, as unpack does or as extract."""
+    if args.verbose:
+        require_report()
     with loaded(args) as (contents, progress):
         source, header = contents.source, contents.header
         if for_pack:
@@ -3864,8 +3884,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
             refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
         with make_directory(path, source.readers) as directory:
             replace = for_pack and args.force
+            warn_of_leftovers(args, directory)
             if for_pack:
-                warn_of_leftovers(args, directory)
                 directory.require_free(files, replace)
             else:
                 directory.require_empty()
@@ -3891,6 +3911,7 @@ def cmd_pack(args: Namespace) -> int:
     with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
+        refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
     write_packed(args, (set_options(header, args.options), paths), exact=described)
     return 0
@@ -3899,7 +3920,10 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    check_names(header)
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, what one is to be made of is refused
+        raise VmaError(str(error)) from error
     if args.map is not None:
         header = add_device_map(header, args.map)
     missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
@@ -3981,6 +4005,7 @@ def cmd_create(args: Namespace) -> int:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
+    refuse_existing(args.output, args.force)
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
     write_packed(args, packing_of(configs, paths), exact=False)
     return 0
@@ -4011,11 +4036,9 @@ def cmd_optimize(args: Namespace) -> int:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
-    if not in_place and not args.force and os.path.isfile(path):
-        raise VmaError(
-            f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it; to optimize "
-            "several archives in place, run vma-tool optimize once for each"
-        )
+    if not in_place:
+        hint = "; to optimize several archives in place, run vma-tool optimize once for each"
+        refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
         if in_place:
