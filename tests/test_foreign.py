@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shlex
 import struct
 import subprocess
 import tarfile
@@ -23,11 +22,8 @@ from tests.support import (
     Argument,
     call_tool,
     golden,
-    manifest,
     require_program,
-    sha256,
     snapshot,
-    tool_command,
 )
 
 SECTOR = 2048  # of an ISO 9660 image
@@ -300,31 +296,6 @@ class Several(CheckedTest):
         one = self.file("1.vma", data)
         text = self.ok("verify", one, "-", input=data)
         self.assertEqual(text.count(ALL_READ), 2)
-
-    def test_loop_of_the_message(self) -> None:
-        """What the error of `optimize A B` proposes does what was meant, as it is printed."""
-        names = ("live-order", "live-order-day2")
-        for number, name in enumerate(names):
-            self.file(f"{number}.vma", golden(name))
-        line = self.fails(1, "optimize", self.directory / "0.vma", self.directory / "1.vma")
-        found = re.search(r"for .*?; done", line)
-        if not found:
-            self.fail(f"no loop in {line}")
-        tool = self.directory / "vma-tool"
-        tool.write_text(f'#!/bin/sh\nexec {shlex.join(tool_command())} "$@"\n', "utf-8")
-        tool.chmod(0o755)
-        path = f"{self.directory}:{os.environ['PATH']}"
-        answer = subprocess.run(
-            ["sh", "-c", found[0]],
-            cwd=self.directory,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            check=False,
-        )
-        self.assertEqual(answer.returncode, 0, answer.stderr)
-        for number, name in enumerate(names):
-            want = manifest()[name]["optimized_sha256"]["128K"]
-            self.assertEqual(sha256(self.directory / f"{number}.vma"), want)
 
     def test_closed_standard_output(self) -> None:
         """None is looked at where nobody can be told."""

@@ -329,7 +329,6 @@ class Leftovers(CheckedTest):
     def test_mentioned(self) -> None:
         """Once, by its name; the run itself succeeds, and the file stays."""
         (left,) = self.killed("optimize", "-", self.directory / "b.vma")
-        packed = self.directory / "dir"
         (line,) = self.noticed("optimize", self.source, self.directory / "b.vma")
         self.assertIn(left.name, line)
         (line,) = self.noticed("optimize", self.source)
@@ -337,11 +336,19 @@ class Leftovers(CheckedTest):
         disk = self.directory / "disk"
         (line,) = self.noticed("extract", "-d", "drive-scsi0", "-o", disk, self.source)
         self.assertIn(left.name, line)
-        (line,) = self.noticed("unpack", self.source, packed)
-        self.assertIn(left.name, line)
         self.assertTrue(left.exists())
         left.unlink()
         self.noticed("optimize", "--align", "4K", self.source, count=0)
+
+    def test_target_that_is_not_empty(self) -> None:
+        """extract wants an empty directory: the notice says what is in the way."""
+        target = self.directory / "dir"
+        left = self.killed("extract", "-", target)
+        answer = call_tool("extract", self.source, target)
+        self.assertEqual(answer.returncode, 1)
+        notice, error = answer.stderr.decode().splitlines()
+        self.assertIn(left[0].name, notice)
+        self.assertIn(str(target), error)
 
     def test_not_mentioned_elsewhere(self) -> None:
         self.killed("optimize", "-", self.directory / "b.vma")
