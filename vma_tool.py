@@ -170,6 +170,12 @@ def print_error(error: object) -> None:
     print(f"vma-tool: {error}", file=sys.stderr)
 
 
+def print_report(line: str) -> None:
+    """Print one line on standard output, which may be the terminal of the progress line."""
+    Progress.erase()
+    print(line, flush=True)
+
+
 class Progress:
     """Progress of a long operation, stage by stage.
 
@@ -3381,7 +3387,8 @@ def unmapped_devices(header: Header) -> list[Device]:
     config = dict(header.configs).get(CONFIG_NAME)
     if config is None:
         return []
-    mapped = set(re.findall(rb"(?m)^#(?:qmdump|vzdump)#map:\S+?:(\S+?):\S*?:\S*?:\s*$", config))
+    # As qmrestore reads them, but in linear time whatever the config holds.
+    mapped = set(re.findall(rb"(?m)^#qmdump#map:[^\s:]+:([^\s:]+):[^\s:]*:[^\s:]*:$", config))
     return [d for d in header.devices if not d.is_vmstate and encode_name(d.name) not in mapped]
 
 
@@ -3661,8 +3668,7 @@ def verify_one(args: Namespace, path: str) -> int:
             description.update(describe(contents.header, contents, {}))
             print(to_json(description), flush=True)
         elif not args.quiet:
-            Progress.erase()
-            print(f"{summary(contents)}, {what}", flush=True)
+            print_report(f"{summary(contents)}, {what}")
             print_totals(args, contents.index)
     return 0
 
@@ -3727,7 +3733,7 @@ def print_totals(args: Namespace, index: Index) -> None:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
-        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)", flush=True)
+        print_report(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
 
 
 def cmd_extract(args: Namespace) -> int:
@@ -3823,6 +3829,7 @@ def extract_mapped(args: Namespace) -> int:
 
 def print_contents(header: Header) -> None:
     """Print the lines that qmrestore waits for."""
+    Progress.erase()
     for config in header.configs:
         print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
     for device in header.devices:

@@ -8,6 +8,7 @@ import re
 import select
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from tests import archives
@@ -277,6 +278,25 @@ class Map(CheckedTest):
         ):
             self.assertIn(f"\n#qmdump#map:{key}:{name}:local:raw:\n", config)
         self.ok("verify", self.archive)
+
+    def test_lines_that_qmrestore_does_not_read(self) -> None:
+        """They only look like it."""
+        for line in (
+            b"#vzdump#map:scsi0:drive-scsi0:local:raw:\n",
+            b" #qmdump#map:scsi0:drive-scsi0:local:raw:\n",
+            b"#qmdump#map:scsi0:drive-scsi0:local:raw\n",
+            b"#qmdump#map:scsi0:drive-scsi0:local:raw: \n",
+            b"#qmdump#map:scsi0:drive-scsi0:local:raw:\r\n",
+            b"#qmdump#map:scsi0:drive-scsi0-old:local:raw:\n",
+        ):
+            (notice,), _ = self.create(CONFIG + line, count=1)
+            self.assertIn("'drive-scsi0'", notice)
+
+    def test_long_line(self) -> None:
+        """A config that is made to be hard to read takes no time."""
+        start = time.monotonic()
+        self.create(b"#qmdump#map:" + b"a:" * 30000 + b"a", count=1)
+        self.assertLess(time.monotonic() - start, 5)
 
     def test_bad_storage(self) -> None:
         """A storage that would break the line is refused."""
