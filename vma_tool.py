@@ -170,6 +170,12 @@ def print_error(error: object) -> None:
     print(f"vma-tool: {error}", file=sys.stderr)
 
 
+def print_report(line: str) -> None:
+    """Print one line on standard output, which may be the terminal of the progress line."""
+    Progress.erase()
+    print(line, flush=True)
+
+
 class Progress:
     """Progress of a long operation, stage by stage.
 
@@ -1087,7 +1093,7 @@ class Codec(NamedTuple):
     programs: tuple[str, ...]
     module: str
     package: str
-    damage_is_warning: bool = False  # the program ends with status 0 all the same
+    damage: str = "(?!)"  # what the program prints of damage for which it ends with status 0
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
@@ -1098,19 +1104,18 @@ CODECS = (
     Codec("gzip", (b"\x1f\x8b",), ("gzip",), "gzip", "gzip"),
     Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
     Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
-    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage_is_warning=True),
+    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage="garbage"),
 )
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
-# What a decompressor prints, and what it means
-CODEC_MESSAGES = (
-    (r"Read error \(39\)|[Ii]nappropriate ioctl", "the compressed file is cut short"),
-    (
-        r"--long=|too much memory for decoding",
-        "it needs a window of more than 128 MiB to decompress, so read it through a pipe: "
-        "zstd -dc --long=31 FILE | vma-tool COMMAND -",
-    ),
+# What a decompressor prints of a file that was cut, and of a window that it does not take. lzop has
+# the system's message for an error that there was not.
+CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
+WINDOW_MESSAGES = r"--long=|too much memory for decoding"
+# A message behind the program's name and what it calls its standard input
+CODEC_MESSAGE = (
+    r"(?:(?:(?:\S*/)?(?:zstd|gzip|lzop|xz|l?bzip2)|/\*stdin\*\\+|[(<]?stdin[)>]?) ?: )+(.*)"
 )
 
 
@@ -1163,10 +1168,10 @@ class ModuleInput(Input):
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
-            raise FormatError(f"{self.name}: {self.compression}: {cause}") from error
+            raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
         except Exception as error:
-            raise FormatError(f"{self.name}: {self.compression}: {error}") from error
+            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -1245,14 +1250,26 @@ class ProgramInput(Input):
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
         self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
-        lines = "; ".join(filter(None, map(str.strip, text.splitlines())))
-        warned = self._codec.damage_is_warning and self._ended and lines
-        if status in expected and not warned:
+        damaged = self._ended and re.search(self._codec.damage, text)
+        if status in expected and not damaged:
             return
-        known = (told for pattern, told in CODEC_MESSAGES if re.search(pattern, lines))
-        said = next(known, escape(lines) or f"ended with status {status}")
-        kind = FormatError if status >= 0 else VmaError  # a child that was killed says nothing
-        raise kind(f"{self.name}: {self._program}: {said}")
+        # A child that was killed, or that lacks an option, says nothing about the archive.
+        if status < 0:
+            raise VmaError(
+                f"{self.name}: {self._program} was ended by {signal.Signals(-status).name}"
+            )
+        if re.search(WINDOW_MESSAGES, text):
+            raise VmaError(
+                f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
+                "through a pipe: zstd -dc --long=31 FILE | vma-tool COMMAND -"
+            )
+        lines = list(filter(None, map(str.strip, text.splitlines())))
+        # Where a program puts its name before a message, other lines are advice.
+        told = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
+        said = escape("; ".join(told)) or f"ended with status {status}"
+        if re.search(CUT_MESSAGES, text):
+            said = "the compressed file is cut short"
+        raise FormatError(f"{self._program}: {said}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
@@ -1748,8 +1765,7 @@ def open_output(
         with open_new_file(path, name, old, force, readers) as output:
             yield output
     elif stat.S_ISBLK(kind):
-        slack = sys.maxsize if force else DESTINATION_SLACK
-        with open_destination(path, device, slack) as output:
+        with open_destination(path, device, force) as output:
             output.seekable = False
             yield output
     else:
@@ -1759,6 +1775,12 @@ def open_output(
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
+
+
+def refuse_existing(path: str, force: bool, hint: str = "") -> None:
+    """Raise VmaError if an output is a file that exists, before anything is read."""
+    if not force and path != "-" and os.path.isfile(path):
+        raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it{hint}")
 
 
 @contextmanager
@@ -1782,9 +1804,12 @@ def open_new_file(
 
 @contextmanager
 def open_destination(
-    path: str, device: Device | None, slack: int = DESTINATION_SLACK
+    path: str, device: Device | None, force: bool | None = None
 ) -> Iterator[Target]:
-    """Open an existing file or block device to restore a device into; `slack` as in bytes."""
+    """Open an existing file or block device to restore a device into.
+
+    One that is much larger needs `force`; None if the command has no such option.
+    """
     name = escape(path)
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
@@ -1796,9 +1821,14 @@ def open_destination(
                 raise VmaError(f"{name}: neither a file nor a block device")
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        if device and not device.size <= size <= device.size + slack:
-            larger = f" and at most {format_size(slack)} more" if size > device.size else ""
-            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}{larger}")
+        if device and size < device.size:
+            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}")
+        if device and size > device.size + DESTINATION_SLACK and not force:
+            hint = "" if force is None else "; --force writes it all the same"
+            raise VmaError(
+                f"{name}: {size} bytes, {device.title} needs {device.size} and at most "
+                f"{format_size(DESTINATION_SLACK)} more{hint}"
+            )
         yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
@@ -3404,7 +3434,8 @@ def unmapped_devices(header: Header) -> list[Device]:
     config = dict(header.configs).get(CONFIG_NAME)
     if config is None:
         return []
-    mapped = set(re.findall(rb"(?m)^#(?:qmdump|vzdump)#map:\S+?:(\S+?):\S*?:\S*?:\s*$", config))
+    # As qmrestore reads them, but in linear time whatever the config holds.
+    mapped = set(re.findall(rb"(?m)^#qmdump#map:[^\s:]+:([^\s:]+):[^\s:]*:[^\s:]*:$", config))
     return [d for d in header.devices if not d.is_vmstate and encode_name(d.name) not in mapped]
 
 
@@ -3496,8 +3527,9 @@ def require_report() -> None:
 
 
 def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
-    for path in directory.leftovers():
-        notice(args, f"{path}: left by a run that was killed; remove it")
+    """Mention the partial files beside an output that no run writes any more."""
+    if paths := directory.leftovers():
+        notice(args, f"{', '.join(paths)}: left by a run that was killed, and may be removed")
 
 
 def progress_of(args: Namespace, source: Input) -> Progress:
@@ -3528,7 +3560,8 @@ def cmd_list(args: Namespace) -> int:
         if args.partitions and source.size is None:
             raise VmaError(
                 f"{source.name}: --partitions reads at any place, which a stream does not allow; "
-                "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
+                f"make a file that does: vma-tool optimize {escape(args.archive)} "
+                f"{escape(plain_name(args.archive))}"
             )
         contents = Contents(source) if args.scan or args.partitions else None
         if contents:
@@ -3577,6 +3610,12 @@ def describe(
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
     return result
+
+
+def plain_name(path: str) -> str:
+    """Return a name for the plain form of a compressed archive, or of standard input."""
+    root, extension = os.path.splitext(path)
+    return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
 def mount_command(device: Device, partition: Partition) -> str | None:
@@ -3676,8 +3715,7 @@ def verify_one(args: Namespace, path: str) -> int:
             description.update(describe(contents.header, contents, {}))
             print(to_json(description), flush=True)
         elif not args.quiet:
-            Progress.erase()
-            print(f"{summary(contents)}, {what}", flush=True)
+            print_report(f"{summary(contents)}, {what}")
             print_totals(args, contents.index)
     return 0
 
@@ -3742,7 +3780,7 @@ def print_totals(args: Namespace, index: Index) -> None:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
-        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)", flush=True)
+        print_report(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
 
 
 def cmd_extract(args: Namespace) -> int:
@@ -3776,12 +3814,15 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
     refuse_same([args.archive], args.output)
+    refuse_existing(args.output, args.force)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
         readers = contents.source.readers
         with open_output(args.output, args.force, readers, device) as output:
+            if isinstance(output, PartialFile):
+                warn_of_leftovers(args, output.directory)
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
@@ -3805,6 +3846,7 @@ def extract_mapped(args: Namespace) -> int:
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
         directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
+        warn_of_leftovers(args, directory)
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
@@ -3834,6 +3876,7 @@ def extract_mapped(args: Namespace) -> int:
 
 def print_contents(header: Header) -> None:
     """Print the lines that qmrestore waits for."""
+    Progress.erase()
     for config in header.configs:
         print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
     for device in header.devices:
@@ -3878,6 +3921,8 @@ def cmd_unpack(args: Namespace) -> int:
 
 def restore(args: Namespace, path: str, for_pack: bool) -> int:
     """Write an archive's configs and devices into a directory, as unpack does or as extract."""
+    if args.verbose:
+        require_report()
     with loaded(args) as (contents, progress):
         source, header = contents.source, contents.header
         if for_pack:
@@ -3893,8 +3938,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
             refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
         with make_directory(path, source.readers) as directory:
             replace = for_pack and args.force
+            warn_of_leftovers(args, directory)
             if for_pack:
-                warn_of_leftovers(args, directory)
                 directory.require_free(files, replace)
             else:
                 directory.require_empty()
@@ -3920,6 +3965,7 @@ def cmd_pack(args: Namespace) -> int:
     with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
+        refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
     write_packed(args, (set_options(header, args.options), paths), exact=described)
     return 0
@@ -3928,7 +3974,10 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    check_names(header)
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, what one is to be made of is refused
+        raise VmaError(str(error)) from error
     if args.map is not None:
         header = add_device_map(header, args.map)
     missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
@@ -4010,6 +4059,7 @@ def cmd_create(args: Namespace) -> int:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
+    refuse_existing(args.output, args.force)
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
     write_packed(args, packing_of(configs, paths), exact=False)
     return 0
@@ -4040,11 +4090,9 @@ def cmd_optimize(args: Namespace) -> int:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
-    if not in_place and not args.force and os.path.isfile(path):
-        raise VmaError(
-            f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it; to optimize "
-            "several archives in place, run vma-tool optimize once for each"
-        )
+    if not in_place:
+        hint = "; to optimize several archives in place, run vma-tool optimize once for each"
+        refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
         if in_place:
@@ -4087,11 +4135,9 @@ def directory_beside(output: str) -> str:
 def require_replaceable(path: str, source: Input) -> None:
     """Raise VmaError if an archive cannot be optimized in place."""
     if source.compression and source.raw_size:
-        root, extension = os.path.splitext(path)
-        plain = root if extension not in ("", ".vma") else f"{path}.new"
         raise VmaError(
             f"{source.name}: a compressed archive is not replaced by a plain one: "
-            f"vma-tool optimize {escape(path)} {escape(plain)}"
+            f"vma-tool optimize {escape(path)} {escape(plain_name(path))}"
         )
     if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
