@@ -45,7 +45,8 @@ RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
 FRAME_MAX_SIZE = 8 << 20  # what a frame may hold that is read at any place
 COMPRESSION_LEVELS = range(1, 23)
 DEFAULT_LEVEL = 3  # vzdump's
-EXTENT_CLUSTER_COUNTS = (58, 56, 48)  # of whole extents, as all aligns have them
+# Clusters of a whole extent, by the least align with so many
+EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
 
 
 class Zstd:
@@ -424,10 +425,11 @@ def index_entries(
     for device, end in zip(devices, itertools.accumulate(counts)):
         if masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
             raise FormatError(f"the index has blocks behind the end of {device.title}")
-    for cluster_count in EXTENT_CLUSTER_COUNTS:
-        entries, ends = entries_and_ends(header_size, devices, counts, masks, cluster_count)
-        if ends == table.offsets:
-            return entries
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            entries, ends = entries_and_ends(header_size, devices, counts, masks, cluster_count)
+            if ends == table.offsets:
+                return entries
     raise FormatError("the index and the seek table contradict each other")
 
 
