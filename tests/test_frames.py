@@ -17,12 +17,19 @@ from typing import Any
 from unittest import mock
 
 import vma_tool
-import zst_section as zst
 from tests import archives, frames
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.support import golden, manifest, require_module, require_program, temporary_directory
-from vma_tool import FormatError, parse_header
-from zst_section import Cuts, Frame, LibraryZstd, ModuleZstd, SeekTable, Zstd, parse_frame
+from vma_tool import (
+    FormatError,
+    Frame,
+    LibraryZstd,
+    ModuleZstd,
+    SeekTable,
+    Zstd,
+    parse_frame,
+    parse_header,
+)
 
 
 def roads() -> Iterator[tuple[str, Zstd]]:
@@ -291,7 +298,7 @@ class FrameHeaders(unittest.TestCase):
 
 
 def seek_table(*sizes: tuple[int, int]) -> bytes:
-    return zst.pack_seek_table(array.array("I", [size for pair in sizes for size in pair]))
+    return vma_tool.pack_seek_table(array.array("I", [size for pair in sizes for size in pair]))
 
 
 class SeekTables(unittest.TestCase):
@@ -304,10 +311,10 @@ class SeekTables(unittest.TestCase):
             table = seek_table(*sizes)
             fakes = [bytes(size) for size, _ in sizes]
             self.assertEqual(table, frames.seek_table(fakes, [size for _, size in sizes]))
-            self.assertEqual(zst.parse_seek_footer(b"before" + table), len(table))
-            found = zst.parse_seek_table(table, 1 << 40)
-            self.assertEqual(found.size, sum(size for _, size in sizes))
-            self.assertEqual(found.index_offset, sum(size for size, _ in sizes))
+            self.assertEqual(vma_tool.parse_seek_footer(b"before" + table), len(table))
+            found = vma_tool.parse_seek_table(table, 1 << 40)
+            self.assertEqual(found.offsets[-1], sum(size for _, size in sizes))
+            self.assertEqual(found.compressed_offsets[-1], sum(size for size, _ in sizes))
             self.assertEqual(found.offsets[:2].tolist(), [0, sizes[0][1]])
             self.assertEqual(found.compressed_offsets[:2].tolist(), [0, sizes[0][0]])
 
@@ -323,7 +330,7 @@ class SeekTables(unittest.TestCase):
             ("without frames", frames.seek_table([], [])),
         ):
             with self.subTest(what):
-                self.assertIsNone(zst.parse_seek_footer(tail))
+                self.assertIsNone(vma_tool.parse_seek_footer(tail))
 
     def test_lies(self) -> None:
         for what, table, file_size in (
@@ -336,8 +343,8 @@ class SeekTables(unittest.TestCase):
             ("a frame without bytes", seek_table((0, 20), (10, 20)), 1000),
         ):
             with self.subTest(what), self.assertRaises(FormatError):
-                zst.parse_seek_table(table, file_size)
-        zst.parse_seek_table(seek_table((10, 20), (490, 8 << 20)), 533)
+                vma_tool.parse_seek_table(table, file_size)
+        vma_tool.parse_seek_table(seek_table((10, 20), (490, 8 << 20)), 533)
 
 
 def archive_of(*disks: bytes | Device, configs: int = 1) -> Archive:
@@ -401,9 +408,9 @@ def plains() -> Iterator[tuple[str, bytes]]:
 def table_of(plain: bytes) -> SeekTable:
     """Return the seek table of a plain archive cut as it must be."""
     data = frames.compress(plain)
-    size = zst.parse_seek_footer(data)
+    size = vma_tool.parse_seek_footer(data)
     assert size
-    return zst.parse_seek_table(data[-size:], len(data))
+    return vma_tool.parse_seek_table(data[-size:], len(data))
 
 
 def canonical_devices(plain: bytes) -> tuple[int, list[vma_tool.Device]]:
@@ -426,16 +433,16 @@ class IndexFrames(unittest.TestCase):
             for count in (0, 1, 1000, 100_000):
                 with self.subTest(road=name, count=count):
                     masks = array.array("H", [rng.choice((0, 0xFFFF, 7)) for _ in range(count)])
-                    data = zst.pack_index(zstd, masks, 3)
+                    data = vma_tool.pack_index(zstd, masks, 3)
                     self.assertEqual(data[:4], struct.pack("<I", 0x184D2A5D))
                     self.assertEqual(data[8:16], b"VMAINDEX")
                     want = struct.pack(f"<{count}H", *masks)
                     self.assertEqual(decompress(zstd, data[16:], 2 * count), want)
-                    self.assertEqual(zst.parse_index(zstd, data, count), masks)
+                    self.assertEqual(vma_tool.parse_index(zstd, data, count), masks)
 
     def test_lies(self) -> None:
         for name, zstd in roads():
-            good = zst.pack_index(zstd, array.array("H", range(100)), 3)
+            good = vma_tool.pack_index(zstd, array.array("H", range(100)), 3)
             odd = zstd.compress(bytes(199), 3)
             nameless = program(data=bytes(200), test=self)
             for what, data in (
@@ -445,19 +452,24 @@ class IndexFrames(unittest.TestCase):
                 ("short", good[:15]),
                 ("cut", good[:-1]),
                 ("damaged", flipped(good, -1)),
-                ("more masks than clusters", zst.pack_index(zstd, array.array("H", bytes(202)), 3)),
+                (
+                    "more masks than clusters",
+                    vma_tool.pack_index(zstd, array.array("H", bytes(202)), 3),
+                ),
                 ("half a mask", frames.skippable(0x184D2A5D, b"VMAINDEX" + odd)),
                 ("no content size", frames.skippable(0x184D2A5D, b"VMAINDEX" + nameless)),
             ):
                 with self.subTest(what, road=name), self.assertRaises(FormatError):
-                    zst.parse_index(zstd, data, 100)
+                    vma_tool.parse_index(zstd, data, 100)
 
     def test_entries(self) -> None:
         """Every cluster is where a simple reader finds it."""
         for name, plain in plains():
             with self.subTest(name):
                 header_size, devices = canonical_devices(plain)
-                found = zst.index_entries(header_size, devices, masks_of(plain), table_of(plain))
+                found = vma_tool.index_archive(
+                    header_size, devices, masks_of(plain), table_of(plain)
+                )
                 want: dict[int, list[int]] = {device.dev_id: [] for device in devices}
                 for offset in archives.extent_offsets(plain):
                     at = offset + 512
@@ -465,7 +477,12 @@ class IndexFrames(unittest.TestCase):
                         if slot.dev_id:
                             want[slot.dev_id].append(at << 16 | slot.mask)
                             at += BLOCK * bin(slot.mask).count("1")
-                self.assertEqual([entries.tolist() for entries in found], [*want.values()])
+                self.assertIn(
+                    want,
+                    [{n: e.tolist() for n, e in index.entries.items()} for index in found],
+                )
+                # Only an archive of zeros may look like one with another align.
+                self.assertTrue(len(found) == 1 or "zeros" in name or "clusters" in name, name)
 
     def test_contradictions(self) -> None:
         """Masks that are not those of the frames are found out by the cuts."""
@@ -473,7 +490,7 @@ class IndexFrames(unittest.TestCase):
         header_size, devices = canonical_devices(plain)
         table = table_of(plain)
         good = masks_of(plain)
-        zst.index_entries(header_size, devices, good, table)
+        vma_tool.index_archive(header_size, devices, good, table)
         more, fewer, shifted = good[:], good[:], good[:]
         more[good.index(0)] = 1
         fewer[good.index(0xFFFF)] = 0x7FFF
@@ -489,32 +506,11 @@ class IndexFrames(unittest.TestCase):
             ("none", array.array("H")),
         ):
             with self.subTest(what), self.assertRaises(FormatError):
-                zst.index_entries(header_size, devices, masks, table)
+                vma_tool.index_archive(header_size, devices, masks, table)
         with self.assertRaisesRegex(FormatError, "behind the end of device 'drive-scsi1'"):
             header_size, devices = canonical_devices(behind)
             masks = array.array("H", [0, 2])
-            zst.index_entries(header_size, devices, masks, table_of(behind))
-
-
-class CutSizes(unittest.TestCase):
-    """Cuts: where a writer cuts, extent by extent."""
-
-    def test_cuts(self) -> None:
-        for name, plain in plains():
-            with self.subTest(name):
-                cuts = Cuts()
-                sizes = Cuts.header(canonical_devices(plain)[0])
-                seen = dict.fromkeys(range(256), 0)
-                for offset in archives.extent_offsets(plain):
-                    slots = [slot for slot in archives.slots(plain, offset) if slot.dev_id]
-                    dev_id = slots[0].dev_id if slots else 0
-                    payload = Cuts.payload([slot.mask for slot in slots])
-                    sizes += cuts.add(dev_id, seen[dev_id], payload)
-                    seen[dev_id] += 1
-                sizes += cuts.end()
-                self.assertEqual(sizes, list(frames.cuts(plain)))
-                self.assertEqual(sum(sizes), len(plain))
-                self.assertLessEqual(max(sizes), 1 << 20)
+            vma_tool.index_archive(header_size, devices, masks, table_of(behind))
 
 
 class Backports(unittest.TestCase):

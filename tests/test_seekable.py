@@ -101,9 +101,7 @@ class Writing(SeekableTest):
                     self.assertEqual(place.read_bytes(), data)
                     # and back
                     self.ok("optimize", "--force", "--align", align, output, plain)
-                    self.assertEqual(
-                        sha256(plain), manifest()[name]["optimized_sha256"][align]
-                    )
+                    self.assertEqual(sha256(plain), manifest()[name]["optimized_sha256"][align])
                     for path in (plain, output, place):
                         path.unlink()
 
@@ -257,9 +255,7 @@ class Reading(SeekableTest):
         ):
             with self.subTest(path.name):
                 found = json.loads(self.ok("list", "--scan", "--json", path))
-                self.assertEqual(
-                    (found["compression"], found["seekable"], found["frames"]), want
-                )
+                self.assertEqual((found["compression"], found["seekable"], found["frames"]), want)
                 size = path.stat().st_size if want[0] else None
                 self.assertEqual(found["compressed_size"], size)
         self.assertIn(f"{count} frames", self.ok("list", "--scan", self.path))
@@ -343,9 +339,11 @@ def lies(good: bytes, plain: bytes) -> Iterator[tuple[str, bytes, bool]]:
     long = pieces[3][:-4] + b"\0\0\0\0"
     yield "a frame's checksum", good.replace(pieces[3], long), False
     more = frames.raw_frame(program("-d", data=pieces[3]) + bytes(BLOCK))
-    yield "a frame that holds more", frames.join(
-        found._replace(frames=[*pieces[:3], more, *pieces[4:]])
-    ), False
+    yield (
+        "a frame that holds more",
+        frames.join(found._replace(frames=[*pieces[:3], more, *pieces[4:]])),
+        False,
+    )
 
 
 class Lies(SeekableTest):
@@ -407,7 +405,11 @@ class NoLibrary(SeekableTest):
         for args in (["list"], ["verify"], ["list", "--scan"], ["config"]):
             answer = run_tool(*args, path, env=hidden())
             self.assertEqual(answer.returncode, 0, answer.stderr)
-        for args in ([source, self.directory / "o.vma.zst"], [path], ["--compress", "zstd", path, "-"]):
+        for args in (
+            [source, self.directory / "o.vma.zst"],
+            [path],
+            ["--compress", "zstd", path, "-"],
+        ):
             answer = run_tool("optimize", *args, env=hidden())
             self.assertEqual((answer.returncode, answer.stdout), (1, b""))
             self.assertIn(b"libzstd1", answer.stderr)
