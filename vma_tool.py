@@ -1706,10 +1706,10 @@ class ModuleInput(Input):
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
-            raise FormatError(f"{self.name}: {self.compression}: {cause}") from error
+            raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
         except Exception as error:
-            raise FormatError(f"{self.name}: {self.compression}: {error}") from error
+            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -1794,8 +1794,9 @@ class ProgramInput(Input):
             return
         known = (told for pattern, told in CODEC_MESSAGES if re.search(pattern, lines))
         said = next(known, escape(lines) or f"ended with status {status}")
-        kind = FormatError if status >= 0 else VmaError  # a child that was killed says nothing
-        raise kind(f"{self.name}: {self._program}: {said}")
+        if status < 0:  # a child that was killed says nothing of the archive
+            raise VmaError(f"{self.name}: {self._program}: {said}")
+        raise FormatError(f"{self._program}: {said}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""

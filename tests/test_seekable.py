@@ -83,8 +83,8 @@ class Writing(SeekableTest):
                     plain, output, place = (
                         self.directory / name for name in ("o.vma", "o.vma.zst", "p.vma.zst")
                     )
-                    self.ok("optimize", "--align", align, source, plain)
-                    self.ok("optimize", "--align", align, source, output)
+                    self.ok("optimize", "--force", "--align", align, source, plain)
+                    self.ok("optimize", "--force", "--align", align, source, output)
                     data = output.read_bytes()
                     self.check_frames(data, plain.read_bytes())
                     for road in (single, zipped, plain, output):
@@ -114,21 +114,20 @@ class Writing(SeekableTest):
         for archive in (source, output):
             unpacked = self.directory / "u"
             self.ok("unpack", archive, unpacked)
-            self.ok("pack", unpacked, packed)
+            self.ok("pack", "-q", unpacked, packed)
             self.assertEqual(packed.read_bytes(), output.read_bytes())
-            answer = call_tool("pack", "--compress", "zstd", unpacked, "-")
+            answer = call_tool("pack", "-q", "--compress", "zstd", unpacked, "-")
             self.assertEqual(answer.stdout, output.read_bytes())
             shutil.rmtree(unpacked)
             packed.unlink()
         disk = self.file("disk.raw", archives.disk(random.Random(1), 70 * CLUSTER))
         config = self.file("100.conf", b"cores: 1\n")
-        for name in ("c.vma", "c.vma.zst"):
-            self.ok(
-                *("create", self.directory / name, "-c", config, "--ctime", "1"),
-                f"drive-scsi0={disk}",
-            )
-        made = (self.directory / "c.vma.zst").read_bytes()
-        self.check_frames(made, (self.directory / "c.vma").read_bytes())
+        made = self.directory / "c.vma.zst"
+        self.ok("create", "-q", made, "-c", config, f"drive-scsi0={disk}")
+        data = made.read_bytes()
+        self.check_frames(data, program("-d", data=data))
+        self.ok("optimize", made, notice="")
+        self.assertEqual(made.read_bytes(), data)
 
     def test_options(self) -> None:
         """--compress decides, else the output's name."""
@@ -283,7 +282,7 @@ class Reading(SeekableTest):
             path = self.file("b.vma.zst", bytes(data))
             with self.subTest(frame=i):
                 line = self.fails(3, "verify", path)
-                if found.sizes[i] > BLOCK * 15:
+                if i:
                     self.assertRegex(line, rf"offset 0x{at:x}\b.*'drive-[a-z0-9]+'.*clusters? \d+")
                 before = snapshot(self.directory)
                 self.fails(3, "extract", path, self.directory / "x")
@@ -386,7 +385,7 @@ class Lies(SeekableTest):
                     quiet = what in ("neither", "no table", "another program's table")
                     quiet = quiet or what == "a skippable frame in the middle"
                     quiet = quiet or what == "something behind it"
-                    self.assertEqual("read as a stream" in self.ok("verify", path), not quiet)
+                    self.assertEqual("as a stream: " in self.ok("verify", path), not quiet)
 
 
 def hidden() -> dict[str, str]:
