@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import bisect
 import collections
 import errno
 import functools
@@ -766,6 +767,422 @@ def fill_up(
 
 
 # ---------------------------------------------------------------------------------------------
+# zstd frames: the compressed canonical archive. Pieces of the plain archive are a zstd frame each;
+# an index and a seek table follow in skippable frames. All numbers are little-endian.
+# Sources: RFC 8878, cited as "RFC"; zstd's contrib/seekable_format for the seek table.
+
+FRAME_MAGIC = 0xFD2FB528
+FRAME_BLOCK_MAX = 128 << 10  # bytes in one block of a frame
+SKIPPABLE = struct.Struct("<II")  # RFC 3.1.2: Magic_Number, Frame_Size
+SKIPPABLE_MAGICS = range(0x184D2A50, 0x184D2A60)
+INDEX_MAGIC = 0x184D2A5D
+INDEX_NAME = b"VMAINDEX"
+SEEK_TABLE_MAGIC = 0x184D2A5E
+# Number_Of_Frames, Seek_Table_Descriptor, Seekable_Magic_Number
+SEEK_FOOTER = struct.Struct("<IBI")
+SEEKABLE_MAGIC = 0x8F92EAB1
+SEEK_ENTRY_SIZE = 8  # Compressed_Size, Decompressed_Size
+FRAME_MAX_SIZE = 8 << 20  # what a frame may hold if it is read at any place
+PIECE_SIZE = 1 << 20  # at most so much goes into a frame of ours
+PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
+RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
+COMPRESSION_LEVELS = range(1, 23)
+DEFAULT_LEVEL = 3  # vzdump's
+# Clusters of a whole extent, by the smallest align with so many
+EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
+
+
+class Zstd:
+    """The zstd library, for whole frames. Threads may call it at the same time."""
+
+    @staticmethod
+    @functools.cache
+    def load() -> Zstd | None:
+        """Return Python's own zstd, else the system's library; None where there is neither."""
+        # Both only set level and checksum, so one version of the library gives the same bytes.
+        try:
+            return ModuleZstd(importlib.import_module("compression.zstd"))
+        except ImportError:  # before Python 3.14, or built without it
+            return LibraryZstd.load_library()
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        """Return data as one frame, with its content size and a checksum."""
+        raise NotImplementedError
+
+    def decompress_into(self, frame: Buffer, view: memoryview) -> None:
+        """Decompress one frame that fills view exactly; raises FormatError."""
+        found = parse_frame(frame)
+        if found.size != len(frame):
+            raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
+        if found.content_size not in (None, len(view)):
+            raise FormatError(f"the zstd frame holds {found.content_size} bytes, not {len(view)}")
+        try:
+            size = self._decompress(frame, view)
+        except FormatError as error:
+            raise FormatError(f"the zstd frame is damaged: {error}") from None
+        if size != len(view):
+            raise FormatError(f"the zstd frame holds {size} bytes, expected {len(view)}")
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
+        raise NotImplementedError
+
+
+class ModuleZstd(Zstd):
+    """zstd by Python's compression.zstd, or by backports.zstd, which has the same interface."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._idle: dict[int, list[Any]] = {}  # compressors by level
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        idle = self._idle.setdefault(level, [])
+        try:
+            compressor = idle.pop()
+        except IndexError:
+            names = self.module.CompressionParameter
+            options = {names.compression_level: level, names.checksum_flag: 1}
+            compressor = self.module.ZstdCompressor(options=options)
+        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
+        idle.append(compressor)
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            # One byte more than expected: the frame's end is only read with room left.
+            data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        if len(data) > len(view):
+            raise FormatError(f"it holds more than {len(view)} bytes")
+        view[: len(data)] = data
+        return len(data)
+
+
+class LibraryZstd(Zstd):
+    """zstd by the system's library. Debian always has it: dpkg needs it."""
+
+    NAMES = (
+        "libzstd.so.1",
+        "libzstd.1.dylib",
+        "/opt/homebrew/lib/libzstd.1.dylib",
+        "/usr/local/lib/libzstd.1.dylib",
+    )
+    MIN_VERSION = 10400  # 1.4.0: from there on, everything called here is stable
+    PARAMETERS = (100, 201)  # ZSTD_c_compressionLevel, ZSTD_c_checksumFlag
+
+    def __init__(self, library: Any) -> None:
+        """Declare the functions that are called; raises AttributeError if one is missing."""
+        import ctypes
+
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+        for name, result, arguments in (
+            ("versionNumber", ctypes.c_uint, []),
+            ("isError", ctypes.c_uint, [size]),
+            ("getErrorName", ctypes.c_char_p, [size]),
+            ("compressBound", size, [size]),
+            ("createCCtx", address, []),
+            ("createDCtx", address, []),
+            ("CCtx_setParameter", size, [address, ctypes.c_int, ctypes.c_int]),
+            ("compress2", size, [address, address, size, address, size]),
+            ("decompressDCtx", size, [address, address, size, address, size]),
+        ):
+            function = getattr(library, f"ZSTD_{name}")
+            function.restype = result
+            function.argtypes = arguments
+        self.library = library
+        # Idle contexts, the compressing ones with their output buffers. There are never more than
+        # threads that worked at the same time, so none is ever freed.
+        self._compressors: list[tuple[Any, bytearray]] = []
+        self._decompressors: list[Any] = []
+
+    @classmethod
+    def load_library(cls) -> LibraryZstd | None:
+        """Return the first library found that is new enough."""
+        try:
+            import ctypes
+        except ImportError:  # a Python built without it
+            return None
+        for name in cls.NAMES:
+            with suppress(OSError, AttributeError):
+                found = cls(ctypes.CDLL(name))
+                if found.library.ZSTD_versionNumber() >= cls.MIN_VERSION:
+                    return found
+        return None
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        library = self.library
+        bound = library.ZSTD_compressBound(len(data))
+        try:
+            context, buffer = self._compressors.pop()
+        except IndexError:
+            context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
+        if len(buffer) < bound:
+            buffer = bytearray(bound)
+        for parameter, value in zip(self.PARAMETERS, (level, 1)):
+            self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
+        target, source = address_of(buffer), address_of(data)
+        size = library.ZSTD_compress2(context, target, len(buffer), source, len(data))
+        with memoryview(buffer) as view:
+            frame = bytes(view[: self._checked(size)])
+        self._compressors.append((context, buffer))
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            context = self._decompressors.pop()
+        except IndexError:
+            context = self._created(self.library.ZSTD_createDCtx())
+        target, source = address_of(view), address_of(frame)
+        size = self.library.ZSTD_decompressDCtx(context, target, len(view), source, len(frame))
+        self._decompressors.append(context)  # the next frame begins anew, also after an error
+        return self._checked(size)
+
+    def _created(self, context: Any) -> Any:
+        if not context:
+            raise VmaError("no memory for zstd")
+        return context
+
+    def _checked(self, size: int) -> int:
+        """Return a size; raises FormatError if it is an error's code."""
+        if self.library.ZSTD_isError(size):
+            raise FormatError(self.library.ZSTD_getErrorName(size).decode().lower())
+        return size
+
+
+def address_of(data: Buffer) -> Any:
+    """Return data as a C function's argument, copied only if it is a read-only view."""
+    import ctypes
+
+    if isinstance(data, bytes):
+        return data
+    try:
+        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
+    except TypeError:  # read-only
+        return bytes(data)
+
+
+class Frame(NamedTuple):
+    """A zstd frame as its headers describe it, or a skippable one, which has no content.
+
+    Sizes are in bytes; `content_size` is None if the frame does not say it.
+    """
+
+    size: int
+    content_size: int | None
+    has_checksum: bool
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+
+    def number(start: int, size: int) -> int:
+        field = bytes(data[start : start + size])
+        if len(field) < size:
+            raise FormatError("the zstd frame is cut off")
+        return int.from_bytes(field, "little")
+
+    magic = number(offset, 4)
+    if magic in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + number(offset + 4, 4)
+        if size > len(data) - offset:
+            raise FormatError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    if magic != FRAME_MAGIC:
+        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
+    descriptor = number(offset + 4, 1)
+    single_segment = descriptor >> 5 & 1
+    if descriptor & 8:
+        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
+    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
+    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    content_size = number(position, size) + (256 if size == 2 else 0) if size else None
+    position += size
+    last = 0
+    while not last:
+        block = number(position, 3)
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
+            at = position - offset
+            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
+        position += 3 + (1 if kind == 1 else size)
+    position += 4 * (descriptor >> 2 & 1)
+    if position > len(data):
+        raise FormatError("the zstd frame is cut off")
+    return Frame(position - offset, content_size, bool(descriptor & 4))
+
+
+class SeekTable(NamedTuple):
+    """Where the frames of a seekable file begin, and behind them their end: 16 bytes a frame."""
+
+    offsets: array.array[int]  # in the plain archive
+    compressed_offsets: array.array[int]  # in the file
+
+
+def native(numbers: array.array[int]) -> array.array[int]:
+    """Turn little-endian numbers into the machine's, or back; in place."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def pack_seek_table(sizes: array.array[int]) -> bytes:
+    """Return the seek table in its frame, of each frame's size compressed and decompressed."""
+    data = native(array.array("I", sizes)).tobytes()
+    footer = SEEK_FOOTER.pack(len(sizes) // 2, 0, SEEKABLE_MAGIC)
+    return SKIPPABLE.pack(SEEK_TABLE_MAGIC, len(data) + len(footer)) + data + footer
+
+
+def parse_seek_footer(tail: Buffer) -> int | None:
+    """Return the size of the seek table, with its frame, that ends a file; None if none does."""
+    if len(tail) < SEEK_FOOTER.size:
+        return None
+    count, descriptor, magic = SEEK_FOOTER.unpack_from(tail, len(tail) - SEEK_FOOTER.size)
+    # A descriptor with bits set: another program's table, with checksums.
+    if magic != SEEKABLE_MAGIC or descriptor or not count:
+        return None
+    return SKIPPABLE.size + SEEK_ENTRY_SIZE * int(count) + SEEK_FOOTER.size
+
+
+def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
+    """Return the seek table in its frame; raises FormatError if it cannot be that of the file."""
+    magic, size = SKIPPABLE.unpack_from(data)
+    if magic != SEEK_TABLE_MAGIC or size != len(data) - SKIPPABLE.size:
+        raise FormatError("the seek table has no skippable frame of its size")
+    sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
+    compressed, plain = sizes[0::2], sizes[1::2]
+    if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
+        raise FormatError(
+            f"the seek table has frames of {min(plain)} to {max(plain)} bytes, "
+            f"expected 1 to {FRAME_MAX_SIZE}"
+        )
+    table = SeekTable(
+        array.array("Q", itertools.accumulate(plain, initial=0)),
+        array.array("Q", itertools.accumulate(compressed, initial=0)),
+    )
+    if table.compressed_offsets[-1] > file_size - len(data):
+        raise FormatError("the seek table has more frames than the file")
+    return table
+
+
+def pack_index(zstd: Zstd, masks: array.array[int], level: int) -> bytes:
+    """Return the index in its frame, of all clusters' masks in the archive's order."""
+    frame = zstd.compress(native(array.array("H", masks)).tobytes(), level)
+    return SKIPPABLE.pack(INDEX_MAGIC, len(INDEX_NAME) + len(frame)) + INDEX_NAME + frame
+
+
+def parse_index(zstd: Zstd, data: Buffer, max_count: int) -> array.array[int]:
+    """Return up to max_count masks from the index in its frame; raises FormatError."""
+    start = SKIPPABLE.size + len(INDEX_NAME)
+    if len(data) < start or data[SKIPPABLE.size : start] != INDEX_NAME:
+        raise FormatError("there is no index in front of the seek table")
+    if SKIPPABLE.unpack_from(data) != (INDEX_MAGIC, len(data) - SKIPPABLE.size):
+        raise FormatError("the index has no skippable frame of its size")
+    frame = data[start:]
+    size = parse_frame(frame).content_size
+    if size is None or size % 2 or size > 2 * max_count:
+        raise FormatError(f"the index holds {size} bytes, expected at most {2 * max_count}")
+    masks = array.array("H", bytes(size))
+    with memoryview(masks).cast("B") as view:
+        zstd.decompress_into(frame, view)
+    return native(masks)
+
+
+def header_pieces(size: int) -> list[int]:
+    """Return the sizes of the pieces of an archive's header."""
+    return [min(PIECE_SIZE, size - start) for start in range(0, size, PIECE_SIZE)]
+
+
+def payload_pieces(masks: Sequence[int]) -> list[int]:
+    """Return the sizes of the pieces of an extent's stored blocks; if none is stored, none."""
+    groups = (masks[i : i + PIECE_CLUSTERS] for i in range(0, len(masks), PIECE_CLUSTERS))
+    return [size for group in groups if (size := sum(map(mask_size, group)))]
+
+
+class ArchiveIndex(NamedTuple):
+    """What an index says: each device's entries as in DeviceIndex, by dev_id."""
+
+    cluster_count: int  # of a whole extent
+    entries: dict[int, array.array[int]]
+
+
+def index_archive(
+    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
+) -> list[ArchiveIndex]:
+    """Return what the masks in an index mean; devices are in canonical order.
+
+    That the frames are cut as the masks demand proves all offsets; raises FormatError otherwise.
+    Rarely two results fit: they differ in extents that store nothing.
+    """
+    counts = [device.cluster_count for device in devices]
+    if devices and devices[-1].is_vmstate:
+        # A vmstate has as many clusters as are left, whatever its size is.
+        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
+    if sum(counts) != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
+        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+            raise FormatError(f"the index has blocks behind the end of {device.title}")
+    found = []
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            if offsets == table.offsets:
+                found.append(index)
+    if not found:
+        raise FormatError("the index and the seek table contradict each other")
+    return found
+
+
+def lay_out_frames(
+    header_size: int,
+    devices: Sequence[Device],
+    counts: Sequence[int],
+    masks: array.array[int],
+    cluster_count: int,
+) -> tuple[ArchiveIndex, array.array[int]]:
+    """Return the index of a canonical archive with these masks, and all frames' offsets."""
+    zeros = array.array("H", bytes(2 * cluster_count))
+    full = array.array("H", [FULL_MASK] * cluster_count)
+    full_pieces = payload_pieces(full)
+    step = CLUSTER_SIZE << 16  # from one entry to the next, if all blocks are stored
+    sizes = header_pieces(header_size)
+    offset = header_size
+    first = run = 0  # run: bytes of headers that share a frame
+    index = ArchiveIndex(cluster_count, {})
+    for device, count in zip(devices, counts):
+        entries = index.entries[device.dev_id] = array.array("Q")
+        for number, start in enumerate(range(first, first + count, cluster_count)):
+            chunk = masks[start : min(start + cluster_count, first + count)]
+            offset += EXTENT_HEADER_SIZE
+            base = offset << 16
+            stores = chunk != zeros and any(chunk)
+            if run and (stores or number % RUN_EXTENTS == 0):
+                sizes.append(run)
+                run = 0
+            # Nearly all extents store nothing or everything: those go fast.
+            if not stores:
+                run += EXTENT_HEADER_SIZE
+                entries.extend(array.array("Q", (base,)) * len(chunk))
+                continue
+            if chunk == full:
+                pieces = full_pieces
+                base |= FULL_MASK
+                entries.extend(array.array("Q", range(base, base + step * cluster_count, step)))
+            else:
+                pieces = payload_pieces(chunk)
+                places = itertools.accumulate(map(mask_size, chunk), initial=offset)
+                entries.extend(array.array("Q", [at << 16 | m for at, m in zip(places, chunk)]))
+            sizes += [EXTENT_HEADER_SIZE, *pieces]
+            offset += sum(pieces)
+        first += count
+    if run or not devices:  # without devices, there is one extent all the same
+        sizes.append(run or EXTENT_HEADER_SIZE)
+    return index, array.array("Q", itertools.accumulate(sizes, initial=0))
+
+
+# ---------------------------------------------------------------------------------------------
 # Stopping and cleaning up
 
 
@@ -859,6 +1276,7 @@ def start_thread(target: Callable[[], None]) -> threading.Thread:
 
 WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
 PIPE_SIZE = 1 << 20
+TAIL_SIZE = 64 << 10  # what is read first of a file that may end in a seek table
 SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
@@ -880,6 +1298,7 @@ class Input:
 
     size: int | None = None
     compression = ""
+    note = ""  # why a seekable archive is read as a stream
     raw: io.FileIO | None = None  # the file itself, also if it is compressed
     state: os.stat_result | None = None  # of that when it was opened, None for a pipe
     raw_size = 0  # of that, 0 for a pipe
@@ -1083,6 +1502,131 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     if count:
         left[0] = left[0][count:]
     return left
+
+
+class SeekableError(FormatError):
+    """What only reading at any place has found; as a stream the archive may be good."""
+
+
+class FramesInput(FileInput):
+    """A compressed canonical archive, read at any place by its seek table.
+
+    `size` and all offsets are those of the plain archive. `index` is there after `read_index`.
+    """
+
+    compression = "zstd"
+    index: ArchiveIndex
+
+    def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
+        """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
+        super().__init__(name, file)
+        self.zstd = zstd
+        self._last = threading.local()  # the last frame of each thread, and its number
+        self._devices: dict[int, Device] = {}
+        tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
+        table_size = parse_seek_footer(tail) or 0
+        end = self.size - table_size
+        if not table_size:
+            raise FormatError("")  # nothing is wrong: most files have none
+        if end < 0:
+            raise FormatError("the seek table has more frames than the file")
+        if table_size > len(tail):
+            tail = self._stored(end, self.size)
+        self.table = parse_seek_table(tail[-table_size:], self.size)
+        self._index_data = self._stored(self.table.compressed_offsets[-1], end)
+        if not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
+            raise FormatError("there is no index in front of the seek table")
+        self.size = self.table.offsets[-1]
+        self._frame(0)
+
+    def read_index(self) -> None:
+        """Read the index; raises FormatError unless header and seek table agree with it."""
+        header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
+        header = parse_header(self._plain(0, min(header_size, self.size)))
+        if header.uuid != CANONICAL_UUID:
+            raise FormatError("the archive is not canonical")
+        # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
+        masks = parse_index(self.zstd, self._index_data, 4 * self.raw_size)
+        devices = canonical_order(header.devices)
+        found = index_archive(header_size, devices, masks, self.table)
+        self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
+        self._devices = {device.dev_id: device for device in devices}
+        self._index_data.clear()
+
+    def _fits(self, index: ArchiveIndex) -> bool:
+        """Say whether each device's first extent has as many clusters as an index says."""
+        for entries in filter(None, index.entries.values()):
+            data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
+            slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
+            if slots != min(index.cluster_count, len(entries)):
+                return False
+        return True
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.table.offsets) - 1
+
+    def read(self, size: int) -> bytes:
+        data = self._plain(self.offset, min(size, self.size - self.offset))
+        self.offset += len(data)
+        return data
+
+    def _plain(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        self._fill([memoryview(data)], offset)
+        return bytes(data)
+
+    def _stored(self, start: int, end: int) -> bytearray:
+        """Return bytes of the file itself."""
+        data = bytearray(end - start)
+        super()._fill([memoryview(data)], start)
+        return data
+
+    def _fill(self, views: Sequence[memoryview], offset: int) -> None:
+        for view in views:
+            done = 0
+            while done < len(view):
+                number = bisect.bisect_right(self.table.offsets, offset) - 1
+                start, end = self.table.offsets[number : number + 2]
+                stop = min(done + end - offset, len(view))
+                if stop - done == end - start:  # a whole frame goes straight to its place
+                    self._decompress(number, view[done:stop])
+                else:
+                    first = offset - start
+                    view[done:stop] = self._frame(number)[first : first + stop - done]
+                offset += stop - done
+                done = stop
+
+    def _frame(self, number: int) -> memoryview:
+        """Return what a frame holds, until this thread asks for another one."""
+        last = self._last
+        if getattr(last, "number", None) != number:
+            start, end = self.table.offsets[number : number + 2]
+            last.number = None
+            last.data = memoryview(bytearray(end - start))
+            self._decompress(number, last.data)
+            last.number = number
+        data: memoryview = last.data
+        return data
+
+    def _decompress(self, number: int, view: memoryview) -> None:
+        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        try:
+            self.zstd.decompress_into(frame, view)
+        except FormatError as error:
+            start, end = self.table.offsets[number : number + 2]
+            raise SeekableError(f"{self._place(start, end)}{error}", start, self.name) from None
+
+    def _place(self, start: int, end: int) -> str:
+        """Return device and clusters, as far as known, of a frame that holds start to end."""
+        for dev_id, entries in self.index.entries.items() if self._devices else ():
+            first = bisect.bisect_left(entries, start << 16)
+            stop = bisect.bisect_left(entries, end << 16)
+            if first == stop and first < len(entries):  # the header of an extent
+                stop = min(first + self.index.cluster_count, len(entries))
+            if first < stop and start >= (entries[0] >> 16) - EXTENT_HEADER_SIZE:
+                return f"{self._devices[dev_id].title}: clusters {first} to {stop - 1}: "
+        return ""
 
 
 class Codec(NamedTuple):
@@ -1299,10 +1843,11 @@ def widen_pipe(fd: int) -> None:
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[Input]:
+def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
-    A plain regular file or block device can be read at any place; everything else is a stream.
+    A plain regular file or block device can be read at any place, and a compressed canonical
+    archive, whose index is read if `index` says so. Everything else is a stream.
     """
     name = display_name(path, "input")
     with ExitStack() as undo:
@@ -1312,7 +1857,11 @@ def open_input(path: str) -> Iterator[Input]:
             state = os.fstat(raw.fileno())
         codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
         if codec is not None:
-            source = open_codec(name, codec, raw, seekable=size is not None)
+            frames, note = None, ""
+            if codec.name == "zstd" and stat.S_ISREG(state.st_mode) and size and not as_stream:
+                frames, note = open_frames(name, raw, index)
+            source = frames or open_codec(name, codec, raw, seekable=size is not None)
+            source.note = note
             if size is not None:
                 source.state, source.raw_size = state, size
         elif size is not None:
@@ -1322,6 +1871,20 @@ def open_input(path: str) -> Iterator[Input]:
         undo.pop_all()  # the input closes it
     with source:
         yield source
+
+
+def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
+    """Return an input that is read at any place; or None, and what is wrong, "" for nothing."""
+    zstd = Zstd.load()
+    if zstd is None:
+        return None, ""  # the zstd program reads it, as a stream
+    try:
+        source = FramesInput(name, raw, zstd)
+        if index:
+            source.read_index()
+        return source, ""
+    except FormatError as error:
+        return None, str(error)
 
 
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
@@ -1667,10 +2230,21 @@ class PartialFile(Target):
         with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
             os.posix_fallocate(self.fd, 0, size)
 
-    def read_back(self) -> FileInput:
-        """Return what was written, as an input."""
+    def read_back(self, zstd: Zstd | None) -> FileInput:
+        """Return the archive that was written, as an input; `zstd` if it is compressed."""
         with os_errors_as(self.name):
-            return FileInput(self.name, io.FileIO(os.dup(self.fd)))
+            file = io.FileIO(os.dup(self.fd))
+        if zstd is None:
+            return FileInput(self.name, file)
+        try:
+            source = FramesInput(self.name, file, zstd)
+            source.read_index()
+        except FormatError as error:
+            file.close()
+            raise VmaError(
+                f"{self.name}: what was written reads back as something else: {error}"
+            ) from error
+        return source
 
     def sync(self) -> None:
         if self._old >= 0:
@@ -2087,6 +2661,24 @@ class Index:
     def _fail(self, message: str, offset: int | None = None) -> NoReturn:
         raise FormatError(message, offset, self.name)
 
+    def adopt(self, archive: ArchiveIndex, end: int) -> None:
+        """Take over the index of a canonical archive of `end` bytes; raises FormatError."""
+        for dev_id, entries in reversed(archive.entries.items()):
+            index = self.devices[dev_id]
+            index.entries = entries
+            index.seen = len(entries)
+            count = -(-len(entries) // archive.cluster_count)
+            start = (entries[0] >> 16) - EXTENT_HEADER_SIZE if entries else end
+            index.stored_size = end - start - EXTENT_HEADER_SIZE * count
+            end = start
+            self.extent_count += count
+            most = min(len(entries), archive.cluster_count)
+            self._most_slots = max(self._most_slots, most)
+            if not self._slots and entries:  # the archive's last extent
+                self._slots = (len(entries) - 1) % archive.cluster_count + 1
+        self.extent_count = max(self.extent_count, 1)
+        self.finish()
+
     def finish(self) -> None:
         """Raise FormatError unless every cluster of every device was there."""
         # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
@@ -2341,6 +2933,79 @@ class Contents(Producer):
         return bytes(data)
 
 
+class IndexedContents(Contents):
+    """A compressed canonical archive: its index says where every cluster is.
+
+    Before plans of a device are read, the extents' headers are held against the index.
+    """
+
+    parallel = True
+    source: FramesInput
+
+    def __init__(self, source: FramesInput) -> None:
+        super().__init__(source)
+        self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
+        self.cluster_count = source.index.cluster_count
+        self.index.adopt(source.index, source.size)
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield the extents not read yet; raises FormatError if one is not as the index says."""
+        for device in canonical_order(self.header.devices):
+            while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
+                yield self._check_extent(device)
+
+    def complete(self) -> None:
+        """Do nothing: the index is complete."""
+
+    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+        entries = self.index.devices[device.dev_id].slice(first, count)
+        while self._checked[device.dev_id] < first + len(entries):
+            self._check_extent(device)
+        return entries
+
+    def _check_extent(self, device: Device) -> Extent:
+        """Read a device's next extent header."""
+        first = self._checked[device.dev_id]
+        entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
+        payload_offset, last = entries[0] >> 16, entries[-1]
+        info = device.dev_id << 32 | first
+        blockinfo: Sequence[int] = range(info, info + len(entries))
+        size = (last >> 16) + mask_size(last & FULL_MASK) - payload_offset
+        if size:
+            blockinfo = [(e & FULL_MASK) << 48 | i for e, i in zip(entries, blockinfo)]
+        data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
+        offset = payload_offset - EXTENT_HEADER_SIZE
+        found = bytearray(EXTENT_HEADER_SIZE)
+        self.source.read_at([(offset, memoryview(found))])
+        if found != data:
+            clusters = f"clusters {first} to {first + len(entries) - 1}"
+            raise SeekableError(
+                f"{device.title}: {clusters}: the extent header and the index contradict each "
+                "other; without the index: zstd -dc FILE | vma-tool COMMAND -",
+                offset,
+                self.source.name,
+            )
+        self._checked[device.dev_id] += len(entries)
+        self.source.offset = payload_offset + size
+        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+
+    def is_canonical(self, align: int) -> bool:
+        """Say whether the extents are laid out as optimize does with this align."""
+        count = clusters_per_extent(align)
+        for index in self.index.devices.values():
+            unit = 1 if index.device.is_vmstate else align // BLOCK_SIZE
+            for first in range(0, len(index.entries), count):
+                entries = index.slice(first, count)
+                if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
+                    continue  # stores nothing
+                masks = [entry & FULL_MASK for entry in entries]
+                if fill_up(index.device, first, masks, unit)[0] != masks:
+                    return False
+            if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):
+                return False
+        return True
+
+
 class Stream(Contents):
     """An archive that is read once: early clusters wait, in memory or a temporary file."""
 
@@ -2434,9 +3099,14 @@ class Spool(Target):
         super().__init__(self.source.fd, name, seekable=True)
 
 
+def contents_of(source: Input) -> Contents:
+    return IndexedContents(source) if isinstance(source, FramesInput) else Contents(source)
+
+
 def load(source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> Contents:
     """Return the contents of an archive, of which the header has been read and checked."""
-    contents = Contents(source) if source.size is not None else Stream(source, memory, directory)
+    is_stream = source.size is None
+    contents = Stream(source, memory, directory) if is_stream else contents_of(source)
     with in_archive(source.name):
         check_names(contents.header)
     return contents
@@ -2696,19 +3366,30 @@ class CanonicalWriter(Consumer):
     `digest` grows with the extents; at the end it is that of the `Index` of what was written.
     """
 
+    zstd: Zstd | None = None  # what compresses it
+
     def __init__(self, header: Header, align: int, target: Target) -> None:
         self.align = align
         self.cluster_count = clusters_per_extent(align)
         self.target = target
         self.digest = hashlib.sha256()
-        data = lay_out_header(header, align)
-        self.header_md5 = bytes(data[HEADER_MD5])
-        target.append([data])
+        data = bytes(lay_out_header(header, align))
+        self.header_md5 = data[HEADER_MD5]
+        self.begin(data)
         if not header.devices:
             # As Proxmox writes an archive that has only configs.
-            self.deliver([[pack_extent(CANONICAL_UUID, 0, ())]])
+            self.add_empty(pack_extent(CANONICAL_UUID, 0, ()))
 
-    def prepare(self, part: Part) -> list[Buffer]:
+    def begin(self, header: bytes) -> None:
+        self.target.append([header])
+
+    def add_empty(self, extent: bytes) -> None:
+        self.deliver([[extent]])
+
+    def finish(self) -> None:
+        """Write what follows the last extent."""
+
+    def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
         return [header, *part.filled(masks)]
 
@@ -2734,6 +3415,85 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
+class CompressedWriter(CanonicalWriter):
+    """Writes the compressed canonical archive, its frames made on all processors."""
+
+    parallel = True
+    zstd: Zstd
+
+    def __init__(self, header: Header, align: int, target: Target, level: int) -> None:
+        self.zstd = require_zstd()
+        self.level = level
+        self._sizes = array.array("I")  # of the frames, compressed and not, in turn
+        self._masks = array.array("H")
+        self._run: list[bytes] = []  # headers that will share a frame
+        self._place = (0, 0)  # of the last extent: dev_id, number of its run
+        super().__init__(header, align, target)
+
+    def begin(self, header: bytes) -> None:
+        start = 0
+        for size in header_pieces(len(header)):
+            self.target.append([self._add(self._compress([header[start : start + size]]))])
+            start += size
+
+    def add_empty(self, extent: bytes) -> None:
+        self.deliver([(extent, (), self._place, ())])
+
+    def prepare(self, part: Part) -> tuple[Any, ...]:
+        header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
+        place = (part.device.dev_id, part.first // self.cluster_count // RUN_EXTENTS)
+        if part.image is None:
+            return header, masks, place, ()
+        pieces = [self._compress([header])]
+        for group in range(0, len(masks), PIECE_CLUSTERS):
+            image = part.image[group * CLUSTER_SIZE :]
+            spans = block_spans(masks[group : group + PIECE_CLUSTERS])
+            if spans:
+                pieces.append(self._compress([image[start:end] for start, end in spans]))
+        return header, masks, place, pieces
+
+    def deliver(self, prepared: Sequence[Any]) -> None:
+        output = []
+        for header, masks, place, pieces in prepared:
+            self.digest.update(header[EXTENT_MD5])
+            self._masks.extend(masks)
+            if pieces or place != self._place:
+                output += self._end_run()
+            self._place = place
+            if not pieces:
+                self._run.append(header)
+            output += map(self._add, pieces)
+        self.target.append(output)
+
+    def finish(self) -> None:
+        index = pack_index(self.zstd, self._masks, self.level)
+        self.target.append([*self._end_run(), index, pack_seek_table(self._sizes)])
+
+    def _compress(self, views: Sequence[Buffer]) -> tuple[bytes, int]:
+        data = views[0] if len(views) == 1 else b"".join(views)
+        return self.zstd.compress(data, self.level), len(data)
+
+    def _add(self, piece: tuple[bytes, int]) -> bytes:
+        """Enter a frame into the seek table, and return it."""
+        self._sizes.extend((len(piece[0]), piece[1]))
+        return piece[0]
+
+    def _end_run(self) -> list[bytes]:
+        run, self._run = self._run, []
+        return [self._add(self._compress(run))] if run else []
+
+
+def require_zstd() -> Zstd:
+    """Return the zstd library; raises VmaError if there is none."""
+    zstd = Zstd.load()
+    if zstd is None:
+        raise VmaError(
+            "writing zstd needs the library libzstd.so.1: install the package libzstd1, or use "
+            "Python 3.14 or later; --compress none writes a plain archive"
+        )
+    return zstd
+
+
 def find_align(contents: Contents) -> str | None:
     """Return the --align with which optimize writes this very archive, None if there is none."""
     names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
@@ -2745,6 +3505,8 @@ def is_canonical(contents: Contents, align: int) -> bool:
     header = contents.header
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
+    if isinstance(contents, IndexedContents):
+        return contents.is_canonical(align) and has_zero_tails(contents)
     contents.complete()
     digest = hashlib.sha256()
     for device in canonical_order(header.devices):
@@ -3556,23 +4318,22 @@ def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
     tables: dict[int, Table] = {}
-    with open_input(args.archive) as source:
+    with open_input(args.archive, index=args.scan or args.partitions) as source:
         if args.partitions and source.size is None:
             raise VmaError(
                 f"{source.name}: --partitions reads at any place, which a stream does not allow; "
                 f"make a file that does: vma-tool optimize {escape(args.archive)} "
-                f"{escape(plain_name(args.archive))}"
+                f"{escape(plain_name(args.archive))}.zst"
             )
-        contents = Contents(source) if args.scan or args.partitions else None
+        contents = contents_of(source) if args.scan or args.partitions else None
         if contents:
-            for _ in contents.extents():
-                pass
+            contents.complete()
             for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
         header = contents.header if contents else read_header(source)
-        found = describe(header, contents if args.scan else None, tables)
+        found = describe(source, header, contents if args.scan else None, tables)
         source.check_unchanged()
     if args.json:
         print(to_json(found))
@@ -3585,7 +4346,7 @@ def cmd_list(args: Namespace) -> int:
 
 
 def describe(
-    header: Header, contents: Contents | None, tables: Mapping[int, Table]
+    source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
     """Return what list --json prints; `contents` adds what only a scan can know."""
     devices = [device._asdict() for device in header.devices]
@@ -3605,6 +4366,10 @@ def describe(
         "ctime": header.ctime,
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
         "devices": devices,
+        "compression": source.compression or None,
+        "compressed_size": source.raw_size or None if source.compression else None,
+        "seekable": source.size is not None,
+        "frames": source.frame_count if isinstance(source, FramesInput) else None,
     }
     if contents:
         align = find_align(contents)
@@ -3637,6 +4402,10 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     if "align" in found:
         align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
+        if found["compression"]:
+            frames = f"{found['frames']} frames" if found["frames"] else "read as a stream"
+            size = format_size(found["compressed_size"] or 0)
+            print(f"stored   {found['compression']}, {frames}, {size}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:
@@ -3697,12 +4466,27 @@ def cmd_verify(args: Namespace) -> int:
 
 def verify_one(args: Namespace, path: str) -> int:
     """Read an archive, and say that it will restore; raises VmaError if not."""
-    with open_input(path) as source, progress_of(args, source) as progress:
+    try:
+        verify_input(args, path)
+    except SeekableError as error:
+        # Proxmox reads it from one end to the other, and that may well succeed.
+        try:
+            verify_input(args, path, str(error.args[0]))
+        except VmaError:
+            raise error from None
+    return 0
+
+
+def verify_input(args: Namespace, path: str, fault: str = "") -> None:
+    """Verify an archive; one with a fault of its seek table or index is read as a stream."""
+    with open_input(path, as_stream=bool(fault)) as source, progress_of(args, source) as progress:
         if args.quick:
             progress.begin("reading headers", source.size or source.total, lambda: source.offset)
+        elif isinstance(source, FramesInput):
+            check_frames(source, progress)
         elif isinstance(source, FileInput):
             source.read_all = True  # a sector that cannot be read must not pass
-        contents = Contents(source)
+        contents = contents_of(source)
         with in_archive(source.name):
             check_names(contents.header)
         for _ in ticking(contents.extents(), progress):
@@ -3710,14 +4494,33 @@ def verify_one(args: Namespace, path: str) -> int:
         progress.finish()
         source.check_unchanged()
         what = "headers only" if args.quick and source.size is not None else "all data read"
+        if source.note or fault:
+            what += f", as a stream: {source.note or fault}"
         if args.json:
             description = {"archive": path, "ok": True, "checked": what}
-            description.update(describe(contents.header, contents, {}))
+            description.update(describe(source, contents.header, contents, {}))
             print(to_json(description), flush=True)
         elif not args.quiet:
             print_report(f"{summary(contents)}, {what}")
             print_totals(args, contents.index)
-    return 0
+
+
+def check_frames(source: FramesInput, progress: Progress) -> None:
+    """Decompress all frames, and so check their checksums."""
+
+    def ranges() -> Iterator[tuple[int, int]]:
+        start = 0
+        for i in range(1, source.frame_count + 1):
+            if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
+                yield start, source.table.offsets[i]
+                progress.tick()
+                start = source.table.offsets[i]
+
+    def work(place: tuple[int, int], buffer: memoryview) -> None:
+        start, end = place
+        source.read_at([(start, buffer[: end - start])])
+
+    pump(ranges(), lambda place, _: place, lambda _: None, work)
 
 
 def verify_against(args: Namespace, path: str) -> int:
@@ -3978,6 +4781,7 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         check_names(header)
     except FormatError as error:  # no archive is bad, what one is to be made of is refused
         raise VmaError(str(error)) from error
+    level = compression_level(args, args.output)
     if args.map is not None:
         header = add_device_map(header, args.map)
     missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
@@ -4012,24 +4816,38 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
             for disk in disks:
                 disk.source.check_unchanged()
 
-        write_archive(args, Disks(header, disks), output, progress)
+        write_archive(args, Disks(header, disks), output, level, progress)
         finish_writing(output.sync, progress)
         output.commit(last_look)
 
 
+def compression_level(args: Namespace, output: str, was_compressed: bool = False) -> int:
+    """Return the zstd level for an output, 0 for a plain one."""
+    level = args.compress
+    if level is None:
+        level = DEFAULT_LEVEL if was_compressed or output.endswith(".zst") else 0
+    if level:
+        require_zstd()  # before anything is read or written
+    return int(level)
+
+
 def write_archive(
-    args: Namespace, producer: Producer, output: Target, progress: Progress
-) -> CanonicalWriter:
+    args: Namespace, producer: Producer, output: Target, level: int, progress: Progress
+) -> None:
     """Write the canonical archive of what a producer has, and check that it reads back."""
+    align = ALIGNS[args.align]
     with warning_of_partial(output):
-        writer = CanonicalWriter(producer.header, ALIGNS[args.align], output)
+        if level:
+            writer: CanonicalWriter = CompressedWriter(producer.header, align, output, level)
+        else:
+            writer = CanonicalWriter(producer.header, align, output)
         copy_parts(producer, writer, writer.cluster_count, progress)
+        writer.finish()
     if isinstance(output, PartialFile):
         warn_of_leftovers(args, output.directory)
         output.truncate(output.position)  # more may have been reserved
-        with output.read_back() as written:
+        with output.read_back(writer.zstd) as written:
             check_written(writer, written)
-    return writer
 
 
 @contextmanager
@@ -4068,7 +4886,7 @@ def cmd_create(args: Namespace) -> int:
 def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
-    with open_input(args.archive) as source:
+    with open_input(args.archive, index=False) as source:
         configs = dict(read_header(source).configs)
     data = configs.get(args.config)
     if data is None:
@@ -4095,11 +4913,12 @@ def cmd_optimize(args: Namespace) -> int:
         refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
+        level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
-            require_replaceable(path, source)
+            require_replaceable(path, source, args.compress)
         progress = stack.enter_context(progress_of(args, source))
         contents = load(source, args.memory, directory_beside(path))
-        if in_place and is_canonical(contents, ALIGNS[args.align]):
+        if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
@@ -4108,13 +4927,13 @@ def cmd_optimize(args: Namespace) -> int:
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
-        if file and source.size is not None:
+        if file is None and not contents.ordered:
+            check_extents(contents)  # what goes into a pipe cannot be taken back
+        if file and source.size is not None and not level:
             file.reserve(source.size)
-        elif not contents.ordered:
-            contents.complete()  # what goes into a pipe cannot be taken back
-        write_archive(args, contents, output, progress)
+        write_archive(args, contents, output, level, progress)
         if file and (args.check or (args.check is None and in_place)):
-            check_contents(args, contents, file, progress)
+            check_contents(args, contents, file, level, progress)
         if file and in_place:
             file.times = source.state
         finish_writing(output.sync, progress)
@@ -4125,6 +4944,20 @@ def cmd_optimize(args: Namespace) -> int:
     return 0
 
 
+def check_extents(contents: Contents) -> None:
+    """Read all extent headers of a file; raises FormatError."""
+    for _ in contents.extents():
+        pass
+
+
+def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
+    """Say whether a file is what optimize would replace it by."""
+    if contents.ordered or compressed != isinstance(contents, IndexedContents):
+        return False
+    check_extents(contents)
+    return is_canonical(contents, align)
+
+
 def directory_beside(output: str) -> str:
     """Return where a stream's temporary file may be: beside a file, but not in /dev or /proc."""
     if output == "-" or (os.path.exists(output) and not os.path.isfile(output)):
@@ -4132,29 +4965,31 @@ def directory_beside(output: str) -> str:
     return os.path.dirname(os.path.realpath(output))
 
 
-def require_replaceable(path: str, source: Input) -> None:
+def require_replaceable(path: str, source: Input, compress: int | None) -> None:
     """Raise VmaError if an archive cannot be optimized in place."""
-    if source.compression and source.raw_size:
-        raise VmaError(
-            f"{source.name}: a compressed archive is not replaced by a plain one: "
-            f"vma-tool optimize {escape(path)} {escape(plain_name(path))}"
-        )
-    if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
+    if source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
+    if source.compression and (source.compression != "zstd" or compress == 0):
+        kind, suffix = ("a plain", "") if compress == 0 else ("a zstd", ".zst")
+        raise VmaError(
+            f"{source.name}: {source.compression} is not replaced by {kind} archive: "
+            f"vma-tool optimize {escape(path)} {escape(plain_name(path) + suffix)}"
+        )
 
 
 def check_contents(
-    args: Namespace, contents: Contents, output: PartialFile, progress: Progress
+    args: Namespace, contents: Contents, output: PartialFile, level: int, progress: Progress
 ) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with ExitStack() as stack:
-        written = stack.enter_context(output.read_back())
+        written = output.read_back(require_zstd() if level else None)
+        stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
             source = stack.enter_context(open_input(args.archive))
             contents = load(source, args.memory, directory_beside(args.archive))
         progress.finish()
         progress.begin("comparing", output.position, written.position)
-        found = compare_disks(contents, Contents(written), progress)
+        found = compare_disks(contents, contents_of(written), progress)
     if found:
         raise VmaError(f"{output.name}: what was written differs: {found[0]}")
 
@@ -4217,6 +5052,16 @@ def parse_memory(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
 
 
+def parse_compression(text: str) -> int:
+    """Return the zstd level, 0 for none."""
+    match = re.fullmatch(r"zstd(?::([0-9]{1,2}))?", text)
+    level = int(match[1] or DEFAULT_LEVEL) if match else 0
+    if text != "none" and level not in COMPRESSION_LEVELS:
+        last = COMPRESSION_LEVELS[-1]
+        raise argparse.ArgumentTypeError(f"{quote(text)} is neither none nor zstd:1 to zstd:{last}")
+    return level
+
+
 def common_options(default: Any) -> CommandParser:
     """Return the options that may stand before and after the command."""
     options = CommandParser(add_help=False)
@@ -4234,6 +5079,10 @@ def layout_options() -> CommandParser:
         "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
         f"(default {DEFAULT_ALIGN})",
+    )  # fmt: skip
+    options.add_argument(
+        "--compress", metavar="zstd[:LEVEL]|none", type=parse_compression,
+        help=f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})",
     )  # fmt: skip
     options.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     return options
