@@ -3446,10 +3446,11 @@ class CompressedWriter(CanonicalWriter):
             return header, masks, place, ()
         pieces = [self._compress([header])]
         for group in range(0, len(masks), PIECE_CLUSTERS):
-            image = part.image[group * CLUSTER_SIZE :]
-            spans = block_spans(masks[group : group + PIECE_CLUSTERS])
-            if spans:
-                pieces.append(self._compress([image[start:end] for start, end in spans]))
+            end = group + PIECE_CLUSTERS
+            image = part.image[group * CLUSTER_SIZE : end * CLUSTER_SIZE]
+            piece = Part(part.device, part.first + group, part.masks[group:end], image)
+            if blocks := piece.filled(masks[group:end]):
+                pieces.append(self._compress(blocks))
         return header, masks, place, pieces
 
     def deliver(self, prepared: Sequence[Any]) -> None:
