@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).
+"""Make Proxmox VE backups (.vma) deduplicate, and get data out of them on any machine.
 
 A .vma file is a header (the VM's configuration, the list of its disks), then extents that hold the
 disks' clusters in the order in which a live backup happened to read them. `optimize` rewrites an
-archive into the canonical layout, so that a deduplicating backup program finds in the next backup
-what it has already:
+archive into the canonical layout, so that restic, borg or ZFS store only what changed:
 
-    header    fixed uuid; blob buffer: configs in their order, device names by dev_id;
+    header    fixed uuid; configs in their order, then device names by dev_id;
               zero-filled to a multiple of --align
-    extents   one device after the other by dev_id, vmstate last; each device begins an extent
-              clusters ascending, every one, as many an extent as make a multiple of --align (<= 58)
-              zero blocks are stored explicitly until each payload is a multiple of --align
+    extents   one device after the other by dev_id, vmstate last; each device begins a new extent;
+              every cluster, ascending; as many an extent as fill a multiple of --align (<= 58);
+              zero blocks are stored until each payload is a multiple of --align
 
 The layout depends on the archive's ctime, configs, devices, stored blocks and --align, on nothing
-else; `lay_out_header` and `lay_out_extent` below decide it.
+else. `lay_out_header` and `lay_out_extent` decide it.
 
-Exit status: 0 success, 1 a bad archive or a failed operation, 2 wrong usage, 128 + N ended by
-signal N (130: Ctrl-C, 141: the reader of standard output went away).
+Exit status: 0 success, 1 a failed operation, 2 wrong usage, 3 a bad archive or archives that
+differ, 128 + N ended by signal N (130: Ctrl-C, 141: the reader of standard output went away).
 
 Sources: the format is Proxmox's, in pve-qemu's public vma_spec.txt; cited below as "spec". Where
 its `vma` program behaves otherwise, the program is followed, and a comment says so.
@@ -47,21 +46,33 @@ import time
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from types import FrameType
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
 
-__version__ = "1.0.0"
+if sys.version_info < (3, 9):  # noqa: UP036 - says so in one line where Python 3.8 starts this
+    sys.exit(f"vma-tool: needs Python 3.9 or later, this is {sys.version.split()[0]}")
+
+__version__ = "2.0.0"
 
 # ---------------------------------------------------------------------------------------------
-# Errors
+# Errors, text, progress
+
+EXIT_FAILED = 1
+EXIT_BAD = 3
 
 
 class VmaError(Exception):
-    """A bad archive or a failed operation; its text is the one line that the user reads."""
+    """A failed operation; its text is the one line that the user reads."""
+
+    exit_status = EXIT_FAILED
 
 
 class FormatError(VmaError):
-    """Bytes that contradict the format; says in which archive and at which offset, if known."""
+    """An archive that Proxmox would not restore completely.
+
+    Its text begins with the archive and the offset in it, in bytes, where they are known.
+    """
+
+    exit_status = EXIT_BAD
 
     def __init__(self, message: str, offset: int | None = None, archive: str = "") -> None:
         super().__init__(message)
@@ -75,75 +86,209 @@ class FormatError(VmaError):
 
 @contextmanager
 def in_archive(name: str) -> Iterator[None]:
-    """Let a FormatError say in which archive it is."""
+    """Add the archive's name to a FormatError."""
     try:
         yield
     except FormatError as error:
-        error.archive = name
+        error.archive = error.archive or name
         raise
 
 
-class Interrupted(BaseException):
-    """A signal that ends the program, after everything unfinished has been removed."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-def reason(error: OSError) -> str:
-    """Return why the system refused something, without the file's name."""
+def system_message(error: OSError) -> str:
+    """Return the system's reason for an error, without the file's name."""
     return error.strerror or str(error) or repr(error)
 
 
-def refused(name: str, code: int) -> VmaError:
-    """Return the error for what is refused here as the system would refuse it."""
+def os_error(name: str, code: int) -> VmaError:
+    """Return a VmaError with the system's message for errno."""
     return VmaError(f"{name}: {os.strerror(code)}")
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Turn what the system refuses into a VmaError that names what it is about."""
+def os_errors_as(name: str) -> Iterator[None]:
+    """Re-raise OSError as a VmaError that starts with name."""
     try:
         yield
-    except BrokenPipeError:  # who reads our output has gone: no error of ours, main ends quietly
+    except BrokenPipeError:  # not an error of ours: main ends quietly
         raise
     except OSError as error:
-        raise VmaError(f"{name}: {reason(error)}") from error
+        raise VmaError(f"{name}: {system_message(error)}") from error
 
 
 def escape(text: str) -> str:
-    """Return text with all that could act on a terminal, or hide in it, as Python escapes."""
+    """Return text with everything that could act on a terminal as Python escapes."""
     return "".join(
         c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text
     )
 
 
 def quote(name: str) -> str:
-    """Return a name from an archive as messages show it."""
+    """Return a name from an archive, escaped and in quotes."""
     return f"'{escape(name)}'"
 
 
-def shown(path: str, stream: str) -> str:
-    """Return what messages call a file; `-` is standard `stream`: input or output."""
+def display_name(path: str, stream: str) -> str:
+    """File name for messages; `-` is standard `stream`: input or output."""
     return escape(path) if path != "-" else f"standard {stream}"
 
 
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def format_uuid(uuid: bytes) -> str:
+    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", uuid.hex())
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes for people: 8.0 GiB."""
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = (int(size).bit_length() - 1) // 10
+    return f"{size / (1 << 10 * power):.1f} {'KMGTPEZ'[power - 1]}iB"
+
+
+def format_time(seconds: int) -> str:
+    """Return seconds since the epoch in local time, as ISO 8601."""
+    try:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # any 64-bit number may stand in a header
+        return f"{seconds} s since 1970"
+    return f"{text[:-2]}:{text[-2:]}"
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes in a text like 4096, 128K, 256M or 1G; raises ValueError."""
+    unit = " KMGT".find(text[-1:].upper())
+    number = int(text[:-1] if unit > 0 else text)
+    return number << 10 * max(unit, 0)
+
+
+def print_error(error: object) -> None:
+    """Print one line on standard error, in place of a progress line that may be there."""
+    Progress.erase()
+    print(f"vma-tool: {error}", file=sys.stderr)
+
+
+class Progress:
+    """Progress of a long operation, stage by stage.
+
+    A line on the terminal, redrawn at most ten times a second and erased at the end; with
+    `verbose`, where there is no terminal, a line for each percent as Proxmox's program prints it.
+    """
+
+    current: Progress | None = None  # what SIGUSR1 asks for
+
+    def __init__(self, name: str, quiet: bool = False, verbose: bool = False) -> None:
+        self.name = name
+        self._terminal = not quiet and sys.stderr.isatty()
+        self._lines = verbose and not self._terminal
+        self._start = self._drawn = time.monotonic()
+        self._shown = False
+        self.begin("starting", 0, lambda: 0)
+
+    def begin(self, stage: str, total: int, position: Callable[[], int]) -> None:
+        """Begin a stage of `total` bytes, 0 if unknown; `position` returns the bytes done."""
+        self._stage, self._total, self._position = stage, total, position
+        self._percent = 0
+        self._stage_start = time.monotonic()
+        if self._terminal and self._shown:
+            self._draw()
+
+    def tick(self) -> None:
+        """Show the progress if it is time."""
+        if self._terminal and time.monotonic() - self._drawn >= 0.1:
+            self._draw()
+        elif self._lines and self._total:
+            self._print_percent(min(self._position() * 100 // self._total, 99))
+
+    def finish(self) -> None:
+        """End a stage, whose total may have been a guess."""
+        if self._lines and self._total:
+            self._print_percent(100)
+
+    def status(self) -> str:
+        """Return one line about the stage, without the name."""
+        done = self._position()
+        rate = done / (time.monotonic() - self._stage_start or 1)
+        text = f"{self._stage}, {format_size(done)}, {format_size(rate)}/s"
+        if not self._total:
+            return text if done else self._stage
+        left = int(max(self._total - done, 0) / rate) if rate else 0
+        # Never 100 %: the flush, or another stage, is still to come.
+        percent = min(99, done * 100 // self._total)
+        return f"{percent:2d} % {text}, {left // 60}:{left % 60:02d} left"
+
+    @classmethod
+    def erase(cls) -> None:
+        if cls.current and cls.current._shown:
+            cls.current._shown = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        Progress.current = self
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        Progress.erase()
+        Progress.current = None
+
+    def _print_percent(self, percent: int) -> None:
+        if percent > self._percent:
+            self._percent = percent
+            seconds = time.monotonic() - self._start
+            word = "progress" if self._stage == "reading" else self._stage
+            read = self._position()
+            print(
+                f"{word} {percent}% (read {read} bytes, duration {seconds:.0f} sec)",
+                file=sys.stderr,
+            )
+
+    def _draw(self) -> None:
+        columns = 80
+        with suppress(ValueError, OSError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        text = self.status()
+        name = shorten(self.name, columns - len(text) - 3)
+        line = f"{name}: {text}" if name else text[: columns - 1]
+        self._drawn = time.monotonic()
+        self._shown = True
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def shorten(text: str, columns: int) -> str:
+    """Return text of at most so many columns, its middle left out; "" if there is no room."""
+
+    def width(part: str) -> int:
+        return sum(1 if c < "\u1100" else 2 for c in part)  # East Asian characters are wide
+
+    if width(text) <= columns:
+        return text
+    if columns < 12:
+        return ""
+    end = (columns - 3) * 2 // 3  # the end of a path says more than its beginning
+    first, last = text[: columns - 3 - end], text[-end:]
+    while width(first) + 3 + width(last) > columns:
+        first, last = first[:-1], last[1:]
+    return f"{first}...{last}"
+
+
 # ---------------------------------------------------------------------------------------------
-# Format: constants, and codecs that need no file. All numbers are big-endian, except where a
-# blob's length is little-endian.
+# Format: constants, and codecs that need no file. All numbers are big-endian, except that a blob's
+# length is little-endian.
 
 BLOCK_SIZE = 4096
 CLUSTER_BLOCKS = 16
 CLUSTER_SIZE = CLUSTER_BLOCKS * BLOCK_SIZE
 FULL_MASK = 0xFFFF
 MAX_CLUSTERS = 1 << 32  # of a device: what cluster_num can count
+SECTOR_SIZE = 512
 Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 # spec, "VMA Header": magic, version, uuid, ctime, md5sum, blob_buffer_offset, blob_buffer_size,
-# header_size; then, further on, the two tables of offsets and dev_info
+# header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
 HEADER_FIXED_SIZE = 12288
@@ -159,7 +304,9 @@ BLOB_MAX_SIZE = 0xFFFF
 # 256 configs and 254 devices with names that file systems take fill 17 MB. More is no header.
 HEADER_MAX_SIZE = 20 << 20
 VMSTATE = "vmstate"
-NAME_MAX_SIZE = 255  # bytes, as file systems have it
+# Proxmox extracts into tmp-disk-NAME.raw, and a config into tmp-NAME..., of at most 255 bytes.
+DEVICE_NAME_MAX_SIZE = 242
+CONFIG_NAME_MAX_SIZE = 248
 
 # spec, "VMA Extent Header": magic, reserved1, block_count, uuid, md5sum, blockinfo[59].
 # A blockinfo is mask << 48 | reserved << 40 | dev_id << 32 | cluster_num.
@@ -195,7 +342,7 @@ class Device(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Device name and number for messages."""
         return f"device {quote(self.name)} (dev_id {self.dev_id})"
 
     @property
@@ -208,27 +355,24 @@ class Device(NamedTuple):
         """How many bytes are restored at most: a vmstate is as long as its clusters."""
         return sys.maxsize if self.is_vmstate else self.size
 
-    @property
-    def tail_size(self) -> int:
-        """How many bytes of the last block are behind the device's end; they are zeros."""
-        return 0 if self.is_vmstate else -self.size % BLOCK_SIZE
-
-    def stores_tail(self, mask: int) -> bool:
-        """Say whether the last cluster stores, with this mask, the last block and so a tail."""
-        # The last block's bit is the highest that may be set: a mask above all others has it.
-        return self.tail_size > 0 and mask > self.block_mask(self.cluster_count - 1) >> 1
-
     def block_mask(self, cluster_num: int) -> int:
-        """Return the mask of the blocks of a cluster that begin inside the device."""
+        """Return the mask of a cluster's blocks that begin inside the device."""
         # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
         blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
         return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
+
+    def clip(self, first: int, masks: list[int]) -> list[int]:
+        """Clear, in the masks of consecutive clusters, the blocks behind the device's end."""
+        # Only a full mask on the last cluster has any: Proxmox wrote those until June 2020.
+        if masks and first + len(masks) == self.cluster_count and not self.is_vmstate:
+            masks[-1] &= self.block_mask(self.cluster_count - 1)
+        return masks
 
 
 class Header(NamedTuple):
     """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
 
-    `size` is header_size in bytes; `md5` is over all of these, so it stands for the whole.
+    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them.
     """
 
     uuid: bytes
@@ -242,7 +386,7 @@ class Header(NamedTuple):
 class Extent(NamedTuple):
     """An extent header: its offset in the archive, and blockinfo as 59 64-bit numbers.
 
-    `md5` is over all of it, so it stands for the whole.
+    `md5` covers the whole header, so it identifies it.
     """
 
     offset: int
@@ -260,10 +404,7 @@ class Extent(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A cluster as an extent has it: its stored blocks begin at start, and have size bytes.
-
-    `start` is a place in the extent's payload, or where it is said, in the archive.
-    """
+    """A cluster in an extent; its stored blocks are `size` bytes at `start` of the payload."""
 
     dev_id: int
     cluster_num: int
@@ -274,7 +415,7 @@ class Slot(NamedTuple):
 
 def md5_without(data: Buffer, field: slice) -> bytes:
     """Return the MD5 of data with the 16 bytes of a field zeroed."""
-    # Hosts in FIPS mode refuse MD5 for anything that calls itself security.
+    # Hosts in FIPS mode refuse MD5 unless it is declared not to be for security.
     digest = hashlib.md5(data[: field.start], usedforsecurity=False)
     digest.update(bytes(16))
     with memoryview(data) as view:
@@ -282,13 +423,37 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     return digest.digest()
 
 
+# What people take for a VMA archive: where in the file, the bytes there, and what they show.
+# The Proxmox Backup Server's magics are those of its public file-format documentation.
+FOREIGN_FORMATS = (
+    (257, b"ustar", "a tar archive, as vzdump makes of a container"),
+    (32769, b"CD001", "an ISO 9660 image"),
+    (0, b"QFI\xfb", "a qcow2 image"),
+    (0, bytes((66, 171, 56, 7, 190, 131, 112, 161)), "a blob of a Proxmox Backup Server"),
+    (0, bytes((49, 185, 88, 66, 111, 182, 163, 127)), "a blob of a Proxmox Backup Server"),
+    (0, bytes((123, 103, 133, 190, 34, 45, 76, 240)), "a blob of a Proxmox Backup Server"),
+    (0, bytes((230, 89, 27, 191, 11, 191, 216, 11)), "a blob of a Proxmox Backup Server"),
+    (0, bytes((47, 127, 65, 237, 145, 253, 15, 205)), "an index of a Proxmox Backup Server"),
+    (0, bytes((28, 145, 78, 165, 25, 186, 179, 205)), "an index of a Proxmox Backup Server"),
+)
+FOREIGN_SIZE = 32774  # bytes that tell all of them
+
+
+def foreign_format(start: Buffer) -> str:
+    """Say what a file that begins with these FOREIGN_SIZE bytes is, "" if it is not known."""
+    if not start:
+        return "an empty file"
+    found = (what for at, magic, what in FOREIGN_FORMATS if start[at : at + len(magic)] == magic)
+    return next(found, "")
+
+
 def parse_header_size(start: Buffer) -> int:
     """Return header_size in bytes, from the first HEADER_FIXED_SIZE bytes of an archive.
 
-    Raises FormatError where these cannot be the beginning of a supported header.
+    Raises FormatError if these cannot be the beginning of a supported header.
     """
     if start[:4] != HEADER_MAGIC:
-        raise FormatError(f"not a VMA archive{'' if start else ', but an empty file'}")
+        raise FormatError("not a VMA archive")
     if len(start) < HEADER_FIXED_SIZE:
         raise FormatError(f"the archive ends inside its header, after {len(start)} bytes")
     _, version, *_, header_size = HEADER.unpack_from(start)
@@ -302,54 +467,74 @@ def parse_header_size(start: Buffer) -> int:
     return int(header_size)
 
 
-def parse_header(data: Buffer) -> Header:
-    """Return the header that these header_size bytes hold; raises FormatError.
+def parse_header(data: Buffer, check_md5: bool = True) -> Header:
+    """Return the header in these header_size bytes; raises FormatError.
 
-    As in Proxmox's program, a device with size 0 or without a readable name does not count.
+    As in Proxmox's program, a device with size 0 or without a readable name does not exist.
     """
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
     _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
-    if md5_without(data, HEADER_MD5) != digest:
+    if check_md5 and md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
-    if blob_offset + blob_size > len(data):
+    if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
         raise FormatError(
-            f"the blob buffer ends at {blob_offset + blob_size}, behind the header's {len(data)}",
+            f"the blob buffer is at {blob_offset} to {blob_offset + blob_size}, expected to be "
+            f"inside {HEADER_FIXED_SIZE} to {len(data)}",
             48,
         )
-    buffer = memoryview(data)[blob_offset : blob_offset + blob_size]
     names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
     contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
+    dev_infos = [DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * i) for i in DEV_IDS]
+    blobs = find_blobs(
+        memoryview(data)[blob_offset : blob_offset + blob_size],
+        {*names, *contents, *(name_offset for name_offset, _ in dev_infos)},
+    )
     configs = []
     for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
-        if name_offset and data_offset:  # a slot with one of them is an empty one
-            name, content = parse_name(buffer, name_offset), parse_blob(buffer, data_offset)
+        if name_offset and data_offset:  # a slot with only one of them is empty
+            name, content = parse_name(blobs.get(name_offset)), blobs.get(data_offset)
             if name is None or content is None:
                 raise FormatError(
-                    f"config {slot}: its name or its data is not in the blob buffer",
+                    f"config {slot}: its name or its data is no blob of the header",
                     CONFIG_NAMES_OFFSET + 4 * slot,
                 )
             configs.append(Config(name, content))
     devices = []
-    for dev_id in DEV_IDS:
-        name_offset, size = DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id)
-        name = parse_name(buffer, name_offset) if size else None
-        if name is not None:
-            devices.append(Device(dev_id, name, size))
+    for dev_id, (name_offset, size) in zip(DEV_IDS, dev_infos):
+        name = parse_name(blobs.get(name_offset)) if size else None
+        if name is None:
+            continue
+        device = Device(dev_id, name, size)
+        # Proxmox's program loses the last sector of any other, or dies.
+        if size % SECTOR_SIZE:
+            raise FormatError(
+                f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}",
+                DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
+            )
+        devices.append(device)
     return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
 
 
-def parse_blob(buffer: memoryview, offset: int) -> bytes | None:
-    """Return the data of the blob at an offset of the blob buffer, None if it is not inside."""
-    # Offset 0 stands for no blob; what is sliced behind the buffer's end comes out shorter.
-    size = int.from_bytes(buffer[offset : offset + 2], "little")
-    data = bytes(buffer[offset + 2 : offset + 2 + size])
-    return data if 0 < offset <= len(buffer) - 2 and len(data) == size else None
+def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
+    """Return the blobs at the wanted offsets of the blob buffer, as far as they exist.
+
+    A blob exists only where a walk from the first one, by their lengths, comes past.
+    """
+    blobs = {}
+    offset = 1  # offset 0 means no blob, so byte 0 is unused
+    end = min(len(buffer) - 2, max(wanted))
+    while offset <= end:
+        start = offset + 2
+        size = buffer[offset] | buffer[offset + 1] << 8
+        if offset in wanted and start + size <= len(buffer):
+            blobs[offset] = bytes(buffer[start : start + size])
+        offset = start + size
+    return blobs
 
 
-def parse_name(buffer: memoryview, offset: int) -> str | None:
-    """Return the name in the blob at an offset, None if there is none that ends in a NUL."""
-    blob = parse_blob(buffer, offset)
+def parse_name(blob: bytes | None) -> str | None:
+    """Return the name in a blob, None if there is none that ends in a NUL."""
     if not blob or blob[-1]:
         return None
     return blob[: blob.index(0)].decode("utf-8", "surrogateescape")
@@ -365,16 +550,16 @@ def name_on_disk(name: str) -> str:
 
 
 def name_from_disk(name: str) -> str:
-    """Return the name that `name_on_disk` has become this one of."""
+    """Inverse of name_on_disk."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def pack_header(header: Header) -> bytearray:
-    """Return a header of header.size bytes at least, its blobs in the order that Proxmox writes.
+    """Return a header of at least header.size bytes, its blobs in the order that Proxmox writes.
 
     Raises VmaError for a blob that is too large.
     """
-    data = bytearray(HEADER_FIXED_SIZE + 1)  # the blob buffer's first byte is none of a blob
+    data = bytearray(HEADER_FIXED_SIZE + 1)  # byte 0 of the blob buffer is unused
 
     def add(blob: bytes) -> int:
         if len(blob) > BLOB_MAX_SIZE:
@@ -400,7 +585,7 @@ def pack_header(header: Header) -> bytearray:
     return data
 
 
-def name_fault(name: str) -> str | None:
+def name_fault(name: str, max_size: int) -> str | None:
     """Say why a name from an archive cannot be a file's name, None if it can.
 
     One rule on every system, so that an archive that is refused on one is refused on all.
@@ -413,8 +598,8 @@ def name_fault(name: str) -> str | None:
         encoded = encode_name(name)
     except UnicodeEncodeError:
         return "has a character that no file name has"
-    if len(encoded) > NAME_MAX_SIZE:
-        return f"is longer than {NAME_MAX_SIZE} bytes"
+    if len(encoded) > max_size:
+        return f"is longer than {max_size} bytes"
     return None
 
 
@@ -423,26 +608,26 @@ def check_names(header: Header) -> None:
 
     Such an archive does not restore: Proxmox's program fails, or writes outside its target.
     """
-    for kind, names, limit in (
-        ("config", header.configs, CONFIG_COUNT),
-        ("device", header.devices, len(DEV_IDS)),
+    for kind, items, count, max_size in (
+        ("config", header.configs, CONFIG_COUNT, CONFIG_NAME_MAX_SIZE),
+        ("device", header.devices, len(DEV_IDS), DEVICE_NAME_MAX_SIZE),
     ):
-        if len(names) > limit:
-            raise FormatError(f"{len(names)} {kind}s, an archive holds {limit} at most")
+        if len(items) > count:
+            raise FormatError(f"{len(items)} {kind}s, an archive holds {count} at most")
         seen = set()
-        for item in names:
-            fault = name_fault(item.name)
-            if not fault and encode_name(item.name) in seen:
+        for item in items:
+            fault = name_fault(item.name, max_size)
+            if not fault and item.name in seen:
                 fault = "occurs twice"
             if fault:
                 raise FormatError(f"{kind} name {quote(item.name)} {fault}")
-            seen.add(encode_name(item.name))
+            seen.add(item.name)
 
 
 def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
     """Return the extent header in these 512 bytes, read at an offset of an archive with that uuid.
 
-    Raises FormatError; blockinfo itself is checked by `Index.add`, which knows the devices.
+    Raises FormatError; `Index.add`, which knows the devices, checks blockinfo.
     """
     fields = EXTENT.unpack(data)
     magic, reserved, block_count, extent_uuid, digest = fields[:5]
@@ -468,12 +653,12 @@ def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> byte
 
 @functools.cache
 def mask_size(mask: int) -> int:
-    """Return how many bytes the stored blocks of a cluster have."""
+    """Return the size in bytes of a cluster's stored blocks."""
     return bin(mask).count("1") * BLOCK_SIZE
 
 
 def iter_slots(extent: Extent) -> Iterator[Slot]:
-    """Yield the used slots of an extent, with where their blocks are in its payload."""
+    """Yield the used slots of an extent, in its order."""
     start = 0
     for info in extent.blockinfo:
         dev_id = info >> 32 & 0xFF
@@ -491,188 +676,221 @@ def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
     return tuple((run.start() * BLOCK_SIZE, len(run[0]) * BLOCK_SIZE) for run in runs)
 
 
-def format_uuid(uuid: bytes) -> str:
-    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", uuid.hex())
+def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (start, end) in bytes of each run of stored blocks in consecutive clusters.
+
+    Runs go on from one cluster into the next; offsets are from the start of the first cluster.
+    """
+    if all(mask == FULL_MASK for mask in masks):
+        return [(0, len(masks) * CLUSTER_SIZE)] if masks else []
+    bits = bin(int.from_bytes(struct.pack(f"<{len(masks)}H", *masks), "little"))[:1:-1]
+    return [(r.start() * BLOCK_SIZE, r.end() * BLOCK_SIZE) for r in re.finditer("1+", bits)]
 
 
-def format_size(size: float) -> str:
-    """Return a number of bytes as people read it: 8.0 GiB."""
-    if size < 1024:
-        return f"{size:.0f} B"
-    power = (int(size).bit_length() - 1) // 10
-    return f"{size / (1 << 10 * power):.1f} {'KMGTPEZ'[power - 1]}iB"
+CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
+CANONICAL_MAX_CLUSTERS = 58  # an extent, as Proxmox's own writer has it
+ALIGNS = {name: parse_size(name) for name in ("4K", "64K", "128K", "256K", "512K", "1M")}
+DEFAULT_ALIGN = "128K"
 
 
-def format_time(seconds: int) -> str:
-    """Return seconds since the epoch in local time, as ISO 8601."""
-    try:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):  # a 64-bit number that is no date
-        return f"{seconds} s since 1970"
-    return f"{text[:-2]}:{text[-2:]}"
+def canonical_order(
+    devices: Iterable[Device], chosen: Collection[int] | None = None
+) -> list[Device]:
+    """Return the devices by dev_id, a vmstate last; of these only the chosen dev_ids, if given."""
+    devices = (device for device in devices if chosen is None or device.dev_id in chosen)
+    return sorted(devices, key=lambda device: (device.is_vmstate, device.dev_id))
 
 
-def parse_size(text: str) -> int:
-    """Return the number of bytes that 4096, 128K, 256M or 1G say; raises ValueError."""
-    unit = " KMGT".find(text[-1:].upper())
-    number = int(text[:-1] if unit > 0 else text)
-    return number << 10 * max(unit, 0)
+def clusters_per_extent(align: int) -> int:
+    """Return the largest number of clusters whose whole payload is a multiple of align bytes."""
+    unit = max(align // CLUSTER_SIZE, 1)
+    return CANONICAL_MAX_CLUSTERS // unit * unit
+
+
+def lay_out_header(header: Header, align: int) -> bytearray:
+    """Return the canonical header of an archive."""
+    header = header._replace(uuid=CANONICAL_UUID, size=0)
+    # Rounded up, so that a configuration that grows a little moves no data.
+    size = -(-len(pack_header(header)) // align) * align
+    return pack_header(header._replace(size=size))
+
+
+def lay_out_extent(
+    device: Device, first: int, masks: Sequence[int], align: int
+) -> tuple[bytes, Sequence[int]]:
+    """Return the header of the extent that holds these clusters, and their masks in it.
+
+    Where its masks have more bits than the given ones, zero blocks are stored.
+    """
+    info = device.dev_id << 32 | first
+    if not any(masks):
+        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
+    # Proxmox restores only what a vmstate stores: a zero block more would change it.
+    unit = 1 if device.is_vmstate else align // BLOCK_SIZE
+    masks, block_count = fill_up(device, first, masks, unit)
+    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
+    return pack_extent(CANONICAL_UUID, block_count, infos), masks
+
+
+def fill_up(
+    device: Device, first: int, masks: Sequence[int], unit: int
+) -> tuple[Sequence[int], int]:
+    """Set mask bits from the extent's end until its blocks are a multiple of unit.
+
+    Return the masks and the number of blocks. So each extent keeps its phase relative to the
+    storage's blocks, however many zero blocks come and go.
+    """
+    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
+    wanted = -block_count % unit
+    if not wanted:
+        return masks, block_count
+    block_count += wanted
+    filled = list(masks)
+    for i in reversed(range(len(filled))):
+        if not wanted:
+            break
+        zeros = device.block_mask(first + i) & ~filled[i]
+        while zeros and wanted:
+            highest = 1 << zeros.bit_length() - 1
+            zeros ^= highest
+            filled[i] |= highest
+            wanted -= 1
+    return filled, block_count - wanted
 
 
 # ---------------------------------------------------------------------------------------------
-# Input and output
-
-CHUNK_SIZE = 2 << 20  # what is read, then written at once
-BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
-ADVICE_GAP = 64 << 10  # bytes between what is read that are not worth a call of their own
-WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
-MAX_LEAD = 4096  # clusters by which extents may be ahead of the disks' order, as in a live backup
-LOOK_AHEAD = 32 << 20  # bytes behind an extent that the disk reads meanwhile
-READ_AHEAD = 4  # chunks whose reading is announced before it is their turn
-BUFFER_SIZE = 16 << 10
-PIPE_SIZE = 1 << 20
-IOV_MAX = 1024  # parts of one writev; POSIX allows 16, every system in use 1024
-TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
+# Stopping and cleaning up
 
 
-class Signals:
-    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, but not inside `held`."""
+class Cleanup:
+    """What a signal that ends the program removes first: the handler does it, nothing is raised.
 
-    depth = 0
-    pending = 0
+    `files` are (descriptor of the directory or None, name), `directories` are removed if empty.
+    """
+
+    files: ClassVar[set[tuple[int | None, bytes]]] = set()
+    directories: ClassVar[set[str]] = set()
+    children: ClassVar[set[Any]] = set()  # of subprocess.Popen
 
     @classmethod
     def install(cls) -> None:
-        cls.depth = cls.pending = 0
+        """Handle signals for the rest of this process."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             # What the caller ignores (nohup) stays ignored.
             if number and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, cls._handle)
-        sys.unraisablehook = cls._look_at_dropped
+                signal.signal(number, cls._end)
+        for name in ("SIGUSR1", "SIGINFO"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), cls._print_status)
         if hasattr(signal, "SIGCHLD"):
-            # Ignored, it would hide how a decompressor ended.
+            # A caller that ignores it would hide how a decompressor ended.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     @classmethod
-    def _handle(cls, signum: int, _frame: FrameType | None) -> None:
-        cls.pending = cls.pending or signum
-        if not cls.depth:
-            cls._interrupt()
+    def _end(cls, signum: int, _frame: object) -> NoReturn:
+        cls.remove()
+        cls._print(f"ended by {signal.Signals(signum).name}")
+        os._exit(128 + signum)
 
     @classmethod
-    def _interrupt(cls) -> NoReturn:
-        # What follows is the clean-up: a second signal must not cut that short.
-        cls.depth = 1
-        raise Interrupted(cls.pending)
+    def remove(cls) -> None:
+        """End the children, and remove everything unfinished."""
+        for child in list(cls.children):
+            with suppress(OSError):
+                child.kill()
+                child.wait()
+        for directory, name in list(cls.files):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=directory)
+        for path in sorted(cls.directories, reverse=True):
+            with suppress(OSError):  # somebody else has put something there
+                os.rmdir(path)
 
     @classmethod
-    def _look_at_dropped(cls, dropped: sys.UnraisableHookArgs) -> None:
-        """Raise again, a moment later, what came in a callback, where Python drops exceptions."""
-        if not isinstance(dropped.exc_value, Interrupted) or not hasattr(signal, "setitimer"):
-            sys.__unraisablehook__(dropped)
-            return
-        cls.depth = 0  # _interrupt has shut the door, for an exception that is lost
-        # Raised here, it would be dropped as well.
-        signal.signal(signal.SIGALRM, cls._handle)
-        signal.setitimer(signal.ITIMER_REAL, 0.001)
+    def _print_status(cls, _signum: int, _frame: object) -> None:
+        now = Progress.current
+        cls._print(f"{now.name}: {now.status()}" if now else "nothing is running")
 
-    @classmethod
-    @contextmanager
-    def held(cls) -> Iterator[None]:
-        """Put off signals while something exists that is not yet registered for removal."""
-        cls.depth += 1
+    @staticmethod
+    def _print(text: str) -> None:
+        # Not through sys.stderr: the signal may have come in the middle of a print.
+        erase = "\r\x1b[K" if Progress.current and Progress.current._shown else ""
+        with suppress(OSError):
+            os.write(2, f"{erase}vma-tool: {text}\n".encode(errors="backslashreplace"))
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Let signals wait: a few steps follow that must not be cut in two."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_thread(target: Callable[[], None]) -> threading.Thread:
+    """Start a thread; raises VmaError where the system allows no more of them."""
+    thread = threading.Thread(target=target, daemon=True)
+    # It inherits the mask. Signals are for the main thread, or blocking them there would not help.
+    with signals_blocked():
         try:
-            yield
-        finally:
-            cls.depth -= 1
-            if cls.pending and not cls.depth:
-                cls._interrupt()
+            thread.start()
+        except RuntimeError as error:
+            raise VmaError(str(error)) from error
+    return thread
 
 
-class Progress:
-    """What is done of a long work: a line on the terminal, or with `verbose` a line per percent.
+# ---------------------------------------------------------------------------------------------
+# Input: files, pipes, decompressors
 
-    The terminal's is redrawn at most ten times a second. `total` is in bytes, 0 if unknown.
-    """
-
-    def __init__(self, label: str, quiet: bool = False, verbose: bool = False) -> None:
-        self.label = label
-        self.total = 0
-        self.done = 0
-        self._terminal = not quiet and sys.stderr.isatty()
-        self._lines = verbose and not self._terminal
-        self._percent = 0
-        self._start = self._drawn = time.monotonic()
-
-    def advance(self, size: int) -> None:
-        self.update(self.done + size)
-
-    def finish(self) -> None:
-        """Show that all is done, where total was a guess."""
-        self.update(max(self.total, self.done))
-
-    def update(self, done: int) -> None:
-        self.done = done
-        if self._terminal and time.monotonic() - self._drawn >= 0.1:
-            self._draw("")
-        elif self._lines and self.total and self._reached() > self._percent:
-            self._percent = self._reached()
-            seconds = time.monotonic() - self._start
-            text = f"progress {self._percent}% (read {done} bytes, duration {seconds:.0f} sec)"
-            print(text, file=sys.stderr)
-
-    def _reached(self) -> int:
-        # What is read again, to compare, counts no more.
-        return min(100, self.done * 100 // self.total)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._drawn > self._start:
-            self._draw("\n")
-
-    def _draw(self, end: str) -> None:
-        self._drawn = time.monotonic()
-        rate = self.done / (self._drawn - self._start or 1)
-        text = f"{format_size(self.done)}, {format_size(rate)}/s"
-        if self.total:
-            left = int(max(self.total - self.done, 0) / rate) if rate and not end else 0
-            text = f"{self._reached():3d} %, {text}, {left // 60}:{left % 60:02d} left"
-        print(f"\r{self.label}: {text}\x1b[K", end=end, file=sys.stderr, flush=True)
+WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
+PIPE_SIZE = 1 << 20
+SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
+IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
 
-In = TypeVar("In", bound="Input")
-file_state = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
+class Readers(NamedTuple):
+    """Who may read a file: what is made of it is for nobody else."""
+
+    mode: int
+    gid: int
+    has_acl: bool
 
 
 class Input:
     """An archive's bytes in their order, as a pipe or a decompressor gives them: a stream.
 
-    `offset` counts the bytes read. `size` is None, since only its end tells; `FileInput` has one.
+    `offset` counts the bytes read. `size` is None, as only the end tells; an input that can be read
+    at any place has one, see `FileInput`.
     """
 
     size: int | None = None
-    raw: io.FileIO | None = None  # the file, or what is decompressed
+    compression = ""
+    raw: io.FileIO | None = None  # the file itself, also if it is compressed
     state: os.stat_result | None = None  # of that when it was opened, None for a pipe
-    compressed_size = 0  # 0 also for a pipe
+    raw_size = 0  # of that, 0 for a pipe
 
     def __init__(self, name: str, file: io.RawIOBase | io.BufferedIOBase) -> None:
         self.name = name
         self.file = file
         self.offset = 0
-        self.progress: Progress | None = None
 
-    def __enter__(self: In) -> In:
+    def __enter__(self) -> Input:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def close(self, failed: bool = False) -> None:
-        """Close; `failed` says that an error is under way, which no other may hide."""
-        with suppress(OSError):  # all that was needed has been read
+        """Close; `failed` says that an error is on its way, which no other may hide."""
+        with suppress(OSError):  # everything that was needed has been read
             self.file.close()
 
     def read(self, size: int) -> bytes:
@@ -682,100 +900,125 @@ class Input:
         return bytes(data) if count == size else bytes(data[:count])
 
     def readinto(self, view: memoryview) -> int:
-        """Fill view with the next bytes, and return how many there were before the end."""
+        """Fill view with the next bytes; return how many there were before the end."""
         count = 0
-        with naming(f"{self.name}: offset 0x{self.offset:x}"):
+        with os_errors_as(f"{self.name}: offset 0x{self.offset:x}"):
             while count < len(view) and (got := self.file.readinto(view[count:])):
                 count += got
-        self._advance(count)
+        self.offset += count
         return count
 
     def skip(self, size: int) -> int:
-        """Pass over bytes, reading them only where that cannot be helped; return how many."""
-        view = memoryview(bytearray(min(size, PIPE_SIZE)))
+        """Pass over the next bytes; return how many there were before the end."""
+        view = memoryview(bytearray(min(size, SCRATCH_SIZE)))
         skipped = 0
         while skipped < size and (count := self.readinto(view[: size - skipped])):
             skipped += count
         return skipped
 
-    @property
-    def output_mode(self) -> int:
-        """The mode of what is made of it, before the umask: nobody may read more than here."""
-        return 0o600 | self.state.st_mode & 0o666 if self.state else 0o666
+    def read_at(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each view from its offset; of a stream only what follows what was read.
+
+        Raises FormatError if it ends before.
+        """
+        for offset, view in sorted(wanted, key=operator.itemgetter(0)):
+            self.skip(offset - self.offset)
+            if self.readinto(view) < len(view):
+                raise FormatError("the archive ends inside an extent", self.offset, self.name)
 
     def position(self) -> int:
-        """Return how far the reading is, in the terms of the progress's total."""
-        if self.raw and self.compressed_size:
-            with suppress(OSError):  # it is only shown
+        """Return how many of `total` bytes have been read."""
+        if self.raw and self.raw_size:
+            with suppress(OSError, ValueError):  # a decompressor shares the file's offset
                 return os.lseek(self.raw.fileno(), 0, os.SEEK_CUR)
         return self.offset
 
+    @property
+    def total(self) -> int:
+        """What `position` counts up to, 0 if that is not known."""
+        return self.raw_size
+
+    @property
+    def readers(self) -> Readers | None:
+        """Who may read the file, None for a pipe."""
+        if self.raw is None or self.state is None:
+            return None
+        return Readers(self.state.st_mode, self.state.st_gid, has_acl(self.raw.fileno()))
+
     def check_unchanged(self, path: str | None = None) -> None:
-        """Raise VmaError if a file was written to since it was opened, or path is another one."""
+        """Raise VmaError if the file was written to since it was opened, or path is another one."""
         if self.raw is None or self.state is None:
             return
-        with naming(self.name):
+        with os_errors_as(self.name):
             states = [os.fstat(self.raw.fileno())]
             if path is not None:
                 states.append(os.stat(path))
-        if any(file_state(now) != file_state(self.state) for now in states):
+        if any(file_version(now) != file_version(self.state) for now in states):
             raise VmaError(f"{self.name}: the file was changed while it was read")
 
-    def _advance(self, count: int) -> None:
-        self.offset += count
-        if self.progress:
-            self.progress.update(self.position())
+
+# mtime can be set back, ctime cannot.
+file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+
+def has_acl(fd: int) -> bool:
+    """Say whether a file has an access control list beside its mode."""
+    with suppress(AttributeError, OSError):
+        return bool(os.getxattr(fd, "system.posix_acl_access"))
+    return False
 
 
 class FileInput(Input):
     """A plain file or block device of `size` bytes, which can also be read at any place.
 
-    `progress` follows what is read in order, `copying` what is read elsewhere.
+    `bytes_read` counts everything that was read. With `read_all`, what is skipped is read as well.
     """
 
     size: int
     raw: io.FileIO
     state: os.stat_result
+    read_all = False
 
     def __init__(self, name: str, file: io.FileIO) -> None:
         super().__init__(name, file)
         self.raw = file
         self.fd = file.fileno()
-        with naming(name), ExitStack() as undo:
+        with os_errors_as(name), ExitStack() as undo:
             undo.callback(file.close)
             self.state = os.fstat(self.fd)
             self.size = self.state.st_size
             if not stat.S_ISREG(self.state.st_mode):  # of a block device, st_size is 0
                 self.size = os.lseek(self.fd, 0, os.SEEK_END)
             undo.pop_all()  # close does it
-        self.copying: Progress | None = None
+        self.raw_size = self.size
+        self.bytes_read = 0
         self._window = b""
         self._window_offset = 0
-        self._advised = (0, 0)  # from where to where all has been announced
         self._lock = threading.Lock()
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes; fewer than size only at the end."""
         size = min(size, self.size - self.offset)
         at = self.offset - self._window_offset
         if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
-            # What follows on what was read is read with more behind it; after a skip, by itself.
+            # After a skip, nothing is read ahead: what follows may be skipped as well.
             follows = 0 <= at <= len(self._window)
             window = bytearray(
-                min(max(size, BUFFER_SIZE), self.size - self.offset) if follows else size
+                min(max(size, WINDOW_SIZE), self.size - self.offset) if follows else size
             )
             self._fill([memoryview(window)], self.offset)
             self._window, self._window_offset, at = bytes(window), self.offset, 0
-        self._advance(size)
+        self.offset += size
         return self._window[at : at + size]
 
     def readinto(self, view: memoryview) -> int:
         view = view[: self.size - self.offset]
         self._fill([view], self.offset)
-        self._advance(len(view))
+        self.offset += len(view)
         return len(view)
 
     def skip(self, size: int) -> int:
+        if self.read_all:
+            return super().skip(size)
         size = min(size, self.size - self.offset)
         self.offset += size
         return size
@@ -796,10 +1039,12 @@ class FileInput(Input):
             views.append(view)
             end = offset + len(view)
         self._fill(views, start)
-        if self.copying:
-            self.copying.advance(sum(len(view) for _, view in wanted))
+
+    def position(self) -> int:
+        return self.bytes_read
 
     def _fill(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill views, one after the other, with the bytes from offset on."""
         while any(map(len, views)):
             try:
                 if hasattr(os, "preadv"):
@@ -811,40 +1056,18 @@ class FileInput(Input):
                     count = len(data)
                     views[0][:count] = data
             except OSError as error:
-                raise VmaError(f"{self.name}: offset 0x{offset:x}: {reason(error)}") from error
+                raise VmaError(
+                    f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
+                ) from error
             if not count:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
             offset += count
-            views = behind(views, count)
-
-    def advise(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Tell the system that these, (offset, size), will be read soon; it need not listen."""
-        start = end = 0
-        for offset, size in sorted(ranges):
-            if self._advised[0] <= offset and offset + size <= self._advised[1]:
-                continue
-            if offset > end + ADVICE_GAP:
-                self._advise(start, end)
-                start = offset
-            end = offset + size
-        self._advise(start, end)
-
-    def advise_up_to(self, end: int) -> None:
-        """Tell the system that all from where the reading in order is will be read soon."""
-        begin, stop = self._advised
-        if not begin <= self.offset <= stop:
-            begin = stop = self.offset
-        self._advise(stop, end)
-        self._advised = begin, max(stop, end)
-
-    def _advise(self, start: int, end: int) -> None:
-        if start < end:
-            with suppress(AttributeError, OSError):
-                os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            self.bytes_read += count
+            views = drop_bytes(views, count)
 
 
-def behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """Return what is left of views after their first count bytes."""
+def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return views without their first count bytes."""
     first = 0
     while first < len(views) and count >= len(views[first]):
         count -= len(views[first])
@@ -856,34 +1079,45 @@ def behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 class Codec(NamedTuple):
-    """A compression: how its files begin, and what undoes it."""
+    """A compression: how its files begin, and what decompresses it."""
 
     name: str
     magics: tuple[bytes, ...]
     programs: tuple[str, ...]
     module: str
     package: str
+    damage_is_warning: bool = False  # the program ends with status 0 all the same
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
-# than gzip, but ignores what is behind the end, and does not tell.
+# than gzip, but ignores what follows the end, and does not say so. bzip2 says so, with status 0.
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((i, 0x2A, 0x4D, 0x18)) for i in range(0x50, 0x60)))
 CODECS = (
     Codec("zstd", ZSTD_MAGICS, ("zstd",), "compression.zstd", "zstd"),
     Codec("gzip", (b"\x1f\x8b",), ("gzip",), "gzip", "gzip"),
     Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
     Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
-    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2"),
+    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage_is_warning=True),
 )
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
+# What a decompressor prints, and what it means
+CODEC_MESSAGES = (
+    (r"Read error \(39\)|[Ii]nappropriate ioctl", "the compressed file is cut short"),
+    (
+        r"--long=|too much memory for decoding",
+        "it needs a window of more than 128 MiB to decompress, so read it through a pipe: "
+        "zstd -dc --long=31 FILE | vma-tool COMMAND -",
+    ),
+)
 
 
 class RestOfPipe(io.FileIO):
     """A pipe of which the first bytes have been read already.
 
-    Its end is its end: a FIFO goes on when another writer opens it, after bytes that may be lost.
+    The first end of file ends it: a FIFO goes on when another writer opens it, but bytes may be
+    lost in between.
     """
 
     def __init__(self, start: bytes, fd: int, ended: bool) -> None:
@@ -906,8 +1140,8 @@ class RestOfPipe(io.FileIO):
 
 
 def wait_for_data(fd: int) -> None:
-    """Wait until there is something to read: who shares a pipe with us may have made it so."""
-    import select
+    """Wait until there is something to read."""
+    import select  # Another process may have made the shared pipe non-blocking.
 
     select.select([fd], [], [])
 
@@ -918,29 +1152,24 @@ class ModuleInput(Input):
     def __init__(self, name: str, codec: Codec, raw: io.FileIO) -> None:
         self._buffered = io.BufferedReader(raw, PIPE_SIZE)
         super().__init__(name, importlib.import_module(codec.module).open(self._buffered))
-        self._codec = codec
+        self.compression = codec.name
         self.raw = raw
 
     def readinto(self, view: memoryview) -> int:
         try:
             return super().readinto(view)
+        except VmaError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
+                raise
+            raise FormatError(f"{self.name}: {self.compression}: {cause}") from error
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
-        except VmaError:
-            raise
         except Exception as error:
-            raise VmaError(f"{self.name}: {self._codec.name}: {error}") from error
+            raise FormatError(f"{self.name}: {self.compression}: {error}") from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
         self._buffered.close()
-
-
-def start_thread(thread: threading.Thread) -> None:
-    """Start a thread; raises VmaError where the system allows no more of them."""
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise VmaError(str(error)) from error
 
 
 class ProgramInput(Input):
@@ -948,47 +1177,55 @@ class ProgramInput(Input):
 
     raw: io.FileIO
 
-    def __init__(self, name: str, program: str, raw: io.FileIO, seekable: bool) -> None:
+    def __init__(
+        self, name: str, codec: Codec, program: str, raw: io.FileIO, seekable: bool
+    ) -> None:
         import subprocess
-        import tempfile
 
         self.raw = raw
+        self.compression = codec.name
+        self._codec = codec
+        self._program = os.path.basename(program)
         self._seekable = seekable
         self._ended = False
         self._feeding_error: OSError | None = None
-        self._program = os.path.basename(program)
-        # A file is the child's own standard input. It shares our offset, which tells how far it is.
-        with Signals.held(), naming(f"{name}: {self._program}"), ExitStack() as undo:
-            self._messages = undo.enter_context(tempfile.TemporaryFile())
+        self._messages = b""
+        with os_errors_as(f"{name}: {self._program}"), ExitStack() as undo:
+            # A file is the child's own standard input. It shares our offset: that is the progress.
             self._process = subprocess.Popen(
                 [program, "-dc"],
                 stdin=raw.fileno() if seekable else subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._messages,
+                stderr=subprocess.PIPE,
                 bufsize=0,
                 env={k: value for k, value in os.environ.items() if k not in CODEC_OPTIONS},
             )
-            stdout = self._process.stdout
-            assert isinstance(stdout, io.FileIO)
-            widen_pipe(stdout.fileno())
-            super().__init__(name, io.BufferedReader(stdout, BUFFER_SIZE))
+            Cleanup.children.add(self._process)
+            output = self._process.stdout
+            assert isinstance(output, io.FileIO), "without buffering it is the pipe itself"
+            super().__init__(name, io.BufferedReader(output, WINDOW_SIZE))
             undo.callback(self.close, failed=True)
+            widen_pipe(self.file.fileno())
+            self._listener = start_thread(self._listen)
             if self._process.stdin:
-                undo.callback(self._process.stdin.close)
-                start_thread(threading.Thread(target=self._feed, daemon=True))
+                start_thread(self._feed)
             undo.pop_all()  # close does it
+
+    def _listen(self) -> None:
+        """Keep the first of the child's messages, in a thread of its own."""
+        with suppress(OSError), self._process.stderr as pipe:  # type: ignore[union-attr]  # it is a pipe
+            while data := pipe.read(4096):
+                self._messages = (self._messages + data)[:1000]
 
     def _feed(self) -> None:
         """Hand the pipe's bytes on to the child, in a thread of its own."""
-        stdin = self._process.stdin
-        assert stdin is not None
         try:
-            with self.raw, stdin:
-                buffer = memoryview(bytearray(BUFFER_SIZE))
+            with self.raw, self._process.stdin as pipe:  # type: ignore[union-attr]  # it is a pipe
+                buffer = memoryview(bytearray(SCRATCH_SIZE))
                 while count := self.raw.readinto(buffer):
                     data = buffer[:count]
                     while data:  # it is not buffered: a write may be short
-                        data = data[stdin.write(data) :]
+                        data = data[pipe.write(data) :]
         except BrokenPipeError:
             pass  # the child has ended; its exit status says why
         except OSError as error:
@@ -1002,19 +1239,22 @@ class ProgramInput(Input):
         return count
 
     def _check(self, status: int, expected: tuple[int, ...]) -> None:
+        """Raise an error if the child had one."""
         if self._feeding_error:
-            raise VmaError(f"{self.name}: {reason(self._feeding_error)}")
-        self._messages.seek(0)
-        text = self._messages.read(1000).decode(errors="replace")
+            raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
+        self._listener.join(timeout=5)
+        text = self._messages.decode(errors="replace")
         lines = "; ".join(filter(None, map(str.strip, text.splitlines())))
-        # Some programs ignore what is behind the end, and say so.
-        if status not in expected or (self._ended and lines):
-            raise VmaError(
-                f"{self.name}: {self._program}: {escape(lines) or f'ended with status {status}'}"
-            )
+        warned = self._codec.damage_is_warning and self._ended and lines
+        if status in expected and not warned:
+            return
+        known = (told for pattern, told in CODEC_MESSAGES if re.search(pattern, lines))
+        said = next(known, escape(lines) or f"ended with status {status}")
+        kind = FormatError if status >= 0 else VmaError  # a child that was killed says nothing
+        raise kind(f"{self.name}: {self._program}: {said}")
 
     def close(self, failed: bool = False) -> None:
-        """End and reap the child; if it has failed, by now, in what was not read, say so."""
+        """End and reap the child; say so if it failed, up to now, in what was not read."""
         import subprocess
 
         super().close(failed)
@@ -1025,15 +1265,15 @@ class ProgramInput(Input):
             self._process.kill()
             self._process.wait()
             status = 0
-        with self._messages:
-            if self._seekable:
-                self.raw.close()
-            if not self._ended and not failed:
-                self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
+        Cleanup.children.discard(self._process)
+        if self._seekable:
+            self.raw.close()
+        if not self._ended and not failed:
+            self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
 
 
 def widen_pipe(fd: int) -> None:
-    """Give a pipe the room for fewer, larger reads, where the system knows how."""
+    """Give a pipe room for fewer, larger reads, where the system knows how."""
     with suppress(ImportError, OSError):  # it only saves time
         import fcntl
 
@@ -1044,40 +1284,38 @@ def widen_pipe(fd: int) -> None:
 def open_input(path: str) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
-    A plain regular file or block device can be read at any place; all else is a stream.
+    A plain regular file or block device can be read at any place; everything else is a stream.
     """
-    name = shown(path, "input")
-    with ExitStack() as stack:
-        with ExitStack() as undo:
-            raw, start, size = open_raw(path, name)
-            undo.callback(raw.close)
-            with naming(name):
-                state = os.fstat(raw.fileno())
-            codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
-            with Signals.held():
-                if codec is None and size is not None:
-                    source: Input = FileInput(name, raw)
-                elif codec is None:
-                    source = Input(name, io.BufferedReader(raw, BUFFER_SIZE))
-                else:
-                    source = open_codec(name, codec, raw, seekable=size is not None)
-                    if size is not None:
-                        source.state, source.compressed_size = state, size
-                stack.enter_context(source)
-                undo.pop_all()  # the input closes it
+    name = display_name(path, "input")
+    with ExitStack() as undo:
+        raw, start, size = open_raw(path, name)
+        undo.callback(raw.close)
+        with os_errors_as(name):
+            state = os.fstat(raw.fileno())
+        codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
+        if codec is not None:
+            source = open_codec(name, codec, raw, seekable=size is not None)
+            if size is not None:
+                source.state, source.raw_size = state, size
+        elif size is not None:
+            source = FileInput(name, raw)
+        else:
+            source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
+        undo.pop_all()  # the input closes it
+    with source:
         yield source
 
 
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
     """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
-    with ExitStack() as undo, naming(name):
-        # A copy, so that who calls main finds its standard input open afterwards.
+    with ExitStack() as undo, os_errors_as(name):
+        # A copy, so that a caller of main finds its standard input open afterwards.
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
         refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
-            raise refused(name, errno.EISDIR)
+            raise os_error(name, errno.EISDIR)
         # The rest of a file that somebody has begun to read is a stream.
         seekable = is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR))
         if not seekable:
@@ -1099,21 +1337,33 @@ def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
         return raw, start, size
 
 
+def open_path(path: str, flags: int) -> int:
+    """Return a descriptor of an existing file; raises VmaError with its name."""
+    with os_errors_as(escape(path)):
+        return os.open(path, flags | getattr(os, "O_BINARY", 0))
+
+
 def is_disk(mode: int) -> bool:
-    """Say whether this is a file that can be read at any place."""
+    """Say whether a file of this mode can be read at any place."""
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
-    """Return the decompressed bytes of raw: by a program, which has a processor to itself, or here.
+def refuse_terminal(fd: int, message: str) -> None:
+    if os.isatty(fd):
+        raise VmaError(message)
 
-    Raises VmaError where there is nothing that knows the codec.
+
+def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
+    """Return the decompressed bytes of raw, as a stream.
+
+    A program comes first: it has a processor to itself. Raises VmaError where nothing knows the
+    codec.
     """
     import shutil
 
     program = next(filter(None, map(shutil.which, codec.programs)), None)
     if program:
-        return ProgramInput(name, program, raw, seekable)
+        return ProgramInput(name, codec, program, raw, seekable)
     try:
         return ModuleInput(name, codec, raw)
     except (ImportError, ValueError):  # ValueError: no module's name at all
@@ -1124,10 +1374,19 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
         ) from None
 
 
-class Target:
-    """A file, pipe or device that is written, and the name that its errors carry.
+# ---------------------------------------------------------------------------------------------
+# Output: pipes, devices, and files that appear under their names when they are complete
 
-    What is not `lasting` need not reach the disk.
+WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
+TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
+NAME_MAX_SIZE = 255  # bytes, as file systems have it
+DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
+
+
+class Target:
+    """A file, pipe or device that is written, and the name for its errors.
+
+    With `lasting` False it is scratch data, never flushed.
     """
 
     lasting = True
@@ -1140,7 +1399,7 @@ class Target:
         self._fresh = (0, 0)  # where what was written lately begins and ends
 
     def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Write parts one behind the other; on a pipe, offset can only be where it stands."""
+        """Write parts one after the other; on a pipe, offset can only be the current one."""
         pending = [memoryview(part) for part in parts if len(part)]
         start = offset
         try:
@@ -1156,43 +1415,44 @@ class Target:
                 if not count:
                     raise OSError(errno.EIO, "nothing could be written")
                 offset += count
-                pending = behind(pending, count)
+                pending = drop_bytes(pending, count)
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise VmaError(f"{self.name}: cannot write: {reason(error)}") from error
+            raise VmaError(f"{self.name}: cannot write: {system_message(error)}") from error
         if self.seekable and self.lasting:
             self._write_behind(start, offset)
+
+    def append(self, parts: Sequence[Buffer]) -> None:
+        """Write parts after everything that was appended before."""
+        offset = self.position
+        self.position += sum(map(len, parts))
+        self.write_at(offset, parts)
 
     def _write_behind(self, start: int, end: int) -> None:
         """Let the disk begin with what was written, so that `sync` has little to wait for."""
         first, last = self._fresh
         if not first <= start <= last + WRITE_BEHIND or last - first >= WRITE_BEHIND:
-            # The advice starts the writing of what is not on the disk; only what is there already
-            # is dropped. Scattered writes are left to the system, which may find an order for them.
+            # The advice starts the writing of dirty pages; only clean ones are dropped. Scattered
+            # writes are left to the system, which may find an order for them.
             if last - first >= WRITE_BEHIND // 4:
                 with suppress(AttributeError, OSError):
                     os.posix_fadvise(self.fd, first, last - first, os.POSIX_FADV_DONTNEED)
             first = last = start
         self._fresh = first, max(last, end)
 
-    def sync(self, times: os.stat_result | None = None) -> None:
-        """Wait until all is on the disk; a new file with the times of another one, if given."""
-        with naming(f"{self.name}: cannot write"):
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        with os_errors_as(f"{self.name}: cannot write"):
             try:
                 os.fsync(self.fd)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # a pipe
                     raise
 
-    def append(self, parts: Sequence[Buffer]) -> None:
-        """Write parts behind all that was written before."""
-        offset = self.position
-        self.position += sum(map(len, parts))
-        self.write_at(offset, parts)
-
-    def commit(self) -> None:
-        """Put a new file, complete as it is now, under its name."""
+    def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
+        """Give a new file its name; `last_look` may still prevent it. Others have theirs."""
+        last_look()
 
 
 class Directory:
@@ -1200,11 +1460,12 @@ class Directory:
 
     It is held open: whatever happens to its path, what was checked is what is written. Names in it
     are never followed as symbolic links. What is not committed when it is closed is removed.
+    `readers` are those of the archive that the new files are made of.
     """
 
-    def __init__(self, path: str, follow: bool = True, mode: int = 0o666) -> None:
+    def __init__(self, path: str, follow: bool = True, readers: Readers | None = None) -> None:
         self.path = path or "."
-        self.mode = mode  # of new files, before the umask
+        self.readers = readers
         self._files: list[PartialFile] = []
         self.fd: int | None = None
         if os.open in os.supports_dir_fd:
@@ -1215,53 +1476,77 @@ class Directory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with Signals.held():
-            for file in self._files:
-                # Something has failed before, which is what the user has to read.
-                with suppress(OSError):
-                    file.close()
-                with suppress(OSError):
-                    os.unlink(self.at(file.temporary), dir_fd=self.fd)
-            self._files.clear()
-            if self.fd is not None:
-                with suppress(OSError):  # it was only read
-                    os.close(self.fd)
-                self.fd = None
+        for file in self._files:
+            # An error is on its way, which the user has to read.
+            with suppress(OSError):
+                file.close()
+            with suppress(OSError):
+                os.unlink(self.at(file.temporary), dir_fd=self.fd)
+            Cleanup.files.discard((self.fd, self.at(file.temporary)))
+        self._files.clear()
+        if self.fd is not None:
+            with suppress(OSError):  # it was only read
+                os.close(self.fd)
+            self.fd = None
 
     def at(self, name: str) -> bytes:
         # Names are bytes on disk, whatever the locale believes.
         return encode_name(name if self.fd is not None else os.path.join(self.path, name))
 
-    def state(self, name: str) -> os.stat_result | None:
-        """Return the state of what has that name, also of a dangling symbolic link, or None."""
-        with naming(self.full(name)), suppress(FileNotFoundError):
-            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
-        return None
-
-    def require_free(self, names: Iterable[str], replace: bool) -> None:
-        """Raise VmaError if there is something of one of the names: a directory if `replace`."""
-        for name in names:
-            state = self.state(name)
-            if state and not replace:
-                raise refused(self.full(name), errno.EEXIST)
-            if state and stat.S_ISDIR(state.st_mode):
-                raise refused(self.full(name), errno.EISDIR)
-
-    def require_empty(self) -> None:
-        with naming(escape(self.path)):
-            if os.listdir(self.path if self.fd is None else self.fd):
-                raise refused(escape(self.path), errno.ENOTEMPTY)
-
     def full(self, name: str) -> str:
         return escape(os.path.join(self.path, name))
 
-    def create(self, name: str, old: os.stat_result | None = None) -> PartialFile:
-        """Return a new file that will be called name after `commit`, in the place of an old one."""
+    def state(self, name: str) -> os.stat_result | None:
+        """Return the state of a name, of a symbolic link its own, or None."""
+        with os_errors_as(self.full(name)), suppress(FileNotFoundError):
+            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
+        return None
+
+    def names(self) -> list[str]:
+        with os_errors_as(escape(self.path)):
+            return os.listdir(self.path if self.fd is None else self.fd)
+
+    def require_free(self, names: Iterable[str], replace: bool) -> None:
+        """Raise VmaError if one of the names exists: with `replace`, as a directory."""
+        for name in names:
+            state = self.state(name)
+            if state and not replace:
+                raise os_error(self.full(name), errno.EEXIST)
+            if state and stat.S_ISDIR(state.st_mode):
+                raise os_error(self.full(name), errno.EISDIR)
+
+    def require_empty(self) -> None:
+        if self.names():
+            raise os_error(escape(self.path), errno.ENOTEMPTY)
+
+    def leftovers(self) -> list[str]:
+        """Return the partial files here that no run is writing any more."""
+        pattern = re.compile(TEMPORARY_NAME.format("[0-9a-f]{12}"))
+        found = []
+        with suppress(VmaError, ImportError):  # it is only a hint
+            import fcntl
+
+            for name in filter(pattern.fullmatch, self.names()):
+                with suppress(OSError):
+                    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+                    fd = os.open(self.at(name), flags, dir_fd=self.fd)
+                    try:
+                        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                        found.append(self.full(name))
+                    finally:
+                        os.close(fd)
+        return found
+
+    def create(self, name: str, replaces: bool = False) -> PartialFile:
+        """Return a new file that gets its name by `commit`.
+
+        One that replaces another keeps its mode, owner, access list and extended attributes.
+        """
         if len(encode_name(name)) > NAME_MAX_SIZE:
-            raise refused(self.full(name), errno.ENAMETOOLONG)
-        with Signals.held(), naming(self.full(name)):
-            file = PartialFile(self, name, old)
-            self._files.append(file)
+            raise os_error(self.full(name), errno.ENAMETOOLONG)
+        with os_errors_as(self.full(name)):
+            file = PartialFile(self, name, replaces)
+        self._files.append(file)
         return file
 
     def remove(self, name: str) -> None:
@@ -1274,89 +1559,150 @@ class Directory:
         for file in self._files:
             file.sync()
 
-    def commit(self, replace: bool) -> None:
-        """Give all files their names, the last created last, and see that the disk knows them.
+    def commit(self, replace: bool, last_look: Callable[[], None] = lambda: None) -> None:
+        """Give all files their names, the last created last, and wait until the disk knows them.
 
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist, and those that were replaced stay replaced.
         """
-        # A signal waits: names that are half given would have to be taken back first.
-        with ExitStack() as undo, Signals.held():
-            undo.enter_context(naming(f"{escape(self.path)}: cannot write"))
+        with signals_blocked(), ExitStack() as undo:
             while self._files:
                 file = self._files[0]
+                undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
                 exists = self.state(file.final) is not None
                 if exists and not replace:
-                    raise refused(file.name, errno.EEXIST)
-                file.close()
+                    raise os_error(file.name, errno.EEXIST)
                 old, new = self.at(file.temporary), self.at(file.final)
+                file.close()
+                last_look()
                 os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                Cleanup.files.discard((self.fd, old))
                 self._files.pop(0)
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
             if self.fd is not None:
                 where = escape(self.path)
-                undo.enter_context(naming(f"{where}: not flushed, but what was replaced is new"))
+                undo.enter_context(
+                    os_errors_as(f"{where}: cannot be flushed; what was replaced stays replaced")
+                )
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
 
 
 class PartialFile(Target):
-    """A file of a `Directory` that has not got its name yet.
+    """A file of a `Directory` that has not got its name yet."""
 
-    It keeps mode and owner of the old one that it replaces.
-    """
-
-    def __init__(self, directory: Directory, final: str, old: os.stat_result | None) -> None:
+    def __init__(self, directory: Directory, final: str, replaces: bool) -> None:
         self.directory = directory
         self.final = final
-        self.old = old
         self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
-        # Random, and made by us: nobody can have put a link to another file there.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        # Until `sync` gives it the old one's mode, nobody else may read what the old one hid.
-        mode = directory.mode if old is None else 0o600
-        fd = os.open(directory.at(self.temporary), flags, mode, dir_fd=directory.fd)
-        super().__init__(fd, directory.full(final), seekable=True)
+        self.times: os.stat_result | None = None  # those that it is to have, if not its own
+        self._old = -1  # descriptor of the file that it replaces
+        nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        path = directory.at(self.temporary)
+        Cleanup.files.add((directory.fd, path))
+        with ExitStack() as undo:
+            undo.callback(Cleanup.files.discard, (directory.fd, path))
+            if replaces:
+                flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
+                self._old = os.open(directory.at(final), flags, dir_fd=directory.fd)
+                undo.callback(os.close, self._old)
+            # A random name, and made by us: nobody can have put a link to another file there.
+            # Nobody else may read it until it is known who may.
+            private = replaces or directory.readers is not None
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | nofollow
+            fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
+            undo.callback(os.unlink, path, dir_fd=directory.fd)
+            undo.callback(os.close, fd)
+            super().__init__(fd, directory.full(final), seekable=True)
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `Directory.leftovers` looks at it
+            if directory.readers and not replaces and hasattr(os, "fchmod"):
+                os.fchmod(fd, self._shared_mode(directory.readers))
+            undo.pop_all()
+
+    def _shared_mode(self, readers: Readers) -> int:
+        """Return a mode that lets nobody read who cannot read the source."""
+        state = os.fstat(self.fd)
+        # An access list here was inherited from the directory; a group bit would put it in force.
+        if readers.has_acl or readers.gid != state.st_gid or has_acl(self.fd):
+            return 0o600
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return (0o600 | readers.mode & 0o666) & ~umask
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
-        with naming(f"{self.name}: cannot write"):
+        with os_errors_as(f"{self.name}: cannot be {format_size(size)} long"):
             os.ftruncate(self.fd, size)
 
-    def allocate(self, size: int) -> None:
-        """Take size bytes of disk space now, so that a full disk is an error at once.
+    def reserve(self, size: int) -> None:
+        """Reserve disk space, so that a full disk is an error at once; `truncate` gives it back.
 
-        Only where the file system does that without writing them.
+        Only where the file system does that without writing.
         """
-        with naming(f"{self.name}: cannot take {format_size(size)}"):
-            if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
-                os.posix_fallocate(self.fd, 0, size)
+        self.truncate(size)  # too large a file is an error here, on any file system
+        if not size or not hasattr(os, "posix_fallocate") or not allocates_cheaply(self.fd):
+            return self.truncate(0)
+        with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
+            os.posix_fallocate(self.fd, 0, size)
 
     def read_back(self) -> FileInput:
-        """Return what was written."""
-        with naming(self.name):
+        """Return what was written, as an input."""
+        with os_errors_as(self.name):
             return FileInput(self.name, io.FileIO(os.dup(self.fd)))
 
-    def sync(self, times: os.stat_result | None = None) -> None:
-        with naming(f"{self.name}: cannot keep owner, mode and times"):
-            if self.old and hasattr(os, "fchown"):
-                own, old = os.fstat(self.fd), self.old
-                if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
-                    os.fchown(self.fd, old.st_uid, old.st_gid)
-                os.fchmod(self.fd, stat.S_IMODE(old.st_mode))
-            if times and os.utime in os.supports_fd:
-                os.utime(self.fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+    def sync(self) -> None:
+        if self._old >= 0:
+            with os_errors_as(f"{self.name}: cannot keep owner and mode"):
+                keep_attributes(self._old, self.fd, self.name)
+        if self.times and os.utime in os.supports_fd:
+            with os_errors_as(f"{self.name}: cannot keep times"):
+                os.utime(self.fd, ns=(self.times.st_atime_ns, self.times.st_mtime_ns))
         super().sync()
 
-    def commit(self) -> None:
-        self.directory.commit(replace=self.old is not None)
+    def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
+        self.directory.commit(replace=self._old >= 0, last_look=last_look)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
+        if self._old >= 0:
+            os.close(self._old)
+        fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
+
+
+def keep_attributes(old: int, new: int, name: str) -> None:
+    """Give one open file the owner, mode, access list and extended attributes of another.
+
+    Raises OSError or VmaError where one cannot be kept.
+    """
+    state, own = os.fstat(old), os.fstat(new)
+    if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
+        os.fchown(new, state.st_uid, state.st_gid)
+    wanted, there = extended_attributes(old), extended_attributes(new)
+    for inherited in there.keys() - wanted.keys() & {"system.posix_acl_access"}:
+        os.removexattr(new, inherited)  # before the mode puts it in force
+    if hasattr(os, "fchmod"):
+        os.fchmod(new, stat.S_IMODE(state.st_mode))
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
+                os.setxattr(new, key, value)
+
+
+def extended_attributes(fd: int) -> dict[str, bytes]:
+    """Return a file's extended attributes: access lists and SELinux labels are among them."""
+    if not hasattr(os, "listxattr"):
+        return {}
+    try:
+        return {key: os.getxattr(fd, key) for key in os.listxattr(fd)}
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return {}
 
 
 def allocates_cheaply(fd: int) -> bool:
@@ -1376,153 +1722,126 @@ def allocates_cheaply(fd: int) -> bool:
 
 @contextmanager
 def open_output(
-    path: str, replace: bool = True, mode: int = 0o666, device: Device | None = None
+    path: str, force: bool = False, readers: Readers | None = None, device: Device | None = None
 ) -> Iterator[Target]:
-    """Open a file to be written and then committed, or (`-`) standard output, or what is there.
+    """Open a file to be written and then committed, or (`-`) standard output, or a special file.
 
-    A block device only for a `device` that it has room for. A new file gets `mode`, before the
-    umask. What is not committed at the end is removed.
+    `force` replaces a file that exists. A block device only takes a `device` that it has room for.
+    What is not committed at the end is removed.
     """
-    name = shown(path, "output")
+    name = display_name(path, "output")
     old = None
-    with naming(name), suppress(FileNotFoundError):
+    with os_errors_as(name), suppress(FileNotFoundError):
         old = os.stat(path) if path != "-" else os.fstat(1)
     kind = old.st_mode if old else stat.S_IFREG
     if not path:
-        raise refused(quote(path), errno.ENOENT)
+        raise os_error(quote(path), errno.ENOENT)
     if stat.S_ISDIR(kind) or path.endswith(os.sep):
-        raise refused(name, errno.EISDIR)
+        raise os_error(name, errno.EISDIR)
     if stat.S_ISBLK(kind) and device is None:
         raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
     if path == "-":
         refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
         yield Target(1, name, seekable=False)
     elif stat.S_ISREG(kind):
-        # As cp does: what a symbolic link points to is written, the link stays.
-        path = os.path.realpath(path)
-        if old:
-            now = None
-            with naming(name), suppress(FileNotFoundError):
-                now = os.stat(path)
-            if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
-                raise VmaError(f"{name}: the file has no name under which it could be replaced")
-        if old and not replace:
-            raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}, --force replaces it")
-        with Directory(os.path.dirname(path), mode=mode) as files:
-            yield files.create(os.path.basename(path), old)
+        with open_new_file(path, name, old, force, readers) as output:
+            yield output
+    elif stat.S_ISBLK(kind):
+        slack = sys.maxsize if force else DESTINATION_SLACK
+        with open_destination(path, device, slack) as output:
+            output.seekable = False
+            yield output
     else:
         fd = open_path(path, os.O_WRONLY)
         try:
             refuse_terminal(fd, f"{name} is a terminal")
-            if stat.S_ISBLK(kind) and device is not None:
-                require_room(name, fd, device)
-                os.lseek(fd, 0, os.SEEK_SET)
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
 
 
-def require_room(name: str, fd: int, device: Device, slack: int = sys.maxsize) -> None:
-    """Raise VmaError if a file or block device is smaller than a device, or larger by `slack`."""
-    with naming(name):
-        size = os.lseek(fd, 0, os.SEEK_END)
-    if not device.size <= size <= device.size + slack:
-        raise VmaError(f"{name}: {size} bytes, device {quote(device.name)} needs {device.size}")
+@contextmanager
+def open_new_file(
+    path: str, name: str, old: os.stat_result | None, force: bool, readers: Readers | None
+) -> Iterator[PartialFile]:
+    """Create a file that takes its name, perhaps that of an old one, when it is committed."""
+    # As cp does: what a symbolic link points to is written, the link stays.
+    path = os.path.realpath(path)
+    if old and not force:
+        raise VmaError(f"{name}: {os.strerror(errno.EEXIST)}: --force replaces it")
+    if old:
+        now = None
+        with os_errors_as(name), suppress(FileNotFoundError):
+            now = os.stat(path)
+        if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
+            raise VmaError(f"{name}: the file has no name under which it could be replaced")
+    with Directory(os.path.dirname(path), readers=readers) as directory:
+        yield directory.create(os.path.basename(path), replaces=old is not None)
 
 
-def refuse_terminal(fd: int, message: str) -> None:
-    if os.isatty(fd):
-        raise VmaError(message)
-
-
-def open_path(path: str, flags: int) -> int:
-    """Return a file descriptor of an existing file; raises VmaError with its name."""
-    with naming(escape(path)):
-        return os.open(path, flags | getattr(os, "O_BINARY", 0))
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def run_steps(
-    items: Iterable[T],
-    step: Callable[[T, memoryview], R],
-    deliver: Callable[[R], None],
-    buffer_size: int = CHUNK_SIZE,
-) -> None:
-    """Hand what `step` makes of each item to `deliver`, in their order, in a thread of its own.
-
-    A step reads into the buffer that it gets, and may return views of it. Reading and writing
-    release the interpreter's lock, so that one processor reads while the other one writes. Two
-    threads that both write are slower: the kernel lets only one at a time into a file.
-    """
-    import queue
-
-    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    filled: queue.SimpleQueue[tuple[memoryview, R] | None] = queue.SimpleQueue()
-    failures: list[BaseException] = []
-
-    def write() -> None:
-        while (item := filled.get()) is not None:
-            buffer, result = item
-            try:
-                if not failures:
-                    deliver(result)
-            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-                failures.append(error)
-            free.put(buffer)
-
-    for _ in range(BUFFER_COUNT):
-        free.put(new_buffer(buffer_size))
-    writer = threading.Thread(target=write, daemon=True)
+@contextmanager
+def open_destination(
+    path: str, device: Device | None, slack: int = DESTINATION_SLACK
+) -> Iterator[Target]:
+    """Open an existing file or block device to restore a device into; `slack` as in bytes."""
+    name = escape(path)
+    with os_errors_as(name):
+        is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
+    # Linux refuses O_EXCL for a block device that is mounted, or in use otherwise.
+    fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
     try:
-        start_thread(writer)
-        for item in items:
-            buffer = free.get()
-            if failures:
-                break
-            filled.put((buffer, step(item, buffer)))
-        filled.put(None)
-        writer.join()
-    except BaseException as error:
-        failures.append(error)
-        filled.put(None)
-        if writer.is_alive():
-            writer.join(timeout=2)  # it may hang in a pipe that nobody reads
-        raise
-    if failures:
-        raise failures[0]
+        with os_errors_as(name):
+            if not is_disk(os.fstat(fd).st_mode):
+                raise VmaError(f"{name}: neither a file nor a block device")
+            size = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, 0, os.SEEK_SET)
+        if device and not device.size <= size <= device.size + slack:
+            larger = f" and at most {format_size(slack)} more" if size > device.size else ""
+            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}{larger}")
+        yield Target(fd, name, seekable=True)
+    finally:
+        os.close(fd)
 
 
-def new_buffer(size: int) -> memoryview:
-    """Return memory for so many bytes in huge pages, if there are: copies are a tenth faster."""
-    with suppress(ImportError, AttributeError, OSError):
-        import mmap
+def is_same_file(path: str, output: str) -> bool:
+    """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
+    states = []
+    for name, stream, fd in (path, "input", 0), (output, "output", 1):
+        with (
+            os_errors_as(display_name(name, stream)),
+            suppress(FileNotFoundError, NotADirectoryError),
+        ):
+            states.append(os.stat(name) if name != "-" else os.fstat(fd))
+    if len(states) < 2:
+        return False
+    one, other = states
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return is_disk(one.st_mode) and os.path.samestat(one, other)
 
-        memory = mmap.mmap(-1, size)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(memory)
-    return memoryview(bytearray(size))
 
-
-# Parts that belong at an offset of a target, one behind the other.
-Write = tuple[Target, int, list[Buffer]]
-
-
-def write_all(writes: Iterable[Write]) -> None:
-    for target, offset, parts in writes:
-        target.write_at(offset, parts)
+def refuse_same(paths: Iterable[str], output: str) -> None:
+    """Raise VmaError if the output is one of the files that are read."""
+    for path in paths:
+        if is_same_file(path, output):
+            name = display_name(output, "output")
+            raise VmaError(f"{name}: is read here, and cannot be written as well")
 
 
 # ---------------------------------------------------------------------------------------------
-# Reader
+# Extents and index: where every cluster of an archive is
 
 
 def read_header(source: Input) -> Header:
     """Read the header at the beginning of an archive; raises FormatError."""
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
+        if start[:4] != HEADER_MAGIC:
+            more = (
+                source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
+            )
+            what = foreign_format(start + more)
+            raise FormatError(f"not a VMA archive{f', but {what}' if what else ''}")
         data = memoryview(bytearray(parse_header_size(start)))
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
@@ -1532,8 +1851,8 @@ def read_header(source: Input) -> Header:
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
     """Yield each extent header, with the source at its payload.
 
-    Read the payload or leave it: what is left is passed over. Raises FormatError, also for bytes
-    behind the last extent. `Index.add` checks what an extent says of the clusters.
+    What is not read of the payload is skipped. Raises FormatError, also for bytes behind the last
+    extent. `Index.add` checks what an extent says of the clusters.
     """
     with in_archive(source.name):
         while data := source.read(EXTENT_HEADER_SIZE):
@@ -1548,29 +1867,13 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
             if source.size is None or end <= source.size:
                 yield extent
                 source.skip(end - source.offset)
-            require_end(source, extent)
-
-
-def require_end(source: Input, extent: Extent) -> None:
-    """Raise FormatError unless the source stands at the end of an extent."""
-    if source.offset != extent.payload_offset + extent.payload_size:
-        stop = source.offset if source.size is None else source.size
-        raise FormatError(
-            f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
-            f"payload, expected {extent.payload_size}",
-            extent.offset,
-            source.name,
-        )
-
-
-def read_payload(source: Input, extent: Extent, buffer: memoryview) -> memoryview:
-    """Read an extent's payload into a buffer of EXTENT_MAX_BLOCKS blocks; raises FormatError."""
-    payload = buffer[: extent.payload_size]
-    if payload:
-        source.readinto(payload)
-        # Behind what was read, the buffer still holds what was in the extent before.
-        require_end(source, extent)
-    return payload
+            if source.offset != end:
+                stop = source.offset if source.size is None else source.size
+                raise FormatError(
+                    f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
+                    f"payload, expected {extent.payload_size}",
+                    offset,
+                )
 
 
 class DeviceIndex:
@@ -1600,7 +1903,7 @@ class DeviceIndex:
             try:
                 memory = mmap.mmap(-1, 8 * count, **({"flags": private} if private else {}))
             except (OSError, OverflowError, ValueError) as error:
-                message = f"device {quote(device.name)}: no memory for its {count} clusters"
+                message = f"{device.title}: no memory for its {count} clusters"
                 raise FormatError(message) from error
             with suppress(AttributeError, OSError):
                 memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -1608,13 +1911,13 @@ class DeviceIndex:
 
     @property
     def disk_size(self) -> int:
-        """How long the restored device is, in bytes."""
+        """Size in bytes of the restored device."""
         # Proxmox writes a vmstate as long as its clusters, whatever size the header says.
         return self.seen * CLUSTER_SIZE if self.device.is_vmstate else self.device.size
 
     @property
     def zero_size(self) -> int:
-        """How many bytes of the size that the header says no stored block covers."""
+        """Bytes of the size in the header that no stored block covers."""
         return max(self.device.size - self.stored_size, 0)
 
     def slice(self, first: int, count: int) -> list[int]:
@@ -1639,8 +1942,9 @@ class Index:
         self.digest = hashlib.sha256()
         self.extent_count = 0
         self.devices: dict[int, DeviceIndex] = {}
+        self._slots = self._most_slots = 0  # used ones of the last extent, and of the fullest
         with in_archive(self.name):
-            clusters = sum(device.cluster_count for device in header.devices)
+            clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
             if source.size is not None:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
                 if clusters > room:
@@ -1651,8 +1955,8 @@ class Index:
             for device in header.devices:
                 if device.cluster_count > MAX_CLUSTERS:
                     raise FormatError(
-                        f"device {quote(device.name)}: a size of {device.size} bytes is more than "
-                        "the format has cluster numbers for"
+                        f"{device.title}: {device.size} bytes are more than the format has "
+                        "cluster numbers for"
                     )
                 self.devices[device.dev_id] = DeviceIndex(device)
 
@@ -1660,6 +1964,8 @@ class Index:
         """Enter the clusters of an extent; raises FormatError where they cannot be right."""
         self.extent_count += 1
         self.digest.update(extent.md5)
+        self._slots = EXTENT_SLOTS - extent.blockinfo.count(0)
+        self._most_slots = max(self._most_slots, self._slots)
         if not extent.block_count and self._add_zeros(extent):
             return
         position = extent.payload_offset
@@ -1740,7 +2046,8 @@ class Index:
             fault = f"is behind the device's end, its last one is {index.last}"
         elif index.entries[cluster_num]:
             fault = "occurs twice"
-        elif mask & ~(inside := index.device.block_mask(cluster_num)):
+        # Proxmox wrote a full mask on a partial last cluster until June 2020, and restores it.
+        elif mask != FULL_MASK and mask & ~(inside := index.device.block_mask(cluster_num)):
             fault = f"has mask 0x{mask:04x}, the device ends behind 0x{inside:04x}"
         else:
             return
@@ -1751,42 +2058,127 @@ class Index:
 
     def finish(self) -> None:
         """Raise FormatError unless every cluster of every device was there."""
+        # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
+        # that was cut between two extents ends with a full one, and must not pass.
+        cut = self._slots in (self._most_slots, *map(clusters_per_extent, ALIGNS.values()))
         for index in self.devices.values():
             count = index.device.cluster_count
-            if index.seen < count:
+            if index.seen < count and (cut or not index.seen or not index.device.is_vmstate):
                 self._fail(
                     f"{index.device.title}: {count - index.seen} of {count} clusters are missing, "
                     f"the first is {index.first_missing()}"
                 )
 
 
-class Range(NamedTuple):
-    """Bytes of the source archive, by offset and size, that are to be copied."""
+# ---------------------------------------------------------------------------------------------
+# Parts: what flows from every producer (archive in a file, archive in a stream, raw disks) to every
+# consumer (canonical archive, disks, digest, comparison)
 
-    offset: int
-    size: int
+MAX_PARTS = 1024  # parts without data that are handed on together
+BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
+BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
+DEFAULT_MEMORY = 256 << 20
+HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
+SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
+
+T = TypeVar("T")
 
 
-Piece = Union[Buffer, Range]
+class Part(NamedTuple):
+    """Consecutive clusters of one device, as they lie on its disk.
 
-
-class Span(NamedTuple):
-    """Consecutive clusters of one device: their masks, and each one's stored blocks.
-
-    `payload` has None for a cluster that stores none, and is empty if they all do not.
+    The masks say which blocks are stored, none behind the device's end. `image` is all bytes of
+    these clusters: zeros where nothing is stored, and behind the device's end. It is None if no
+    block is stored.
     """
 
     device: Device
     first: int
     masks: Sequence[int]
-    payload: Sequence[Piece | None]
+    image: memoryview | None
+
+    @property
+    def offset(self) -> int:
+        """Where on the disk the first cluster begins, in bytes."""
+        return self.first * CLUSTER_SIZE
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk: fewer than the clusters have at the device's end."""
+        return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
 
 
-class Contents:
-    """An archive's header, and of its clusters as much as was needed until now.
+class Plan(NamedTuple):
+    """A part that has not been read yet: `cluster_count` clusters from `first` on.
 
-    Extents are read when something asks for clusters that are not known yet. Raises FormatError for
-    an archive that Proxmox would not restore completely, at the latest when all have been read.
+    `where` says where its data is: of an archive the clusters' entries as in DeviceIndex, of a raw
+    disk (start, end) in bytes.
+    """
+
+    device: Device
+    first: int
+    cluster_count: int
+    where: Sequence[Any]
+    has_data: bool
+
+
+def make_part(device: Device, first: int, masks: list[int], image: memoryview | None) -> Part:
+    """Return a part, with everything behind the device's end cleared."""
+    end = device.max_size - first * CLUSTER_SIZE
+    if image is not None and end < len(image):
+        image[end:] = bytes(len(image) - end)
+    return Part(device, first, device.clip(first, masks), image)
+
+
+def scatter(entries: Sequence[int], image: memoryview) -> list[tuple[int, memoryview]]:
+    """Return where the stored blocks of clusters are, and the views of the image they belong to.
+
+    Entries are as in DeviceIndex. Everything else of the image is zeroed.
+    """
+    wanted = []
+    begin = end = source = 0  # the run that grows: where in the image, and its end in the archive
+    for base, entry in zip(itertools.count(0, CLUSTER_SIZE), entries):
+        offset, mask = entry >> 16, entry & FULL_MASK
+        if mask != FULL_MASK:
+            image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
+        for start, size in block_runs(mask):
+            if base + start != end or offset != source:
+                if end > begin:
+                    wanted.append((source - (end - begin), image[begin:end]))
+                begin = base + start
+            end = base + start + size
+            offset += size
+            source = offset
+    if end > begin:
+        wanted.append((source - (end - begin), image[begin:end]))
+    return wanted
+
+
+class Producer:
+    """Yields plans of parts in canonical order, and reads them.
+
+    `ordered` plans must be read one after the other, in the thread that iterates over them. Reading
+    a `parallel` one is work for several processors.
+    """
+
+    header: Header
+    ordered = False
+    parallel = False
+
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        """Yield parts of `count` clusters of all devices, or of the chosen dev_ids."""
+        raise NotImplementedError
+
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        """Read a part into a buffer of BUFFER_SIZE bytes."""
+        raise NotImplementedError
+
+
+class Contents(Producer):
+    """An archive that can be read at any place: its header, and the extents read so far.
+
+    Extents are read when somebody needs them. Raises FormatError for an archive that Proxmox would
+    not restore completely, at the latest when all have been read.
     """
 
     def __init__(self, source: Input) -> None:
@@ -1795,384 +2187,101 @@ class Contents:
         self.index = Index(self.header, source)
         self._extents = read_extents(source, self.header)
 
-    def _enter(self, extent: Extent) -> None:
-        """Take note of an extent's clusters, with the source at its payload."""
-        self.index.add(extent)
+    def extents(self) -> Iterator[Extent]:
+        """Yield and check the extents not read yet, in the archive's order."""
+        for extent in self._extents:
+            self.index.add(extent)
+            yield extent
+        self.index.finish()
+
+    def complete(self) -> None:
+        """Read and check all extents not read yet."""
+        while self._read_extent():
+            pass
 
     def _read_extent(self) -> bool:
-        """Enter the next extent; at the end, check that all clusters were there."""
         extent = next(self._extents, None)
         if extent is None:
             self.index.finish()
             return False
-        self._enter(extent)
+        self.index.add(extent)
+        self._keep(extent)
         return True
 
-    def payloads(self) -> Iterator[tuple[Extent, memoryview]]:
-        """Yield each extent and its payload, in the archive's order; check as `complete` does."""
-        buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
-        for extent in self._extents:
-            self.index.add(extent)
-            yield extent, read_payload(self.source, extent, buffer)
-        self.index.finish()
+    def _keep(self, extent: Extent) -> None:
+        """Keep what cannot be read again; of a file, nothing."""
 
-    def complete(self) -> None:
-        """Read all extents that were not read yet."""
-        while self._read_extent():
-            pass
+    def read_extent(self, extent: Extent, buffer: memoryview) -> list[Part]:
+        """Read an extent's clusters into a buffer of BUFFER_SIZE bytes, neighbours as one part."""
+        slots = sorted(iter_slots(extent))
+        image = buffer[: len(slots) * CLUSTER_SIZE]
+        entries = [extent.payload_offset + slot.start << 16 | slot.mask for slot in slots]
+        self.source.read_at(scatter(entries, image))
+        parts = []
+        first = 0
+        for last, slot in enumerate(slots, 1):
+            neighbour = (slot.dev_id, slot.cluster_num + 1)
+            if last == len(slots) or slots[last][:2] != neighbour:
+                part = slots[first:last]
+                masks = [each.mask for each in part]
+                view = image[first * CLUSTER_SIZE : last * CLUSTER_SIZE] if any(masks) else None
+                device = self.index.devices[slot.dev_id].device
+                parts.append(make_part(device, part[0].cluster_num, masks, view))
+                first = last
+        return parts
 
-    def entries(self, device: Device, first: int, count: int) -> list[int]:
-        """Return the index's entries of so many clusters; fewer at the device's end."""
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        for device in canonical_order(self.header.devices, chosen):
+            first = 0
+            while entries := self._entries(device, first, count):
+                has_data = any(entry & FULL_MASK for entry in entries)
+                yield Plan(device, first, len(entries), entries, has_data)
+                first += len(entries)
+        self.complete()
+
+    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+        """Return the entries of up to count clusters; reads extents until they are known."""
         index = self.index.devices[device.dev_id]
         while True:
             entries = index.slice(first, count)
-            # A vmstate ends where its clusters end: fewer may only mean that more are to be read.
+            # A vmstate ends where its clusters end: fewer may only mean that more will come.
             known = 0 not in entries and (len(entries) == count or not device.is_vmstate)
             if known or not self._read_extent():
                 return entries
 
-    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
-        """Yield clusters in canonical order, so many at once; of all devices, or those chosen."""
-        for device in canonical_order(self.header.devices, chosen):
-            first = 0
-            while entries := self.entries(device, first, clusters):
-                masks = [entry & FULL_MASK for entry in entries]
-                payload = self._payload(device, first, entries) if any(masks) else ()
-                yield Span(device, first, masks, payload)
-                first += len(entries)
-        self.complete()
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        masks = [entry & FULL_MASK for entry in plan.where]
+        image = None
+        if plan.has_data:
+            image = buffer[: plan.cluster_count * CLUSTER_SIZE]
+            self.source.read_at(scatter(plan.where, image))
+        return make_part(plan.device, plan.first, masks, image)
 
-    def _payload(
-        self, device: Device, first: int, entries: Sequence[int]
-    ) -> Sequence[Piece | None]:
-        """Return each cluster's stored blocks, or where they are."""
-        return [
-            Range(entry >> 16, mask_size(entry & FULL_MASK)) if entry & FULL_MASK else None
-            for entry in entries
-        ]
-
-
-class Archive(Contents):
-    """An archive that can be read at any place: any byte of any device, once it is complete.
-
-    `lazy` leaves extents to be read as they are needed.
-    """
-
-    source: FileInput
-
-    def __init__(self, source: FileInput, lazy: bool = False) -> None:
-        super().__init__(source)
-        # By how many clusters what was entered is ahead of what was asked for. From MAX_LEAD on,
-        # the file's order says nothing of what is needed next.
-        self._lead = 0
-        if not lazy:
-            self.complete()
-
-    def complete(self) -> None:
-        self._lead = MAX_LEAD  # nobody has asked for the payload
-        super().complete()
-
-    def _enter(self, extent: Extent) -> None:
-        super()._enter(extent)
-        self._lead += EXTENT_SLOTS
-        if self._lead < MAX_LEAD:
-            # Nearly in order: what comes next in the file is needed next.
-            self.source.advise_up_to(extent.payload_offset + extent.payload_size + LOOK_AHEAD)
-
-    def entries(self, device: Device, first: int, count: int) -> list[int]:
-        entries = super().entries(device, first, count)
-        self._lead -= len(entries)
-        return entries
-
-    def read(self, dev_id: int, offset: int, size: int) -> bytes:
-        """Return bytes of a device, from offset; fewer than size at the device's end."""
+    def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
+        """Return bytes of a device from offset on; fewer than size at its end."""
         index = self.index.devices[dev_id]
         end = min(offset + size, index.disk_size)
-        first = offset // CLUSTER_SIZE
-        clusters = bytearray()
-        for entry in index.slice(first, -(-end // CLUSTER_SIZE) - first):
-            clusters += expand(self.read_stored(entry), entry & FULL_MASK)
-        return bytes(clusters[offset - first * CLUSTER_SIZE : end - first * CLUSTER_SIZE])
-
-    def read_stored(self, entry: int) -> bytearray:
-        """Return the stored blocks of the cluster that an entry of the index stands for."""
-        stored = bytearray(mask_size(entry & FULL_MASK))
-        self.source.read_at([(entry >> 16, memoryview(stored))])
-        return stored
-
-
-def expand(stored: Buffer, mask: int) -> bytes:
-    """Return a whole cluster, made of its stored blocks and zeros."""
-    if mask == FULL_MASK:
-        return bytes(stored)
-    cluster = bytearray(CLUSTER_SIZE)
-    start = 0
-    for first, size in block_runs(mask):
-        cluster[first : first + size] = stored[start : start + size]
-        start += size
-    return bytes(cluster)
+        data = bytearray(max(end - offset, 0))
+        buffer = memoryview(bytearray(min(-(-len(data) // CLUSTER_SIZE) + 1, EXTENT_SLOTS) << 16))
+        at = offset
+        while at < end:
+            first = at // CLUSTER_SIZE
+            entries = index.slice(first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
+            has_data = any(entry & FULL_MASK for entry in entries)
+            plan = Plan(index.device, first, len(entries), entries, has_data)
+            image = self.read(plan, buffer).image
+            stop = min((first + len(entries)) * CLUSTER_SIZE, end)
+            if image is not None:
+                start = first * CLUSTER_SIZE
+                data[at - offset : stop - offset] = image[at - start : stop - start]
+            at = stop
+        return bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------
-# Writer: the canonical layout
+class Stream(Contents):
+    """An archive that is read once: early clusters wait, in memory or a temporary file."""
 
-CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
-CANONICAL_MAX_CLUSTERS = 58  # an extent, as Proxmox's own writer has it
-ALIGNS = {name: parse_size(name) for name in ("4K", "64K", "128K", "256K", "512K", "1M")}
-DEFAULT_ALIGN = "128K"
-
-
-def canonical_order(
-    devices: Iterable[Device], chosen: Collection[int] | None = None
-) -> list[Device]:
-    """Return the devices by dev_id, a vmstate last; only the chosen dev_ids, if there are some."""
-    devices = (device for device in devices if chosen is None or device.dev_id in chosen)
-    return sorted(devices, key=lambda device: (device.is_vmstate, device.dev_id))
-
-
-def clusters_per_extent(align: int) -> int:
-    """Return the largest number of clusters whose whole payload is a multiple of align bytes."""
-    unit = max(align // CLUSTER_SIZE, 1)
-    return CANONICAL_MAX_CLUSTERS // unit * unit
-
-
-def lay_out_header(header: Header, align: int) -> bytearray:
-    """Return the canonical header of an archive.
-
-    It is rounded up to align, so that a configuration that grows a little moves no data.
-    """
-    header = header._replace(uuid=CANONICAL_UUID, size=0)
-    size = -(-len(pack_header(header)) // align) * align
-    return pack_header(header._replace(size=size))
-
-
-def lay_out_extent(
-    device: Device, first: int, masks: Sequence[int], align: int
-) -> tuple[bytes, Sequence[int]]:
-    """Return the header of the extent that holds these clusters, and their masks in it."""
-    info = device.dev_id << 32 | first
-    if not any(masks):
-        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
-    masks, block_count = fill_up(device, first, masks, align // BLOCK_SIZE)
-    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
-    return pack_extent(CANONICAL_UUID, block_count, infos), masks
-
-
-def fill_up(
-    device: Device, first: int, masks: Sequence[int], unit: int
-) -> tuple[Sequence[int], int]:
-    """Set mask bits from the extent's end until its blocks are a multiple of unit.
-
-    Return the masks and the number of blocks. So each extent keeps its place relative to the blocks
-    of a file system, however many zero blocks come and go. Blocks behind the device's end stay out.
-    """
-    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
-    wanted = -block_count % unit
-    if not wanted:
-        return masks, block_count
-    block_count += wanted
-    filled = list(masks)
-    for i in reversed(range(len(filled))):
-        if not wanted:
-            break
-        zeros = device.block_mask(first + i) & ~filled[i]
-        while zeros and wanted:
-            highest = 1 << zeros.bit_length() - 1
-            zeros ^= highest
-            filled[i] |= highest
-            wanted -= 1
-    return filled, block_count - wanted
-
-
-def extent_payload(span: Span, masks: Sequence[int]) -> list[Piece]:
-    """Return an extent's payload: the span's stored blocks, and zeros where only masks has some."""
-    pieces: list[Piece] = []
-    for piece, mask, filled in zip(span.payload, span.masks, masks):
-        if mask != filled:
-            pieces.extend(fill_piece(piece or b"", mask, filled))
-        elif piece is not None:
-            pieces.append(piece)
-    # Where the device ends inside its last block, that is zeros from there on, here if not before.
-    device = span.device
-    if span.first + len(masks) == device.cluster_count and device.stores_tail(masks[-1]):
-        tail = device.tail_size
-        pieces[-1:] = [part_of(pieces[-1], 0, piece_size(pieces[-1]) - tail), bytes(tail)]
-    return pieces
-
-
-def piece_size(piece: Piece) -> int:
-    return piece.size if isinstance(piece, Range) else len(piece)
-
-
-def part_of(piece: Piece, start: int, size: int) -> Piece:
-    if isinstance(piece, Range):
-        return Range(piece.offset + start, size)
-    return piece[start : start + size]
-
-
-def fill_piece(piece: Piece, mask: int, filled: int) -> Iterator[Piece]:
-    """Yield a cluster's blocks, with zero blocks put in where filled has bits that mask lacks."""
-    start = 0
-    for block in range(CLUSTER_BLOCKS):
-        if mask >> block & 1:
-            yield part_of(piece, start, BLOCK_SIZE)
-            start += BLOCK_SIZE
-        elif filled >> block & 1:
-            yield ZERO_BLOCK
-
-
-class Layout:
-    """A canonical archive in the making: its pieces in their order.
-
-    `digest` grows with the extents; at the end it is that of the `Index` of what was written.
-    """
-
-    def __init__(self, header: Header, align: int) -> None:
-        self.header = header
-        self.align = align
-        self.cluster_count = clusters_per_extent(align)
-        self.digest = hashlib.sha256()
-
-    def extents(self, spans: Iterable[Span]) -> Iterator[tuple[bytes, Span | None, Sequence[int]]]:
-        """Yield each extent's header, with the span that it holds and the masks that it has."""
-        for span in spans:
-            data, masks = lay_out_extent(span.device, span.first, span.masks, self.align)
-            self.digest.update(data[EXTENT_MD5])
-            yield data, span, masks
-        if not self.header.devices:
-            # As Proxmox writes an archive that has only configs.
-            data = pack_extent(CANONICAL_UUID, 0, ())
-            self.digest.update(data[EXTENT_MD5])
-            yield data, None, ()
-
-    def pieces(self, spans: Iterable[Span]) -> Iterator[Piece]:
-        """Yield the whole archive: header, extent headers and payload."""
-        yield lay_out_header(self.header, self.align)
-        for data, span, masks in self.extents(spans):
-            yield data
-            if span is not None:
-                yield from extent_payload(span, masks)
-
-
-def is_canonical(contents: Contents, align: int) -> bool:
-    """Say whether an archive is what optimize would write with this align."""
-    header = contents.header
-    if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
-        return False
-    contents.complete()
-    layout = Layout(header, align)
-    for _ in layout.extents(contents.spans(layout.cluster_count)):
-        pass
-    same = layout.digest.digest() == contents.index.digest.digest()
-    return same and has_zero_tails(contents)
-
-
-def has_zero_tails(contents: Contents) -> bool:
-    """Say whether what the disks' last blocks hold behind their ends is zeros, as optimize has it.
-
-    Of a stream this cannot be known any more: True.
-    """
-    source = contents.source
-    if not isinstance(source, FileInput):
-        return True
-    for index in contents.index.devices.values():
-        entry = index.entries[-1]
-        if index.device.stores_tail(entry & FULL_MASK):
-            tail = bytearray(index.device.tail_size)
-            end = (entry >> 16) + mask_size(entry & FULL_MASK)
-            source.read_at([(end - len(tail), memoryview(tail))])
-            if any(tail):
-                return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------
-# Reorder: from any order to the canonical one, and to the disks
-
-ZERO_EXTENTS = 1024  # headers of extents without data that are written at once
-DEFAULT_MEMORY = 256 << 20
-HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
-SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
-
-
-def iter_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Gather items into lists of up to CHUNK_SIZE bytes, or of one that is larger."""
-    chunk: list[T] = []
-    size = 0
-    for item in items:
-        length = size_of(item)
-        if size + length > CHUNK_SIZE and chunk:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(item)
-        size += length
-    if chunk:
-        yield chunk
-
-
-def copy_pieces(
-    source: Input, pieces: Iterable[Piece], deliver: Callable[[Sequence[Buffer]], None]
-) -> None:
-    """Deliver pieces in their order, a chunk at a time; those that are ranges are read from source.
-
-    `deliver` runs in another thread.
-    """
-
-    def step(chunk: list[Piece], buffer: memoryview) -> list[Buffer]:
-        parts: list[Buffer] = []
-        wanted = []
-        start = end = 0  # what of the buffer is not in parts yet
-        for piece in chunk:
-            if isinstance(piece, Range):
-                wanted.append((piece.offset, buffer[end : end + piece.size]))
-                end += piece.size
-            else:
-                parts += (buffer[start:end], piece)
-                start = end
-        parts.append(buffer[start:end])
-        if wanted:
-            assert isinstance(source, FileInput), "a stream has no ranges"
-            source.read_at(wanted)
-        return parts
-
-    run_steps(ahead(iter_chunks(pieces, piece_size), source), step, deliver)
-
-
-def ahead(chunks: Iterable[list[T]], source: Input) -> Iterator[list[T]]:
-    """Pass chunks on a little later, after the system was told what they will read."""
-    waiting: collections.deque[list[T]] = collections.deque()
-    for chunk in chunks:
-        if isinstance(source, FileInput):
-            # Of a Range and of a Slot, the last two fields are the offset and the size.
-            source.advise([piece[-2:] for piece in chunk if isinstance(piece, (Range, Slot))])
-        waiting.append(chunk)
-        if len(waiting) > READ_AHEAD:
-            yield waiting.popleft()
-    yield from waiting
-
-
-class Spool(Target):
-    """An unlinked temporary file of clusters, which `source` reads at any place."""
-
-    lasting = False
-
-    def __init__(self, directory: str) -> None:
-        import tempfile
-
-        directory = os.environ.get("TMPDIR") or directory or tempfile.gettempdir()
-        name = f"temporary file in {escape(directory)}"
-        with naming(name):
-            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - source closes
-            self.source = FileInput(name, file)
-        super().__init__(self.source.fd, name, seekable=True)
-
-
-class Reorderer(Contents):
-    """The clusters of a stream in canonical order, in one pass.
-
-    A cluster that is next goes straight out. An early one waits in memory; where that would be more
-    than `memory` bytes, clusters of the last device wait in an unlinked temporary file.
-    """
+    ordered = True
 
     def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
         super().__init__(source)
@@ -2181,21 +2290,21 @@ class Reorderer(Contents):
         self._held: dict[int, dict[int, bytes]] = {}  # by dev_id, in canonical order
         self._held_size = 0
         self._spool: Spool | None = None
-        self._buffer = memoryview(bytearray(EXTENT_MAX_BLOCKS * BLOCK_SIZE))
+        self._buffer = new_buffer(EXTENT_MAX_BLOCKS * BLOCK_SIZE)
 
-    def spans(self, clusters: int, chosen: Collection[int] | None = None) -> Iterator[Span]:
-        """Yield as `Contents.spans` does; only once, and what is not chosen is gone."""
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        """Yield as `Contents.plans` does, but only once; what is not chosen is gone."""
         order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in order}
         try:
-            yield from super().spans(clusters, chosen)
+            yield from super().plans(count, chosen)
         finally:
             if self._spool is not None:
                 self._spool.source.close()
 
-    def _enter(self, extent: Extent) -> None:
-        self.index.add(extent)
-        payload = read_payload(self.source, extent, self._buffer)
+    def _keep(self, extent: Extent) -> None:
+        payload = self._buffer[: extent.payload_size]
+        self.source.read_at([(extent.payload_offset, payload)])
         for slot in iter_slots(extent) if extent.block_count else ():
             if slot.mask and slot.dev_id in self._held:
                 data = bytes(payload[slot.start : slot.start + slot.size])
@@ -2205,12 +2314,10 @@ class Reorderer(Contents):
             self._spill()
 
     def _spill(self) -> None:
-        """Write clusters that are needed last to the temporary file until the rest is in bounds."""
+        """Write the clusters that are needed last to the temporary file, until the rest fits."""
         if self._spool is None:
-            with Signals.held():
-                self._spool = Spool(self.directory)
-        # More than had to go, so that not each extent that comes makes a write of its own.
-        goal = self.memory - min(SPILL_SIZE, self.memory // 8)
+            self._spool = Spool(self.directory)
+        goal = self.memory - min(SPILL_SIZE, self.memory // 8)  # so that each spill is large
         offset = self._spool.position
         parts: list[bytes] = []
         for dev_id, held in reversed(self._held.items()):
@@ -2218,148 +2325,115 @@ class Reorderer(Contents):
             while held and self._held_size > goal:
                 cluster_num, data = held.popitem()  # the one that came last
                 parts.append(data)
-                # The place in the stream is of no use any more, that in the file is.
+                # From now on the entry says where in the temporary file it is.
                 entries[cluster_num] = offset << 16 | entries[cluster_num] & FULL_MASK
                 offset += len(data)
                 self._held_size -= len(data) + HELD_OVERHEAD
         self._spool.append(parts)
 
-    def _payload(
-        self, device: Device, first: int, entries: Sequence[int]
-    ) -> Sequence[Piece | None]:
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        device, first, count, entries, has_data = plan
+        masks = [entry & FULL_MASK for entry in entries]
+        if not has_data:
+            return make_part(device, first, masks, None)
+        image = buffer[: count * CLUSTER_SIZE]
         held = self._held[device.dev_id]
-        payload = []
         spilled = []
-        for cluster_num, entry in enumerate(entries, first):
-            data: Piece | None = held.pop(cluster_num, None)
-            if data is not None:
-                self._held_size -= piece_size(data) + HELD_OVERHEAD
-            elif entry & FULL_MASK:
-                data = memoryview(bytearray(mask_size(entry & FULL_MASK)))
-                spilled.append((entry >> 16, data))
-            payload.append(data)
-        if spilled:
-            assert self._spool is not None, "a stored cluster is neither held nor spilled"
+        for i, mask in enumerate(masks):
+            base = i * CLUSTER_SIZE
+            data = held.pop(first + i, None)
+            if data is None:
+                spilled += scatter(entries[i : i + 1], image[base : base + CLUSTER_SIZE])
+                continue
+            self._held_size -= len(data) + HELD_OVERHEAD
+            if mask != FULL_MASK:
+                image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
+            at = 0
+            for start, size in block_runs(mask):
+                image[base + start : base + start + size] = data[at : at + size]
+                at += size
+        if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
-        return payload
+        return make_part(device, first, masks, image)
 
 
-def place(
-    slots: Iterable[Sequence[int]],
-    buffer: memoryview,
-    targets: Mapping[int, Target],
-    ends: Mapping[int, int],
-) -> list[Write]:
-    """Return the writes that bring stored blocks from a buffer to their disks, neighbours as one.
+class Spool(Target):
+    """An unlinked temporary file of clusters; `source` reads it at any place."""
 
-    Slots are as `Slot` has it. Targets are by dev_id, and so are `ends`: nothing is written behind
-    them, where a device's last block may reach.
-    """
-    writes = []
-    parts: list[Buffer] = []
-    last = end = -1  # the device, and where on it the last run ends
-    begin = filled = 0  # where in the buffer neighbours of it begin, and where it ends
+    lasting = False
 
-    def add() -> None:
-        """Add what is in the buffer for the last run, when it is known that nothing follows it."""
-        if filled > begin:
-            parts.append(buffer[begin : filled - max(end - ends[last], 0)])
+    def __init__(self, directory: str) -> None:
+        import tempfile
 
-    for dev_id, cluster_num, mask, start, _ in slots:
-        for first, size in block_runs(mask):
-            offset = cluster_num * CLUSTER_SIZE + first
-            neighbour = offset == end and dev_id == last
-            if not neighbour or start != filled:
-                add()
-                begin = start
-            if not neighbour:
-                parts = []
-                writes.append((targets[dev_id], offset, parts))
-            last, end = dev_id, offset + size
-            start += size  # noqa: PLW2901 - where the next run is
-            filled = start
-    add()
-    return writes
+        directory = os.environ.get("TMPDIR") or directory or tempfile.gettempdir()
+        name = f"temporary file in {escape(directory)}"
+        with os_errors_as(name):
+            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - source closes
+            self.source = FileInput(name, file)
+        super().__init__(self.source.fd, name, seekable=True)
 
 
-def copy_disks(archive: Archive, targets: Mapping[int, Target]) -> None:
-    """Write the stored blocks of devices to their targets, by dev_id, each in disk order."""
-    ends = {device.dev_id: device.max_size for device in archive.header.devices}
-
-    def step(chunk: list[Slot], buffer: memoryview) -> list[Write]:
-        wanted = []
-        slots = []
-        start = 0
-        for dev_id, cluster_num, mask, offset, size in chunk:
-            wanted.append((offset, buffer[start : start + size]))
-            slots.append((dev_id, cluster_num, mask, start, size))
-            start += size
-        archive.source.read_at(wanted)
-        return place(slots, buffer, targets, ends)
-
-    chunks = iter_chunks(stored_clusters(archive, targets), operator.attrgetter("size"))
-    run_steps(ahead(chunks, archive.source), step, write_all)
-    if archive.source.copying:
-        archive.source.copying.finish()
-
-
-def stored_clusters(archive: Archive, chosen: Collection[int]) -> Iterator[Slot]:
-    """Yield the clusters of devices that store blocks; each one's start is its archive offset."""
-    for device in canonical_order(archive.header.devices, chosen):
-        first = 0
-        while entries := archive.entries(device, first, EXTENT_SLOTS):
-            for cluster_num, entry in enumerate(entries, first):
-                mask = entry & FULL_MASK
-                if mask:
-                    yield Slot(device.dev_id, cluster_num, mask, entry >> 16, mask_size(mask))
-            first += len(entries)
-
-
-def stream_disks(stream: Contents, targets: Mapping[int, Target], zeros: Collection[int]) -> None:
-    """Write each cluster to its place as it comes, and check at the end that all were there."""
-    ends = {device.dev_id: device.max_size for device in stream.header.devices}
-    for extent, payload in stream.payloads():
-        if not extent.block_count and not zeros:
-            continue
-        slots = sorted(slot for slot in iter_slots(extent) if slot.dev_id in targets)
-        for dev_id, cluster_num, mask, start, size in slots if zeros else ():
-            if dev_id in zeros:
-                offset = cluster_num * CLUSTER_SIZE
-                data = expand(payload[start : start + size], mask)
-                targets[dev_id].write_at(offset, [data[: ends[dev_id] - offset]])
-        stored = (slot for slot in slots if slot.dev_id not in zeros)
-        write_all(place(stored, payload, targets, ends))
-
-
-def write_disks(
-    contents: Contents, targets: Mapping[int, Target], zeros: Collection[int] = ()
-) -> None:
-    """Write disks to targets by dev_id; those in zeros with their zero blocks, the others without.
-
-    New files become as long as the disks. Of a stream, clusters are written as they come.
-    """
-    if not isinstance(contents, Archive):
-        stream_disks(contents, targets, zeros)
-    else:
-        copy_disks(contents, {dev_id: targets[dev_id] for dev_id in targets if dev_id not in zeros})
-        for dev_id in zeros:
-            spans = contents.spans(CANONICAL_MAX_CLUSTERS, {dev_id})
-            copy_pieces(contents.source, iter_disk(spans), targets[dev_id].append)
-    for dev_id, target in targets.items():
-        if isinstance(target, PartialFile):
-            target.truncate(contents.index.devices[dev_id].disk_size)
+def load(source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> Contents:
+    """Return the contents of an archive, of which the header has been read and checked."""
+    contents = Contents(source) if source.size is not None else Stream(source, memory, directory)
+    with in_archive(source.name):
+        check_names(contents.header)
+    return contents
 
 
 class Disk(NamedTuple):
     """A device to pack, and the file that it is read from.
 
-    `size` is the file's in bytes, `data_size` what of it is not a hole, as far as one can tell.
+    `size` is the file's in bytes, `data_size` the part of it that is no hole, as far as known.
     """
 
     device: Device
     source: FileInput
     size: int
     data_size: int
+
+
+class Disks(Producer):
+    """Raw disks: blocks of zeros are found, and count as not stored."""
+
+    def __init__(self, header: Header, disks: Iterable[Disk]) -> None:
+        self.header = header
+        self.disks = {disk.device.dev_id: disk for disk in disks}
+
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        for device in canonical_order(self.header.devices, chosen):
+            disk = self.disks[device.dev_id]
+            ranges = iter_data(disk)
+            data = next(ranges, None)
+            cluster_count = -(-disk.size // CLUSTER_SIZE)
+            for first in range(0, cluster_count, count):
+                clusters = min(count, cluster_count - first)
+                start, end = first * CLUSTER_SIZE, min((first + clusters) * CLUSTER_SIZE, disk.size)
+                where = []
+                while data and data[0] < end:
+                    where.append((max(data[0], start), min(data[1], end)))
+                    if data[1] > end:
+                        break
+                    data = next(ranges, None)
+                yield Plan(device, first, clusters, where, bool(where))
+
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        device, first, count, where, has_data = plan
+        if not has_data:
+            return Part(device, first, [0] * count, None)
+        image = buffer[: count * CLUSTER_SIZE]
+        base = first * CLUSTER_SIZE
+        done = 0
+        spans = []
+        for start, end in where:
+            image[done : start - base] = bytes(start - base - done)
+            self.disks[device.dev_id].source.read_at([(start, image[start - base : end - base])])
+            done = min(-(-(end - base) // BLOCK_SIZE) * BLOCK_SIZE, len(image))
+            image[end - base : done] = bytes(done - (end - base))
+            spans.append((start - base, done))
+        image[done:] = bytes(len(image) - done)
+        masks = find_data(image, spans, count)
+        return Part(device, first, masks, image if any(masks) else None)
 
 
 def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
@@ -2370,7 +2444,7 @@ def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
         try:
             data = os.lseek(disk.source.fd, end, os.SEEK_DATA)
             hole = os.lseek(disk.source.fd, data, os.SEEK_HOLE)
-            # Holes may be smaller than a block: what of them is in one with data is read as zeros.
+            # Holes may be smaller than a block; in a block with data they are read as zeros.
             start = data // BLOCK_SIZE * BLOCK_SIZE
             end = min(-(-hole // BLOCK_SIZE) * BLOCK_SIZE, disk.size)
         except (AttributeError, OSError) as error:  # AttributeError: a system without SEEK_DATA
@@ -2380,15 +2454,15 @@ def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: int) -> list[int]:
-    """Return the masks of the blocks that are not all zeros, of count clusters in buffer.
+def find_data(image: memoryview, spans: Iterable[tuple[int, int]], count: int) -> list[int]:
+    """Return the masks of the blocks that are not all zeros, of count clusters in image.
 
-    Looks only at parts, (start, end) in bytes, multiples of a block; the rest is zeros.
+    Looks only at spans, (start, end) in bytes, multiples of a block; the rest is zeros.
     """
     flags = bytearray(b"0") * (count * CLUSTER_BLOCKS)
-    for start, end in parts:
+    for start, end in spans:
         for offset in range(start, end, CLUSTER_SIZE):
-            group = buffer[offset : min(offset + CLUSTER_SIZE, end)]
+            group = image[offset : min(offset + CLUSTER_SIZE, end)]
             # A block that does not begin with a zero byte needs no second look.
             firsts = bytes(group[::BLOCK_SIZE])
             if not any(firsts) and bytes(group) == ZERO_CLUSTER[: len(group)]:
@@ -2396,140 +2470,331 @@ def stored_masks(buffer: memoryview, parts: Iterable[tuple[int, int]], count: in
             first = offset // BLOCK_SIZE
             flags[first : first + len(firsts)] = b"1" * len(firsts)
             for block, byte in enumerate(firsts if 0 in firsts else b"", first):
-                if not byte and bytes(buffer[block * BLOCK_SIZE :][:BLOCK_SIZE]) == ZERO_BLOCK:
+                if not byte and bytes(image[block * BLOCK_SIZE :][:BLOCK_SIZE]) == ZERO_BLOCK:
                     flags[block] = ord("0")
     return [
         int(flags[i : i + CLUSTER_BLOCKS][::-1], 2) for i in range(0, len(flags), CLUSTER_BLOCKS)
     ]
 
 
-class Group(NamedTuple):
-    """The clusters of one extent to pack, and where their data is, (start, end) on the disk.
+class Consumer:
+    """Takes parts: `prepare` makes something of each, `deliver` gets batches of that in order.
 
-    `zero_headers` are those of extents before it that store nothing, so that each step has work.
+    Preparing for a `parallel` one is work for several processors.
     """
 
-    disk: Disk
-    first: int
-    cluster_count: int
-    data: Sequence[tuple[int, int]]
-    zero_headers: Sequence[bytes]
+    parallel = False
+
+    def prepare(self, part: Part) -> Any:
+        return part
+
+    def deliver(self, prepared: Sequence[Any]) -> None:
+        raise NotImplementedError
 
 
-def iter_groups(layout: Layout, disk: Disk) -> Iterator[Group]:
-    """Yield the extents of a disk; those without data only as the headers that they will have."""
-    parts = iter_data(disk)
-    part = next(parts, None)
-    zero_headers: list[bytes] = []
-    cluster_count = -(-disk.size // CLUSTER_SIZE)
-    for first in range(0, cluster_count, layout.cluster_count):
-        count = min(layout.cluster_count, cluster_count - first)
-        start, end = first * CLUSTER_SIZE, min((first + count) * CLUSTER_SIZE, disk.size)
-        data = []
-        while part and part[0] < end:
-            data.append((max(part[0], start), min(part[1], end)))
-            if part[1] > end:
+def copy_parts(
+    producer: Producer,
+    consumer: Consumer,
+    count: int,
+    progress: Progress,
+    chosen: Collection[int] | None = None,
+) -> None:
+    """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
+
+    def batches() -> Iterator[list[Plan]]:
+        batch: list[Plan] = []
+        for plan in producer.plans(count, chosen):
+            batch.append(plan)
+            if plan.has_data or len(batch) == MAX_PARTS:
+                yield batch
+                progress.tick()
+                batch = []
+        yield batch
+
+    def read(batch: list[Plan], buffer: memoryview) -> list[Part]:
+        return [producer.read(plan, buffer) for plan in batch]
+
+    def prepare(parts: list[Part], _buffer: memoryview) -> list[Any]:
+        return [consumer.prepare(part) for part in parts]
+
+    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[Any]:
+        return prepare(read(batch, buffer), buffer)
+
+    if not (producer.parallel or consumer.parallel):
+        pump(batches(), read_and_prepare, consumer.deliver)
+    elif producer.ordered:
+        pump(batches(), read, consumer.deliver, prepare)
+    else:
+        pump(batches(), lambda batch, _: batch, consumer.deliver, read_and_prepare)
+
+
+class Job:
+    """What the threads of a pump hand on to one another."""
+
+    __slots__ = ("buffer", "ready", "value", "work")
+
+    def __init__(self, buffer: memoryview, value: Any, work: Any) -> None:
+        self.buffer = buffer
+        self.value = value
+        self.work = work
+        self.ready = threading.Lock()  # held until the work is done
+
+
+def pump(
+    items: Iterable[T],
+    read: Callable[[T, memoryview], Any],
+    deliver: Callable[[Any], None],
+    work: Callable[[Any, memoryview], Any] | None = None,
+    buffer_size: int = BUFFER_SIZE,
+) -> None:
+    """Read here, `work` on several processors if given, deliver in one more thread, in order.
+
+    `read` gets each item and a buffer, and may return views of the buffer. Reading and writing
+    release the interpreter's lock, so one processor reads while the other one writes. Two threads
+    that both write are slower: the kernel lets only one at a time into a file.
+    """
+    import queue
+
+    threads = processor_count() if work else 0
+    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    ordered: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+
+    def unless_failed(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return None if failures else function(*args)
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            failures.append(error)
+
+    def work_on_all() -> None:
+        while (job := todo.get()) is not None:
+            job.value = unless_failed(job.work, job.value, job.buffer)
+            job.ready.release()
+
+    def deliver_all() -> None:
+        while (job := ordered.get()) is not None:
+            with job.ready:
+                unless_failed(deliver, job.value)
+            free.put(job.buffer)
+        finished.put(None)
+
+    for _ in range(threads + BUFFER_COUNT):
+        free.put(new_buffer(buffer_size))
+    deliverer = start_thread(deliver_all)
+    try:
+        for _ in range(threads):
+            start_thread(work_on_all)
+        for item in items:
+            buffer = free.get()
+            if failures:
                 break
-            part = next(parts, None)
-        if data or len(zero_headers) == ZERO_EXTENTS or end == disk.size:
-            yield Group(disk, first, count, data, zero_headers)
-            zero_headers = []
+            job = Job(buffer, read(item, buffer), work)
+            if work:
+                job.ready.acquire()
+                todo.put(job)
+            ordered.put(job)
+    except BaseException as error:
+        failures.insert(0, error)
+        raise
+    finally:
+        for _ in range(threads):
+            todo.put(None)
+        ordered.put(None)
+        if failures:
+            deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
         else:
-            zero_headers.append(lay_out_extent(disk.device, first, [0] * count, layout.align)[0])
+            finished.get()  # unlike join, it lets signals through on every Python
+    if failures:
+        raise failures[0]
 
 
-def pack_disks(layout: Layout, disks: Iterable[Disk], target: Target) -> None:
-    """Write a canonical archive of disks: read what is not a hole, store what is not zero."""
+def processor_count() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    def step(group: Group, buffer: memoryview) -> tuple[list[bytes], list[Piece]]:
-        span = read_group(group, buffer)
-        header, masks = lay_out_extent(span.device, span.first, span.masks, layout.align)
-        return [*group.zero_headers, header], extent_payload(span, masks)
 
-    def deliver(result: tuple[list[bytes], list[Any]]) -> None:
-        headers, payload = result
-        for header in headers:
-            layout.digest.update(header[EXTENT_MD5])
-        target.append([*headers, *payload])
+def new_buffer(size: int) -> memoryview:
+    """Return memory of this size in huge pages where there are any: copies are a tenth faster."""
+    with suppress(ImportError, AttributeError, OSError):
+        import mmap
 
-    target.append([lay_out_header(layout.header, layout.align)])
-    for data, _, _ in layout.extents(()):  # one, if there are no devices
+        memory = mmap.mmap(-1, size)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(memory)
+    return memoryview(bytearray(size))
+
+
+# ---------------------------------------------------------------------------------------------
+# Uses of parts: canonical archive, disks, digest, comparison
+
+
+class CanonicalWriter(Consumer):
+    """Writes parts of `cluster_count` clusters as a canonical archive.
+
+    `digest` grows with the extents; at the end it is that of the `Index` of what was written.
+    """
+
+    def __init__(self, header: Header, align: int, target: Target) -> None:
+        self.align = align
+        self.cluster_count = clusters_per_extent(align)
+        self.target = target
+        self.digest = hashlib.sha256()
+        data = lay_out_header(header, align)
+        self.header_md5 = bytes(data[HEADER_MD5])
         target.append([data])
-    groups = itertools.chain.from_iterable(iter_groups(layout, disk) for disk in disks)
-    run_steps(groups, step, deliver, layout.cluster_count * CLUSTER_SIZE)
+        if not header.devices:
+            # As Proxmox writes an archive that has only configs.
+            self.deliver([[pack_extent(CANONICAL_UUID, 0, ())]])
+
+    def prepare(self, part: Part) -> list[Buffer]:
+        header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
+        if part.image is None:
+            return [header]
+        # Blocks that were added to fill the extent up are zeros in the image.
+        return [header, *(part.image[start:end] for start, end in block_spans(masks))]
+
+    def deliver(self, prepared: Sequence[Any]) -> None:
+        for extent in prepared:
+            self.digest.update(extent[0][EXTENT_MD5])
+        self.target.append(list(itertools.chain.from_iterable(prepared)))
 
 
-def read_group(group: Group, buffer: memoryview) -> Span:
-    """Read a group's data to its place in the buffer, and return what of it is not zero."""
-    start = group.first * CLUSTER_SIZE
-    parts = []
-    for data_start, data_end in group.data:
-        first, end = data_start - start, data_end - start
-        group.disk.source.read_at([(data_start, buffer[first:end])])
-        tail = -end % BLOCK_SIZE  # of the disk's last block
-        buffer[end : end + tail] = bytes(tail)
-        parts.append((first, end + tail))
-    masks = stored_masks(buffer, parts, group.cluster_count)
-    payload: list[Piece | None] = []
-    # A whole cluster is written from where it was read; only of a partial one, blocks are joined.
-    for i, mask in enumerate(masks):
-        cluster = buffer[i * CLUSTER_SIZE : (i + 1) * CLUSTER_SIZE]
-        if mask and mask != FULL_MASK:
-            payload.append(b"".join(cluster[at : at + size] for at, size in block_runs(mask)))
-        else:
-            payload.append(cluster if mask else None)
-    return Span(group.disk.device, group.first, masks, payload)
-
-
-def check_written(output: PartialFile, layout: Layout) -> None:
-    """Raise VmaError unless what is on the disk has the extents that were laid out."""
+def check_written(writer: CanonicalWriter, written: Input) -> None:
+    """Raise VmaError unless the archive on the disk has the header and extents as written."""
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
-    with output.read_back() as source:
-        header = read_header(source)
-        whole = True
-        while whole and (data := source.read(EXTENT_HEADER_SIZE)):
-            whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
-            digest.update(data[EXTENT_MD5])
-            size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
-            whole = whole and source.skip(size) == size
-        expected = bytes(lay_out_header(layout.header, layout.align)[HEADER_MD5])
-        if not whole or (header.md5, digest.digest()) != (expected, layout.digest.digest()):
-            raise VmaError(f"{source.name}: what was written reads back as something else")
+    header = read_header(written)
+    whole = True
+    while whole and (data := written.read(EXTENT_HEADER_SIZE)):
+        whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
+        digest.update(data[EXTENT_MD5])
+        size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
+        whole = whole and written.skip(size) == size
+    if not whole or (header.md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+        raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
-def iter_disk(spans: Iterable[Span]) -> Iterator[Piece]:
-    """Yield the contents of one device, zeros and all, in the order of the disk, up to its end."""
-    for span in spans:
-        size = span.device.max_size - span.first * CLUSTER_SIZE
-        for piece, mask in itertools.zip_longest(span.payload, span.masks):
-            cluster = piece or ZERO_CLUSTER
-            whole = mask in (0, FULL_MASK)
-            for part in (cluster,) if whole else fill_piece(cluster, mask, FULL_MASK):
-                length = min(piece_size(part), size)
-                size -= length
-                yield part_of(part, 0, length)
+def find_align(contents: Contents) -> str | None:
+    """Return the --align with which optimize writes this very archive, None if there is none."""
+    names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
+    return next((name for name in names if is_canonical(contents, ALIGNS[name])), None)
 
 
-def digest_disks(contents: Contents) -> dict[int, str]:
-    """Return the SHA-256 in hex of each device's contents, by dev_id."""
-    digests = {}
-    spans = contents.spans(CANONICAL_MAX_CLUSTERS)
-    for device, group in itertools.groupby(spans, key=lambda span: span.device):
-        digest = hashlib.sha256()
+def is_canonical(contents: Contents, align: int) -> bool:
+    """Say whether an archive is what optimize would write with this align."""
+    header = contents.header
+    if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
+        return False
+    contents.complete()
+    digest = hashlib.sha256()
+    for device in canonical_order(header.devices):
+        index = contents.index.devices[device.dev_id]
+        count = clusters_per_extent(align)
+        for first in range(0, len(index.entries), count):
+            masks = [entry & FULL_MASK for entry in index.slice(first, count)]
+            extent, _ = lay_out_extent(device, first, device.clip(first, masks), align)
+            digest.update(extent[EXTENT_MD5])
+    if not header.devices:
+        digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
+    return digest.digest() == contents.index.digest.digest() and has_zero_tails(contents)
 
-        def update(parts: Sequence[Buffer], digest: Any = digest) -> None:
-            for part in parts:
-                digest.update(part)
 
-        copy_pieces(contents.source, iter_disk(group), update)
-        digests[device.dev_id] = digest.hexdigest()
-    return digests
+def has_zero_tails(contents: Contents) -> bool:
+    """Say whether the disks' last blocks hold only zeros behind the devices' ends.
+
+    Of a stream nobody can tell any more: True.
+    """
+    for device in contents.header.devices if contents.source.size is not None else ():
+        tail = bytearray(0 if device.is_vmstate else -device.size % BLOCK_SIZE)
+        entry = contents.index.devices[device.dev_id].entries[-1]
+        # The last block's bit is the highest that may be set: a mask above all others has it.
+        if tail and entry & FULL_MASK > device.block_mask(device.cluster_count - 1) >> 1:
+            end = (entry >> 16) + mask_size(entry & FULL_MASK)
+            contents.source.read_at([(end - len(tail), memoryview(tail))])
+            if any(tail):
+                return False
+    return True
+
+
+class DiskWriter(Consumer):
+    """Writes parts to their places on disks, by dev_id; zeros only where they are asked for."""
+
+    def __init__(self, targets: Mapping[int, Target], zeros: Collection[int] = ()) -> None:
+        self.targets = targets
+        self.zeros = zeros
+
+    def deliver(self, prepared: Sequence[Part]) -> None:
+        for part in prepared:
+            target = self.targets.get(part.device.dev_id)
+            if target is None:
+                continue
+            if part.device.dev_id in self.zeros:
+                target.write_at(part.offset, disk_bytes(part))
+            elif part.image is not None:
+                image = part.image[: part.size]
+                for start, end in block_spans(part.masks):
+                    target.write_at(part.offset + start, [image[start:end]])
+
+
+def disk_bytes(part: Part) -> list[Buffer]:
+    """Return all bytes of a part, zeros and all, up to the device's end."""
+    if part.image is not None:
+        return [part.image[: part.size]]
+    count, rest = divmod(part.size, CLUSTER_SIZE)
+    return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
+
+
+def write_disks(
+    contents: Contents,
+    targets: Mapping[int, Target],
+    progress: Progress,
+    zeros: Collection[int] = (),
+) -> None:
+    """Write disks to targets by dev_id; those in `zeros` with their zero blocks, others without.
+
+    New files become as long as the disks. Of a stream, clusters are written as they come.
+    """
+    sizes = {device.dev_id: device.size for device in contents.header.devices}
+    files = {dev_id: t for dev_id, t in targets.items() if isinstance(t, PartialFile)}
+    for dev_id, file in files.items():
+        file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
+    writer = DiskWriter(targets, zeros)
+    if contents.ordered and all(target.seekable for target in targets.values()):
+        extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
+        pump(extents, contents.read_extent, writer.deliver)
+    else:
+        copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
+    for dev_id, file in files.items():
+        if contents.index.devices[dev_id].disk_size != sizes[dev_id]:  # a vmstate
+            file.truncate(contents.index.devices[dev_id].disk_size)
+
+
+def ticking(items: Iterable[T], progress: Progress) -> Iterator[T]:
+    """Pass items on, and show the progress."""
+    for item in items:
+        progress.tick()
+        yield item
+
+
+class DiskDigests(Consumer):
+    """The SHA-256 of each device's contents, by dev_id."""
+
+    def __init__(self, header: Header) -> None:
+        self.digests = {device.dev_id: hashlib.sha256() for device in header.devices}
+
+    def deliver(self, prepared: Sequence[Part]) -> None:
+        for part in prepared:
+            for data in disk_bytes(part):
+                self.digests[part.device.dev_id].update(data)
 
 
 def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> list[str]:
-    """Return how two archives differ in all but the contents of their disks."""
+    """Return how two archives differ in everything but the contents of their disks."""
     found = []
     if one.ctime != other.ctime and not ignore_ctime:
         found.append(f"created {format_time(one.ctime)}, the other {format_time(other.ctime)}")
@@ -2543,64 +2808,95 @@ def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> l
     return found
 
 
-def compare_disks(contents: Contents, archive: Archive) -> list[str]:
+def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[str]:
     """Return how the contents differ of those devices that both archives have.
 
-    Of the first archive, only the header has been read; it is read in the order that it has, and
-    checked as `Archive` does. A zero block that only one of them stores is no difference.
+    Both are read in canonical order. A zero block that only one stores is no difference.
     """
-    others = archive.header.devices
-    common = {device.dev_id: device for device in contents.header.devices if device in others}
+    kinds = {(device.dev_id, device.is_vmstate) for device in other.header.devices}
+    common = {d.dev_id: d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds}
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
-    for extent, payload in contents.payloads():
-        for slot in iter_slots(extent):
-            if slot.dev_id in common:
-                stored = payload[slot.start : slot.start + slot.size]
-                difference = compare_cluster(slot, stored, archive)
-                if difference is not None:
-                    counts[slot.dev_id] += 1
-                    firsts[slot.dev_id] = min(firsts.get(slot.dev_id, difference), difference)
+    both = one, other
+    parallel = one.parallel or other.parallel
+
+    def pairs() -> Iterator[tuple[Plan | None, ...]]:
+        groups = (
+            itertools.groupby(c.plans(CANONICAL_MAX_CLUSTERS, set(common)), lambda p: p.device[0])
+            for c in both
+        )
+        for (_, ours), (_, theirs) in zip(*groups):
+            for pair in itertools.zip_longest(ours, theirs):
+                if any(plan and plan.has_data for plan in pair):
+                    yield pair
+                progress.tick()
+        one.complete()
+        other.complete()
+
+    def read(pair: Sequence[Any], buffer: memoryview, ordered: bool) -> list[Any]:
+        """Read the plans of a pair whose contents are to be read in order, or the others."""
+        return [
+            contents.read(plan, buffer[i * BUFFER_SIZE : (i + 1) * BUFFER_SIZE])
+            if isinstance(plan, Plan) and contents.ordered == ordered
+            else plan
+            for i, (plan, contents) in enumerate(zip(pair, both))
+        ]
+
+    def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
+        parts = read(pair, buffer, ordered=True)
+        return parts if parallel else read(parts, buffer, ordered=False)
+
+    def compare(pair: Sequence[Part | None]) -> None:
+        for dev_id, offset in differing_clusters(*pair):
+            counts[dev_id] += 1
+            firsts.setdefault(dev_id, offset)
+
+    work = functools.partial(read, ordered=False) if parallel else None
+    pump(pairs(), read_here, compare, work, 2 * BUFFER_SIZE)
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        size, other = (each.index.devices[dev_id].disk_size for each in (contents, archive))
-        if size != other:
-            found.append(f"{device.title}: {size} bytes, the other {other}")
+        size, other_size = (contents.index.devices[dev_id].disk_size for contents in both)
+        if size != other_size:
+            found.append(f"{device.title}: {size} bytes, the other {other_size}")
     return found
 
 
-def compare_cluster(slot: Slot, stored: memoryview, archive: Archive) -> int | None:
-    """Return where on its disk a cluster begins to differ from an archive's, None if nowhere."""
-    index = archive.index.devices[slot.dev_id]
-    entry = index.entries[slot.cluster_num] if slot.cluster_num < len(index.entries) else 0
-    mask = entry & FULL_MASK
-    if not slot.mask and not mask:
-        return None
-    other = archive.read_stored(entry)
-    if slot.mask == mask and other == stored:
-        return None
-    start = slot.cluster_num * CLUSTER_SIZE
-    # What the last block holds behind the device's end is restored by nobody.
-    end = index.device.max_size - start
-    one, two = expand(stored, slot.mask)[:end], expand(other, mask)[:end]
-    if one == two:
-        return None
-    return start + next(i for i, (a, b) in enumerate(zip(one, two)) if a != b)
+def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[int, int]]:
+    """Yield (dev_id, offset of the first differing byte on the disk) of each cluster that differs.
+
+    Only clusters that both have are compared.
+    """
+    if one is None or other is None or (one.image is None and other.image is None):
+        return
+    for i in range(min(len(one.masks), len(other.masks))):
+        if not one.masks[i] and not other.masks[i]:
+            continue
+        start = i * CLUSTER_SIZE
+        end = min(start + CLUSTER_SIZE, one.size, other.size)
+        ours, theirs = (
+            ZERO_CLUSTER[: end - start] if part.image is None else part.image[start:end]
+            for part in (one, other)
+        )
+        # A bytearray compares with any buffer at once, a memoryview byte by byte.
+        if bytearray(ours) != theirs:  # type: ignore[comparison-overlap]  # any buffer will do
+            at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+            yield one.device.dev_id, one.offset + start + at
 
 
 # ---------------------------------------------------------------------------------------------
-# Guest disks: partition tables and file systems, recognised by what they begin with. Nothing in
-# them is trusted: numbers only say where to read next, inside the device.
+# Partitions: what a guest's disk holds. Nothing in it is trusted: numbers only say where to read
+# next, inside the device.
 
 MBR_SIGNATURE = b"\x55\xaa"
 MBR_ENTRY = struct.Struct("<B3xB3xII")  # status, type, first sector, sector count
 MBR_ENTRIES = slice(446, 510)
 MBR_EXTENDED = (0x05, 0x0F, 0x85)
 MBR_PROTECTIVE = 0xEE
+MBR_MAX_LOGICAL = 251  # partitions 5 to 255: Linux knows no more
 MBR_TYPES = {
     0x01: "FAT12", 0x04: "FAT16", 0x05: "extended", 0x06: "FAT16", 0x07: "NTFS or exFAT",
     0x0B: "FAT32", 0x0C: "FAT32", 0x0E: "FAT16", 0x0F: "extended", 0x27: "Windows recovery",
@@ -2679,20 +2975,29 @@ class Table(NamedTuple):
 Read = Callable[[int, int], bytes]  # offset, size in bytes
 
 
-def read_table(read: Read, size: int) -> Table:
-    """Return the partition table of a disk of size bytes; raises nothing for what is in it."""
-    start = read(0, 512)
-    for sector in (512, 4096):
-        header = read(sector, GPT_HEADER.size)
-        if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
-            return read_gpt(read, size, sector, header)
-    whole = recognise(read, 0, 0, size, "", "")
-    if start[510:] == MBR_SIGNATURE and not whole.file_system:
-        entries = list(MBR_ENTRY.iter_unpack(start[MBR_ENTRIES]))
-        statuses, kinds, _, _ = zip(*entries)
-        if any(kinds) and set(statuses) <= {0, 0x80}:
-            return read_mbr(read, size, entries)
-    return Table("none", [whole] if whole.file_system else [], [])
+def ext_version(data: bytes) -> str:
+    """Return which of ext2, ext3 and ext4 a superblock's features make it."""
+    compatible, incompatible = struct.unpack_from("<II", data.ljust(2048, b"\0"), 1024 + 92)
+    if incompatible & 0x2C0:  # extents, 64bit, flex_bg
+        return "ext4"
+    return "ext3" if compatible & 4 else "ext2"  # has_journal
+
+
+def recognise(
+    read: Read, number: int, start: int, size: int, type_name: str, label: str
+) -> Partition:
+    """Return a partition with the file system that its first bytes show."""
+    data = read(start, min(size, SUPERBLOCK_SIZE)) if size > 0 else b""
+    for known in FILE_SYSTEMS:
+        if data.startswith(known.magic, known.offset):
+            name = known.name if known.name != "ext" else ext_version(data)
+            end = known.label_offset + known.label_size
+            found = data[known.label_offset : end].partition(b"\0")[0].strip()
+            own = found.decode("utf-8", "replace")
+            if own and own != "NO NAME":
+                label = f"{label} / {own}" if label and label != own else own
+            return Partition(number, start, size, type_name, label, name, known.mountable)
+    return Partition(number, start, size, type_name, label, "", False)
 
 
 def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table:
@@ -2719,9 +3024,9 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
         if kind not in MBR_EXTENDED:
             continue
         table = base
-        seen = set()
+        seen: set[int] = set()
         logical = 5
-        while table not in seen and table * 512 < size:
+        while table not in seen and table * 512 < size and len(seen) < MBR_MAX_LOGICAL:
             seen.add(table)
             sector = read(table * 512, 512)
             if sector[510:] != MBR_SIGNATURE:
@@ -2737,7 +3042,8 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
             table = base + following
         else:
             faults.append(
-                f"the extended chain leads to {table * 512}, in a circle or behind the end"
+                f"the extended chain leads to {table * 512}: in a circle, behind the end, or on "
+                f"and on"
             )
     return Table("MBR", partitions, faults)
 
@@ -2779,70 +3085,71 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
     return Table("GPT", partitions, faults)
 
 
-def recognise(
-    read: Read, number: int, start: int, size: int, type_name: str, label: str
-) -> Partition:
-    """Return a partition with the file system that its first bytes show."""
-    data = read(start, min(size, SUPERBLOCK_SIZE)) if size > 0 else b""
-    for known in FILE_SYSTEMS:
-        if data.startswith(known.magic, known.offset):
-            name = known.name if known.name != "ext" else ext_version(data)
-            end = known.label_offset + known.label_size
-            found = data[known.label_offset : end].partition(b"\0")[0].strip()
-            own = found.decode("utf-8", "replace")
-            if own and own != "NO NAME":
-                label = f"{label} / {own}" if label and label != own else own
-            return Partition(number, start, size, type_name, label, name, known.mountable)
-    return Partition(number, start, size, type_name, label, "", False)
-
-
-def ext_version(data: bytes) -> str:
-    """Return which of ext2, ext3 and ext4 a superblock's features make it."""
-    compatible, incompatible = struct.unpack_from("<II", data.ljust(2048, b"\0"), 1024 + 92)
-    if incompatible & 0x2C0:  # extents, 64bit, flex_bg
-        return "ext4"
-    return "ext3" if compatible & 4 else "ext2"  # has_journal
+def read_table(read: Read, size: int) -> Table:
+    """Return the partition table of a disk of size bytes; raises nothing for what is in it."""
+    start = read(0, 512)
+    for sector in (512, 4096):
+        header = read(sector, GPT_HEADER.size)
+        if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
+            return read_gpt(read, size, sector, header)
+    whole = recognise(read, 0, 0, size, "", "")
+    if start[510:] == MBR_SIGNATURE and not whole.file_system:
+        entries = list(MBR_ENTRY.iter_unpack(start[MBR_ENTRIES]))
+        statuses, kinds, _, _ = zip(*entries)
+        if any(kinds) and set(statuses) <= {0, 0x80}:
+            return read_mbr(read, size, entries)
+    return Table("none", [whole] if whole.file_system else [], [])
 
 
 # ---------------------------------------------------------------------------------------------
-# Files: what extract and unpack write, what pack and create read
+# Directories, configs, maps: what unpack and extract write, what pack and create read
 
 DESCRIPTION_NAME = "vma.json"
 DESCRIPTION_FORMAT = 1
 DESCRIPTION_MAX_SIZE = 1 << 20
 CONFIG_NAME = "qemu-server.conf"
 DISK_FILE = r"(?s)disk-(.*)\.raw|(drive-.*|vmstate)|(vmstate)\.bin"
-SECTOR_SIZE = 512
-DESTINATION_SLACK = 4 << 20
-MAP_OPTIONS = ("format=", "throttling.bps=", "throttling.group=", "cache=")
+# What qmrestore may write into a line of a map beside the format
+MAP_LIMITS = ("throttling.bps=", "throttling.group=", "cache=")
+ARCHIVE_SUFFIXES = (".vma", ".vma.zst", ".vma.gz", ".vma.lzo", ".vma.bz2")
 
 
 def disk_file_name(device: Device) -> str:
-    """Return what Proxmox's own vma extract calls a device's file."""
+    """Return the file name that Proxmox's own vma extract gives a device."""
     return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
 
 
 @contextmanager
-def make_directory(path: str, mode: int) -> Iterator[Directory]:
-    """Open a directory, made if it is not there; one that was made here goes away on an error.
-
-    Its new files get `mode`, before the umask.
-    """
+def make_directory(path: str, readers: Readers | None) -> Iterator[Directory]:
+    """Open a directory, created if it is not there; one created here goes away on an error."""
     made = False
     with ExitStack() as undo:
-        with Signals.held(), naming(escape(path)), suppress(FileExistsError):
+        with signals_blocked(), os_errors_as(escape(path)), suppress(FileExistsError):
             os.mkdir(path)
             made = True
+            Cleanup.directories.add(path)
             undo.callback(remove_directory, path)
-        # What was made here is no symbolic link, unless somebody else has put one in its place.
-        with Directory(path, follow=not made, mode=mode) as directory:
+        # What was created here is no symbolic link, unless somebody else has put one there.
+        with Directory(path, follow=not made, readers=readers) as directory:
             yield directory
         undo.pop_all()
+        Cleanup.directories.discard(path)
 
 
 def remove_directory(path: str) -> None:
+    Cleanup.directories.discard(path)
     with suppress(OSError):  # somebody else put something there
         os.rmdir(path)
+
+
+def find_archives(directory: str) -> list[str]:
+    """Return the paths of the archives in a directory, by name; raises VmaError for none."""
+    with os_errors_as(escape(directory)):
+        names = sorted(name for name in os.listdir(directory) if name.endswith(ARCHIVE_SUFFIXES))
+    if not names:
+        suffixes = ", ".join(f"*{suffix}" for suffix in ARCHIVE_SUFFIXES)
+        raise VmaError(f"{escape(directory)}: no archives here ({suffixes})")
+    return [os.path.join(directory, name) for name in names]
 
 
 def describe_for_pack(header: Header) -> bytes:
@@ -2873,6 +3180,25 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
 Packing = tuple[Header, Mapping[str, str]]
 
 
+def require(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
+    """Return a regular file's contents of up to limit bytes."""
+    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
+    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os_errors_as(escape(path)), os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise VmaError(f"{escape(path)}: not a file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
+    return data
+
+
 def read_described(directory: str) -> Packing:
     """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
     import json
@@ -2897,6 +3223,12 @@ def read_described(directory: str) -> Packing:
         raise VmaError(f"{where}: a dev_id is there twice, or not from 1 to 254")
     if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
         raise VmaError(f"{where}: a size or the ctime is out of range")
+    for device in devices:
+        if device.size % SECTOR_SIZE:
+            raise VmaError(
+                f"{where}: {device.title}: a size of {device.size} bytes is no multiple of "
+                f"{SECTOR_SIZE}"
+            )
     # Names are checked before they are opened: vma.json may come from anywhere.
     check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
@@ -2912,14 +3244,20 @@ def read_described(directory: str) -> Packing:
     return Header(CANONICAL_UUID, ctime, configs, devices), paths
 
 
-def require(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key that puts scsi2 before scsi10."""
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
+    return [(not number, int(number or 0), number or text) for number, text in parts]
+
+
+def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
+    """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
+    devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
+    return Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths
 
 
 def read_undescribed(directory: str) -> Packing:
-    """Read a directory by the names of its files; raises VmaError for one that says nothing."""
+    """Read a directory by the names of its files; raises VmaError for a name that says nothing."""
     configs = []
     devices = {}
     for entry in sorted(os.listdir(directory), key=natural_key):
@@ -2944,36 +3282,11 @@ def read_undescribed(directory: str) -> Packing:
     return packing_of(configs, {name: devices[name] for name in order})
 
 
-def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
-    """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
-    devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
-    return Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths
-
-
-def natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """Return a sort key that puts scsi2 before scsi10."""
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
-    return [(not number, int(number or 0), number or text) for number, text in parts]
-
-
-def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
-    """Return a regular file's contents of up to limit bytes."""
-    # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
-    fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with naming(escape(path)), os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise VmaError(f"{escape(path)}: not a file")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
-    return data
-
-
 def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
-    """Open the file or block device of a disk; `exact` if device.size is to be its size."""
+    """Open the file or block device of a disk; `exact` if device.size must be its size."""
     name = escape(path)
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with naming(name):
+    with os_errors_as(name):
         file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
         state = os.fstat(fd)
         if not is_disk(state.st_mode):
@@ -2985,7 +3298,7 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
         padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
         if size != device.size and not padded:
             raise VmaError(
-                f"{name}: {size} bytes, expected the {device.size} that {DESCRIPTION_NAME} says"
+                f"{name}: {size} bytes, expected {device.size} as {DESCRIPTION_NAME} says"
             )
     else:
         device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
@@ -2995,6 +3308,38 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
     allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
     return Disk(device, source, size, min(allocated, size) or size)
+
+
+def main_section(data: bytes) -> tuple[list[bytes], int]:
+    """Return the lines of a qemu-server.conf, and how many are its main section.
+
+    That ends at the first line that begins with `[`, a snapshot or pending changes. Blank lines
+    before it belong to what follows. The last line of the main section ends with a newline.
+    """
+    lines = data.splitlines(keepends=True)
+    end = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
+    while end and not lines[end - 1].strip():
+        end -= 1
+    if end and not lines[end - 1].endswith(b"\n"):
+        lines[end - 1] += b"\n"
+    return lines, end
+
+
+def set_option(data: bytes, key: str, value: str) -> bytes:
+    """Return a qemu-server.conf with `key: value` in its main section, everything else kept."""
+    lines, end = main_section(data)
+    new = encode_name(f"{key}: {value}\n")
+    known = [
+        i for i, line in enumerate(lines[:end])
+        if b":" in line and line.partition(b":")[0].strip() == encode_name(key)
+    ]  # fmt: skip
+    if not known:
+        lines.insert(end, new)
+    for i in reversed(known[1:]):  # of two, the last one would count
+        del lines[i]
+    if known:
+        lines[known[0]] = new
+    return b"".join(lines)
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -3007,29 +3352,30 @@ def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
     return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
-def set_option(data: bytes, key: str, value: str) -> bytes:
-    """Return a configuration with `key: value` in its main section, all else as it was.
+def unmapped_devices(header: Header) -> list[Device]:
+    """Return the disks for which qemu-server.conf lacks the line that qmrestore needs."""
+    config = dict(header.configs).get(CONFIG_NAME)
+    if config is None:
+        return []
+    mapped = set(re.findall(rb"(?m)^#(?:qmdump|vzdump)#map:\S+?:(\S+?):\S*?:\S*?:\s*$", config))
+    return [d for d in header.devices if not d.is_vmstate and encode_name(d.name) not in mapped]
 
-    The main section ends at the first line that begins with `[`: a snapshot, or pending changes.
-    """
-    lines = data.splitlines(keepends=True)
-    main = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
-    new = encode_name(f"{key}: {value}\n")
-    known = [
-        i for i, line in enumerate(lines[:main])
-        if b":" in line and line.partition(b":")[0].strip() == encode_name(key)
-    ]  # fmt: skip
-    if known:
-        lines[known[0]] = new
-        for i in reversed(known[1:]):  # of two, the last one would count
-            del lines[i]
-    else:
-        while main and not lines[main - 1].strip():
-            main -= 1  # blank lines belong to the section that follows
-        if main and not lines[main - 1].endswith(b"\n"):
-            lines[main - 1] += b"\n"
-        lines.insert(main, new)
-    return b"".join(lines)
+
+def add_device_map(header: Header, storage: str) -> Header:
+    """Return the header with the missing #qmdump#map lines in qemu-server.conf."""
+    missing = unmapped_devices(header)
+    if not missing:
+        return header
+    configs = dict(header.configs)
+    lines, end = main_section(configs[CONFIG_NAME])
+    for name in (device.name for device in missing):
+        # drive-scsi0 is scsi0, drive-tpmstate0-backup is tpmstate0
+        key = name.removeprefix("drive-")
+        key = key.removesuffix("-backup") if key.startswith("tpmstate") else key
+        lines.insert(end, encode_name(f"#qmdump#map:{key}:{name}:{storage}:raw:\n"))
+        end += 1
+    configs[CONFIG_NAME] = b"".join(lines)
+    return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
 def require_raw(image_format: str, hint: str) -> None:
@@ -3038,97 +3384,113 @@ def require_raw(image_format: str, hint: str) -> None:
         raise VmaError(f"{what}: {hint}")
 
 
-def parse_map(lines: Iterable[str]) -> dict[str, tuple[str, bool] | None]:
-    """Return where each device goes by its name, None for nowhere; raises VmaError.
+class Map(NamedTuple):
+    """Where devices are restored to, by name: (path, whether to write zeros), None for nowhere.
 
-    A path comes with whether zeros are to be written there, where not all is known to be zero.
+    `ignored` are the options of its lines that are not applied.
+    """
+
+    places: dict[str, tuple[str, bool] | None]
+    ignored: list[str]
+
+
+def parse_map(lines: Iterable[str]) -> Map:
+    """Parse the lines of a map; raises VmaError.
+
     A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
     """
-    found: dict[str, tuple[str, bool] | None] = {}
+    found = Map({}, [])
     for line in lines:
         text = line.rstrip("\n")
         if text in ("", "done"):
             break
         if text.startswith("skip="):
-            found[text.removeprefix("skip=")] = None
+            found.places[text.removeprefix("skip=")] = None
             continue
         rest = text
-        while rest.startswith(MAP_OPTIONS):
+        while rest.startswith(("format=", *MAP_LIMITS)):
             option, _, rest = rest.partition(":")
             if option.startswith("format="):
                 hint = "extract the disk, then use qemu-img convert"
                 require_raw(option.removeprefix("format="), hint)
+            else:
+                found.ignored.append(option)
         name, _, path = rest[2:].partition("=")
         if rest[:2] not in ("0:", "1:") or not name or not path or "\0" in path:
             raise VmaError(
                 f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
             )
-        found[name] = path, rest[0] == "1"
+        found.places[name] = path, rest[0] == "1"
     return found
-
-
-@contextmanager
-def open_destination(device: Device, path: str) -> Iterator[Target]:
-    """Open an existing file or block device to restore a device into."""
-    name = escape(path)
-    fd = open_path(path, os.O_RDWR)
-    try:
-        with naming(name):
-            if not is_disk(os.fstat(fd).st_mode):
-                raise VmaError(f"{name}: neither a file nor a block device")
-        # Storages round sizes up; Proxmox demands the same.
-        require_room(name, fd, device, DESTINATION_SLACK)
-        yield Target(fd, name, seekable=True)
-    finally:
-        os.close(fd)
-
-
-def refuse_same(paths: Iterable[str], output: str) -> None:
-    """Raise VmaError if what is to be written is one of the files that are read."""
-    for path in paths:
-        if is_same_file(path, output):
-            name = shown(output, "output")
-            raise VmaError(f"{name}: is read here, and cannot be written as well")
-
-
-def is_same_file(path: str, output: str) -> bool:
-    """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
-    states = []
-    for name, stream, fd in (path, "input", 0), (output, "output", 1):
-        with naming(shown(name, stream)), suppress(FileNotFoundError, NotADirectoryError):
-            states.append(os.stat(name) if name != "-" else os.fstat(fd))
-    if len(states) < 2:
-        return False
-    one, other = states
-    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
-        return one.st_rdev == other.st_rdev
-    return is_disk(one.st_mode) and os.path.samestat(one, other)
 
 
 # ---------------------------------------------------------------------------------------------
 # Commands: each takes the parsed command line and returns the exit status
 
+EXIT_USAGE = 2
 
-def print_error(error: object) -> None:
-    print(f"vma-tool: {error}", file=sys.stderr)
+
+class UsageError(VmaError):
+    """Options that do not go together."""
+
+    exit_status = EXIT_USAGE
+
+
+def notice(args: Namespace, text: str) -> None:
+    """Print a line on standard error that is no error."""
+    if not args.quiet:
+        print_error(text)
+
+
+def require_report() -> None:
+    """Raise VmaError, before anything is done, if standard output is closed."""
+    if sys.stdout is None:
+        raise VmaError("standard output is closed: there is nowhere to report to")
+
+
+def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
+    for path in directory.leftovers():
+        notice(args, f"{path}: left by a run that was killed; remove it")
+
+
+def progress_of(args: Namespace, source: Input) -> Progress:
+    """Return the progress of reading an archive."""
+    progress = Progress(source.name, args.quiet, args.verbose)
+    progress.begin("reading", source.total, source.position)
+    return progress
+
+
+@contextmanager
+def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
+    """Open the archive that a command restores, and check what can be checked before writing.
+
+    Of a file that is every extent, of a stream the header.
+    """
+    with open_input(args.archive) as source, progress_of(args, source) as progress:
+        contents = load(source)
+        if not contents.ordered:
+            contents.complete()
+        yield contents, progress
 
 
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
-    contents: Contents | None = None
+    require_report()
     tables: dict[int, Table] = {}
     with open_input(args.archive) as source:
-        if args.partitions:
-            if not isinstance(source, FileInput):
-                raise VmaError(f"{source.name}: --partitions needs a plain file, not a stream")
-            contents = archive = Archive(source)
-            for device in archive.header.devices:
+        if args.partitions and source.size is None:
+            raise VmaError(
+                f"{source.name}: --partitions reads at any place, which a stream does not allow; "
+                "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
+            )
+        contents = Contents(source) if args.scan or args.partitions else None
+        if contents:
+            for _ in contents.extents():
+                pass
+            for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:
-                    read = functools.partial(archive.read, device.dev_id)
+                    read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
-        elif args.scan:
-            contents = Contents(source)
-            contents.complete()
         header = contents.header if contents else read_header(source)
         found = describe(header, contents if args.scan else None, tables)
         source.check_unchanged()
@@ -3136,15 +3498,16 @@ def cmd_list(args: Namespace) -> int:
         print(to_json(found))
     else:
         print_listing(source.name, found)
-    # It is shown for what it is, but a script must not take it for an archive that restores.
-    check_archive_names(header, source)
+    # The listing shows names that do not restore, but a script must not take this for success.
+    with in_archive(source.name):
+        check_names(header)
     return 0
 
 
 def describe(
     header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
-    """Return what list --json prints, with what only a scan can know, if there is."""
+    """Return what list --json prints; `contents` adds what only a scan can know."""
     devices = [device._asdict() for device in header.devices]
     for device, item in zip(header.devices, devices):
         if contents:
@@ -3180,12 +3543,6 @@ def mount_command(device: Device, partition: Partition) -> str | None:
     return f"mount -o {options} {shlex.quote(escape(disk_file_name(device)))} /mnt"
 
 
-def find_align(contents: Contents) -> str | None:
-    """Return the --align with which optimize writes this very archive, None if there is none."""
-    names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
-    return next((name for name in names if is_canonical(contents, ALIGNS[name])), None)
-
-
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     """Print for people what `describe` returned."""
     print(f"archive  {archive}")
@@ -3202,103 +3559,122 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
         if "stored" in device:
             order = "ascending" if device["ascending"] else "not in order"
             print(f"             {device['stored']} bytes stored, {device['zero']} zero, {order}")
-        if "table" in device and not (device["partitions"] or device["faults"]):
-            print("             no partition table, and no file system that is known here")
-        for fault in device.get("faults", ()):
-            print(f"             damaged {device['table']} table: {fault}")
-        for part in device.get("partitions", ()):
-            kinds = part["type"], part["file_system"], escape(part["label"])
-            what = ", ".join(filter(None, kinds))
-            place = f"{device['table']} {part['number']}" if part["number"] else "whole disk"
-            print(f"             {place}: {part['start']} + {format_size(part['size'])}  {what}")
-            if part["mount"]:
-                print(f"               {part['mount']}")
+        if "table" in device:
+            print_table(device)
+
+
+def print_table(device: Mapping[str, Any]) -> None:
+    """Print the partitions of a device."""
+    if not (device["partitions"] or device["faults"]):
+        print("             no partition table, and no file system that is known here")
+    for fault in device["faults"]:
+        print(f"             damaged {device['table']} table: {fault}")
+    for part in device["partitions"]:
+        kinds = part["type"], part["file_system"], escape(part["label"])
+        what = ", ".join(filter(None, kinds))
+        place = f"{device['table']} {part['number']}" if part["number"] else "whole disk"
+        print(f"             {place}: {part['start']} + {format_size(part['size'])}  {what}")
+        if part["mount"]:
+            print(f"               {part['mount']}")
 
 
 def cmd_verify(args: Namespace) -> int:
     """Check archives, one after the other; a bad one does not keep the next from being checked."""
-    bad = 0
-    for path in args.archive:
+    if args.against is not None and args.digest:
+        raise UsageError("verify: --against or --digest, not both")
+    if args.quick and (args.against is not None or args.digest):
+        raise UsageError("verify: --quick reads the headers only, --against and --digest all")
+    if args.against is None and args.ignore_ctime:
+        raise UsageError("verify: --ignore-ctime needs --against")
+    if not args.quiet or args.json or args.digest:
+        require_report()
+    check = verify_against if args.against is not None else verify_one
+    worst = 0
+    for argument in args.archive:
         try:
-            with open_input(path) as source, progress_of(args, source.name) as progress:
-                if args.digest:
-                    verify_digest(args, path, source, progress)
-                    continue
-                source.progress = progress
-                progress.total = source.size or source.compressed_size
-                if args.against is not None:
-                    bad += verify_against(args, path, source)
-                else:
-                    contents = Contents(source)
-                    contents.complete()
-                    check_archive_names(contents.header, source)
-                    source.check_unchanged()
-                    if args.json:
-                        description = describe(contents.header, contents, {})
-                        print(to_json({"archive": path, "ok": True, **description}))
-                    elif not args.quiet:
-                        print(summary(contents))
-                        print_totals(args, contents.index)
+            paths = find_archives(argument) if os.path.isdir(argument) else [argument]
         except VmaError as error:
-            bad += 1
+            paths = []
+            worst = max(worst, error.exit_status)
             print_error(error)
-            if args.json:
-                print(to_json({"archive": path, "ok": False, "error": str(error)}))
-    return 1 if bad else 0
+        for path in paths:
+            try:
+                status = (verify_digest if args.digest else check)(args, path)
+            except VmaError as error:
+                status = error.exit_status
+                print_error(error)
+                if args.json:
+                    print(to_json({"archive": path, "ok": False, "error": str(error)}), flush=True)
+            worst = max(worst, status)  # a bad archive counts more than one that cannot be read
+    return worst
 
 
-def verify_against(args: Namespace, path: str, source: Input) -> bool:
-    """Compare with another archive, say how they differ, and return whether they do."""
-    with open_input(args.against) as other:
-        # Either may be a stream. That one is read in its order, and each cluster of it looked up in
-        # the other one.
-        in_order, file = (source, other) if isinstance(other, FileInput) else (other, source)
-        if not isinstance(file, FileInput):
-            raise VmaError(f"{source.name} and {other.name}: one of them has to be a plain file")
-        archive = Archive(file)
-        contents = Contents(in_order)
-        check_archive_names(archive.header, file)
-        check_archive_names(contents.header, in_order)
-        found = compare_headers(contents.header, archive.header, args.ignore_ctime)
-        found += compare_disks(contents, archive)
-        in_order.check_unchanged()
-        file.check_unchanged()
+def verify_one(args: Namespace, path: str) -> int:
+    """Read an archive, and say that it will restore; raises VmaError if not."""
+    with open_input(path) as source, progress_of(args, source) as progress:
+        if args.quick:
+            progress.begin("reading headers", source.size or source.total, lambda: source.offset)
+        elif isinstance(source, FileInput):
+            source.read_all = True  # a sector that cannot be read must not pass
+        contents = Contents(source)
+        with in_archive(source.name):
+            check_names(contents.header)
+        for _ in ticking(contents.extents(), progress):
+            pass
+        progress.finish()
+        source.check_unchanged()
+        what = "headers only" if args.quick and source.size is not None else "all data read"
+        if args.json:
+            description = {"archive": path, "ok": True, "checked": what}
+            description.update(describe(contents.header, contents, {}))
+            print(to_json(description), flush=True)
+        elif not args.quiet:
+            Progress.erase()
+            print(f"{summary(contents)}, {what}", flush=True)
+            print_totals(args, contents.index)
+    return 0
+
+
+def verify_against(args: Namespace, path: str) -> int:
+    """Compare with another archive, and say how they differ."""
+    with open_input(path) as source, open_input(args.against) as other:
+        with progress_of(args, source) as progress:
+            ours, theirs = load(source), load(other)
+            found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
+            found += compare_disks(ours, theirs, progress)
+            progress.finish()
+        source.check_unchanged()
+        other.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
-        print(to_json({**result, "differences": found}))
-    elif found:
-        for line in found:
-            print_error(f"{source.name}: differs from {other.name}: {line}")
-    elif not args.quiet:
-        print(f"{source.name}: OK, the same as {other.name}")
-    return bool(found)
+        print(to_json({**result, "differences": found}), flush=True)
+    elif not found and not args.quiet:
+        print(f"{source.name}: OK, the same as {other.name}", flush=True)
+    for line in found if not args.json else ():
+        print_error(f"{source.name}: differs from {other.name}: {line}")
+    return EXIT_BAD if found else 0
 
 
-def verify_digest(args: Namespace, path: str, source: Input, progress: Progress) -> None:
+def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
-    contents = load(source, progress)
-    header = contents.header
-    digests = digest_disks(contents)
-    progress.finish()
-    source.check_unchanged()
+    with open_input(path) as source, progress_of(args, source) as progress:
+        contents = load(source)
+        consumer = DiskDigests(contents.header)
+        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+        progress.finish()
+        source.check_unchanged()
     files: list[dict[str, Any]] = []
-    for name, data in header.configs:
+    for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
         files.append({"name": name, "size": len(data), "sha256": digest})
     for dev_id, index in contents.index.devices.items():
-        size = index.disk_size
-        files.append({"name": index.device.name, "size": size, "sha256": digests[dev_id]})
+        digest = consumer.digests[dev_id].hexdigest()
+        files.append({"name": index.device.name, "size": index.disk_size, "sha256": digest})
     if args.json:
-        print(to_json({"archive": path, "ok": True, "files": files}))
-    else:
-        for file in files:
-            print(f"{file['sha256']}  {escape(file['name'])}")
-
-
-def check_archive_names(header: Header, source: Input) -> None:
-    """Raise FormatError for names that do not restore."""
-    with in_archive(source.name):
-        check_names(header)
+        print(to_json({"archive": path, "ok": True, "files": files}), flush=True)
+    for file in files if not args.json else ():
+        print(f"{file['sha256']}  {escape(file['name'])}", flush=True)
+    return 0
 
 
 def summary(contents: Contents) -> str:
@@ -3307,14 +3683,14 @@ def summary(contents: Contents) -> str:
     stored = sum(index.stored_size for index in contents.index.devices.values())
     align = find_align(contents)
     return (
-        f"{contents.source.name}: OK, {len(devices)} device{'s' * (len(devices) != 1)}, "
+        f"{contents.source.name}: OK, {plural(len(devices), 'device')}, "
         f"{format_size(sum(device.size for device in devices))}, {format_size(stored)} stored, "
         + (f"canonical (--align {align})" if align else "not canonical")
     )
 
 
 def print_totals(args: Namespace, index: Index) -> None:
-    """With -v, print what Proxmox's own program prints at its end."""
+    """With -v, print the closing line of Proxmox's own program."""
     if args.verbose:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
@@ -3322,12 +3698,14 @@ def print_totals(args: Namespace, index: Index) -> None:
         print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)", flush=True)
 
 
-def progress_of(args: Namespace, name: str) -> Progress:
-    return Progress(name, args.quiet, args.verbose)
-
-
 def cmd_extract(args: Namespace) -> int:
     """Write configs and disks as Proxmox's own `vma extract` does."""
+    if args.output is not None and args.devices is None:
+        raise UsageError("extract: -o writes one disk: choose it with -d NAME")
+    if (args.output is None) != (args.targetdir is not None):
+        raise UsageError("extract: name a TARGETDIR, or -o PATH")
+    if args.map is not None and args.devices is not None:
+        raise UsageError("extract: the devices are chosen by -d or by -r, not by both")
     if args.output is not None:
         return extract_one(args)
     if args.map is not None:
@@ -3336,7 +3714,7 @@ def cmd_extract(args: Namespace) -> int:
 
 
 def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
-    """Return the devices that lists of names, with commas, choose: all, if there are none."""
+    """Return the devices chosen by lists of names with commas: all, if there are no lists."""
     known = {device.name: device for device in header.devices}
     chosen = set(known)
     if lists is not None:  # a name may have a comma itself
@@ -3351,77 +3729,99 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
     refuse_same([args.archive], args.output)
-    with loaded(args) as contents:
+    with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        mode = contents.source.output_mode
-        with open_output(args.output, mode=mode, device=device) as output:
-            if isinstance(output, PartialFile):
-                write_disks(contents, {device.dev_id: output})
-            else:
-                spans = contents.spans(CANONICAL_MAX_CLUSTERS, {device.dev_id})
-                copy_pieces(contents.source, iter_disk(spans), output.append)
-            output.sync()
-            contents.source.check_unchanged()
-            output.commit()
+        readers = contents.source.readers
+        with open_output(args.output, args.force, readers, device) as output:
+            zeros = () if isinstance(output, PartialFile) else {device.dev_id}
+            write_disks(contents, {device.dev_id: output}, progress, zeros)
+            finish_writing(output.sync, progress)
+            output.commit(contents.source.check_unchanged)
     return 0
+
+
+def finish_writing(sync: Callable[[], None], progress: Progress) -> None:
+    """Flush what was written; that may take long, so the progress says so."""
+    progress.finish()
+    progress.begin("flushing", 0, lambda: 0)
+    sync()
 
 
 def extract_mapped(args: Namespace) -> int:
     """Write configs into a directory, and disks where a map says, as Proxmox's qmrestore does."""
+    require_report()
     with ExitStack() as stack:
-        contents = stack.enter_context(loaded(args))
+        contents, progress = stack.enter_context(loaded(args))
         header = contents.header
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
-        mode = contents.source.output_mode
-        directory = stack.enter_context(make_directory(args.targetdir, mode))
+        directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
         directory.require_empty()
-        # Who writes the map into a FIFO reads the configs first, and asks for these lines with -v.
+        # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
             directory.create(config.name).append([config.data])
         directory.flush()
         undo = stack.enter_context(ExitStack())
-        with Signals.held():
+        with signals_blocked():
             directory.commit(replace=False)
             for config in header.configs:
                 undo.callback(directory.remove, config.name)
-        if args.verbose:
-            for config in header.configs:
-                print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
-            for dev_id, name, size in header.devices:
-                print(f"DEV: dev_id={dev_id} size: {size} devname: {escape(name)}")
-            print(f"CTIME: {format_time(header.ctime)}", flush=True)
-        with naming(escape(args.map)), open(args.map, "rb") as lines:
-            places = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
-        targets: dict[int, Target] = {}
-        used: list[str] = []
-        zeros = set()
-        for device in header.devices:
-            if device.is_vmstate:
-                targets[device.dev_id] = directory.create(disk_file_name(device))
-                continue
-            if device.name not in places:
-                raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
-            place = places[device.name]
-            if place is not None:
-                path, write_zeros = place
-                refuse_same([args.archive], path)
-                if any(is_same_file(other, path) for other in used):
-                    raise VmaError(f"{escape(path)}: two disks are to go there")
-                used.append(path)
-                targets[device.dev_id] = stack.enter_context(open_destination(device, path))
-                if write_zeros:
-                    zeros.add(device.dev_id)
-        write_disks(contents, targets, zeros)
+        print_contents(header)
+        with os_errors_as(escape(args.map)), open(args.map, "rb") as lines:
+            plan = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
+        if plan.ignored:
+            options = ", ".join(sorted(set(map(escape, plan.ignored))))
+            notice(args, f"{escape(args.map)}: not applied here: {options}")
+        targets, zeros = open_destinations(args, header, plan, stack, directory)
+        write_disks(contents, targets, progress, zeros)
         for target in targets.values():
-            target.sync()
+            finish_writing(target.sync, progress)
         contents.source.check_unchanged()
         print_totals(args, contents.index)
         directory.commit(replace=False)
         undo.pop_all()
     return 0
+
+
+def print_contents(header: Header) -> None:
+    """Print the lines that qmrestore waits for."""
+    for config in header.configs:
+        print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
+    for device in header.devices:
+        if device.is_vmstate:
+            print(f"VMSTATE: dev_id={device.dev_id} memory: {device.size}")
+        else:
+            print(f"DEV: dev_id={device.dev_id} size: {device.size} devname: {escape(device.name)}")
+    print(f"CTIME: {format_time(header.ctime)}", flush=True)
+
+
+def open_destinations(
+    args: Namespace, header: Header, plan: Map, stack: ExitStack, directory: Directory
+) -> tuple[dict[int, Target], set[int]]:
+    """Open where a map sends the devices; return that by dev_id, and who gets zeros written."""
+    targets: dict[int, Target] = {}
+    used: list[str] = []
+    zeros = set()
+    for device in header.devices:
+        if device.is_vmstate:
+            targets[device.dev_id] = directory.create(disk_file_name(device))
+            continue
+        if device.name not in plan.places:
+            raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
+        place = plan.places[device.name]
+        if place is None:
+            continue
+        path, write_zeros = place
+        refuse_same([args.archive], path)
+        if any(is_same_file(other, path) for other in used):
+            raise VmaError(f"{escape(path)}: two disks are to go there")
+        used.append(path)
+        targets[device.dev_id] = stack.enter_context(open_destination(path, device))
+        if write_zeros:
+            zeros.add(device.dev_id)
+    return targets, zeros
 
 
 def cmd_unpack(args: Namespace) -> int:
@@ -3431,8 +3831,8 @@ def cmd_unpack(args: Namespace) -> int:
 
 def restore(args: Namespace, path: str, for_pack: bool) -> int:
     """Write an archive's configs and devices into a directory, as unpack does or as extract."""
-    with loaded(args) as contents:
-        header = contents.header
+    with loaded(args) as (contents, progress):
+        source, header = contents.source, contents.header
         if for_pack:
             names = {device.dev_id: device.name for device in header.devices}
             extra = [DESCRIPTION_NAME]
@@ -3441,62 +3841,36 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
             names = {device.dev_id: disk_file_name(device) for device in devices}
             extra = []
         files = [*(config.name for config in header.configs), *names.values(), *extra]
-        refuse_twice(contents.source.name, files)
+        refuse_twice(source.name, files)
         for name in files:
             refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
-        with make_directory(path, contents.source.output_mode) as directory:
+        with make_directory(path, source.readers) as directory:
+            replace = for_pack and args.force
             if for_pack:
-                directory.require_free(files, args.force)
+                warn_of_leftovers(args, directory)
+                directory.require_free(files, replace)
             else:
                 directory.require_empty()
+
+            def create(name: str) -> PartialFile:
+                return directory.create(name, replaces=directory.state(name) is not None)
+
             for config in header.configs:
-                directory.create(config.name).append([config.data])
-            targets = {dev_id: directory.create(name) for dev_id, name in names.items()}
-            write_disks(contents, targets)
+                create(config.name).append([config.data])
+            targets = {dev_id: create(name) for dev_id, name in names.items()}
+            write_disks(contents, targets, progress)
             if for_pack:
-                directory.create(DESCRIPTION_NAME).append([describe_for_pack(header)])
-            directory.flush()
-            contents.source.check_unchanged()
+                create(DESCRIPTION_NAME).append([describe_for_pack(header)])
+            finish_writing(directory.flush, progress)
             print_totals(args, contents.index)
-            directory.commit(replace=for_pack and args.force)
+            directory.commit(replace, source.check_unchanged)
     return 0
-
-
-@contextmanager
-def loaded(args: Namespace) -> Iterator[Contents]:
-    """Open the archive that a command restores, and `load` it."""
-    with open_input(args.archive) as source, progress_of(args, source.name) as progress:
-        yield load(source, progress)
-
-
-def load(
-    source: Input,
-    progress: Progress,
-    memory: int = DEFAULT_MEMORY,
-    directory: str = "",
-    lazy: bool = False,
-) -> Contents:
-    """Read and check what can be known before anything is written: of a stream, the header.
-
-    Of a file, that is all; or it is read and checked as it is needed, if `lazy`.
-    """
-    contents: Contents
-    if isinstance(source, FileInput):
-        contents = Archive(source, lazy)
-        progress.total = source.size
-        source.copying = progress
-    else:
-        source.progress = progress
-        progress.total = source.compressed_size
-        contents = Reorderer(source, memory, directory)
-    check_archive_names(contents.header, source)
-    return contents
 
 
 def cmd_pack(args: Namespace) -> int:
     """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
-    with naming(escape(args.directory)):
+    with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
         header, paths = (read_described if described else read_undescribed)(args.directory)
@@ -3504,37 +3878,75 @@ def cmd_pack(args: Namespace) -> int:
     return 0
 
 
-def write_packed(args: Namespace, packing: Packing, exact: bool, replace: bool = True) -> None:
-    """Write an archive of configs and disks, whose sizes are to be `exact`, or are found out."""
+def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
+    """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
     check_names(header)
+    if args.map is not None:
+        header = add_device_map(header, args.map)
+    missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
+    if missing:
+        notice(
+            args,
+            f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
+            "--map STORAGE adds it",
+        )
     with ExitStack() as stack:
         disks = [
             open_disk(stack, device, paths[device.name], exact)
             for device in canonical_order(header.devices)
         ]
         for disk in disks:
-            if disk.device.size != disk.size and not exact and not args.quiet:
-                print(
+            if disk.device.size != disk.size and not exact:
+                notice(
+                    args,
                     f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}, "
                     "as disks have whole sectors",
-                    file=sys.stderr,
                 )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
-        layout = Layout(header, ALIGNS[args.align])
-        output = stack.enter_context(open_output(args.output, replace))
-        progress = stack.enter_context(progress_of(args, output.name))
-        stack.enter_context(warning_of_partial(output))
-        progress.total = sum(disk.data_size for disk in disks)
-        for disk in disks:
-            disk.source.copying = progress
-        pack_disks(layout, disks, output)
-        if isinstance(output, PartialFile):
-            check_written(output, layout)
-        output.sync()
-        for disk in disks:
-            disk.source.check_unchanged()
-        output.commit()
+        output = stack.enter_context(open_output(args.output, args.force))
+        progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
+        progress.begin(
+            "reading",
+            sum(disk.data_size for disk in disks),
+            lambda: sum(disk.source.bytes_read for disk in disks),
+        )
+
+        def last_look() -> None:
+            for disk in disks:
+                disk.source.check_unchanged()
+
+        write_archive(args, Disks(header, disks), output, progress)
+        finish_writing(output.sync, progress)
+        output.commit(last_look)
+
+
+def write_archive(
+    args: Namespace, producer: Producer, output: Target, progress: Progress
+) -> CanonicalWriter:
+    """Write the canonical archive of what a producer has, and check that it reads back."""
+    with warning_of_partial(output):
+        writer = CanonicalWriter(producer.header, ALIGNS[args.align], output)
+        copy_parts(producer, writer, writer.cluster_count, progress)
+    if isinstance(output, PartialFile):
+        warn_of_leftovers(args, output.directory)
+        output.truncate(output.position)  # more may have been reserved
+        with output.read_back() as written:
+            check_written(writer, written)
+    return writer
+
+
+@contextmanager
+def warning_of_partial(output: Target) -> Iterator[None]:
+    """Add to an error that the pipe's output is incomplete."""
+    try:
+        yield
+    except VmaError as error:
+        if isinstance(output, PartialFile) or not output.position:
+            raise
+        incomplete = VmaError(f"{error}; what {output.name} got is incomplete, and no archive")
+        incomplete.exit_status = error.exit_status
+        raise incomplete from error
 
 
 def cmd_create(args: Namespace) -> int:
@@ -3552,12 +3964,13 @@ def cmd_create(args: Namespace) -> int:
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
-    write_packed(args, packing_of(configs, paths), exact=False, replace=args.force)
+    write_packed(args, packing_of(configs, paths), exact=False)
     return 0
 
 
 def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
+    require_report()
     with open_input(args.archive) as source:
         configs = dict(read_header(source).configs)
     data = configs.get(args.config)
@@ -3569,48 +3982,51 @@ def cmd_config(args: Namespace) -> int:
 
 
 def cmd_optimize(args: Namespace) -> int:
-    """Rewrite an archive in the canonical layout, to another file or in its own place."""
+    """Rewrite an archive in the canonical layout, to another file or in place."""
+    if args.archive == "-" and args.output is None:
+        raise UsageError("optimize: standard input cannot be replaced: name an OUTPUT")
+    if args.check and "-" in (args.archive, args.output):
+        raise UsageError("optimize: --check reads both archives again: name files")
     if args.output == "-":
         refuse_same([args.archive], "-")
+    elif not args.quiet:
+        require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
-    output_path = args.archive if args.output is None else args.output
-    align = ALIGNS[args.align]
+    path = args.archive if args.output is None else args.output
+    if not in_place and not args.force and os.path.isfile(path):
+        raise VmaError(
+            f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it; to optimize "
+            "several archives in place, run vma-tool optimize once for each"
+        )
     with ExitStack() as stack:
         source = stack.enter_context(open_input(args.archive))
-        state = require_replaceable(output_path, source) if in_place else None
-        progress = stack.enter_context(progress_of(args, source.name))
-        contents = load(source, progress, args.memory, directory_beside(output_path), lazy=True)
-        layout = Layout(contents.header, align)
-        if in_place and is_canonical(contents, align):
-            source.check_unchanged(output_path)
+        if in_place:
+            require_replaceable(path, source)
+        progress = stack.enter_context(progress_of(args, source))
+        contents = load(source, args.memory, directory_beside(path))
+        if in_place and is_canonical(contents, ALIGNS[args.align]):
+            source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(output_path, mode=source.output_mode))
+        output = stack.enter_context(open_output(path, args.force or in_place, source.readers))
         file = output if isinstance(output, PartialFile) else None
-        if args.check and (file is None or (source.size is None and not source.compressed_size)):
-            raise VmaError(f"{source.name}: --check reads both archives again: name two files")
-        if source.size is not None:
-            if file:
-                file.allocate(source.size)
-            else:
-                contents.complete()  # what is written now cannot be taken back
-        stack.enter_context(warning_of_partial(output))
-        spans = contents.spans(layout.cluster_count)
-        copy_pieces(source, layout.pieces(spans), output.append)
-        progress.finish()
-        if file:
-            file.truncate(file.position)  # more may have been allocated
-            check_written(file, layout)
-            if args.check or (args.check is None and in_place):
-                check_contents(args, contents, file)
-        output.sync(state)
-        source.check_unchanged(output_path if in_place else None)
-        if file and not args.quiet:  # not into an archive on standard output
-            size = format_size(file.position)
-            # Before the commit: if this cannot be printed, the archive is as it was.
-            print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
-        output.commit()
+        if args.check and (file is None or source.raw is None):
+            raise UsageError("optimize: --check reads both archives again: name files")
+        if file and source.size is not None:
+            file.reserve(source.size)
+        elif not contents.ordered:
+            contents.complete()  # what goes into a pipe cannot be taken back
+        write_archive(args, contents, output, progress)
+        if file and (args.check or (args.check is None and in_place)):
+            check_contents(args, contents, file, progress)
+        if file and in_place:
+            file.times = source.state
+        finish_writing(output.sync, progress)
+        output.commit(lambda: source.check_unchanged(path if in_place else None))
+    if file and not args.quiet:  # not into an archive on standard output
+        size = format_size(file.position)
+        print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
     return 0
 
 
@@ -3621,41 +4037,33 @@ def directory_beside(output: str) -> str:
     return os.path.dirname(os.path.realpath(output))
 
 
-def check_contents(args: Namespace, contents: Contents, output: PartialFile) -> None:
-    """Raise VmaError unless the written archive has the same disks as the one it was made of."""
-    with output.read_back() as written:
-        if isinstance(contents, Archive):
-            found = compare_disks(Contents(written), contents)
-        else:
-            with open_input(args.archive) as source:
-                found = compare_disks(Contents(source), Archive(written))
-    if found:
-        raise VmaError(f"{output.name}: what was written differs: {found[0]}")
-
-
-@contextmanager
-def warning_of_partial(output: Target) -> Iterator[None]:
-    """Let an error say that what went into a pipe before it cannot be taken back."""
-    try:
-        yield
-    except VmaError as error:
-        if isinstance(output, PartialFile) or not output.position:
-            raise
-        raise VmaError(f"{error}; what {output.name} got is incomplete, and no archive") from error
-
-
-def require_replaceable(path: str, source: Input) -> os.stat_result:
-    """Return the state of an archive, or raise VmaError if it cannot be optimized in its place."""
-    if source.compressed_size:
+def require_replaceable(path: str, source: Input) -> None:
+    """Raise VmaError if an archive cannot be optimized in place."""
+    if source.compression and source.raw_size:
         root, extension = os.path.splitext(path)
         plain = root if extension not in ("", ".vma") else f"{path}.new"
         raise VmaError(
             f"{source.name}: a compressed archive is not replaced by a plain one: "
             f"vma-tool optimize {escape(path)} {escape(plain)}"
         )
-    if not isinstance(source, FileInput) or not stat.S_ISREG(source.state.st_mode):
+    if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
-    return source.state
+
+
+def check_contents(
+    args: Namespace, contents: Contents, output: PartialFile, progress: Progress
+) -> None:
+    """Raise VmaError unless the written archive has the same disks as the one it was made of."""
+    with ExitStack() as stack:
+        written = stack.enter_context(output.read_back())
+        if contents.ordered:  # a stream is read once: it is opened again
+            source = stack.enter_context(open_input(args.archive))
+            contents = load(source, args.memory, directory_beside(args.archive))
+        progress.finish()
+        progress.begin("comparing", output.position, written.position)
+        found = compare_disks(contents, Contents(written), progress)
+    if found:
+        raise VmaError(f"{output.name}: what was written differs: {found[0]}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3663,20 +4071,10 @@ def require_replaceable(path: str, source: Input) -> os.stat_result:
 
 EXAMPLES = """
 examples:
-  vma-tool optimize vzdump-qemu-100.vma            rewrite it in its place
+  vma-tool optimize vzdump-qemu-100.vma            rewrite it in place
   zstdcat x.vma.zst | vma-tool unpack - dir/       take it apart
   vma-tool verify *.vma && echo all will restore
 """
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, found without shutil: importing that costs each start 3 ms."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        columns = 0
-        with suppress(ValueError, OSError):
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
-        super().__init__(prog, **{"width": (columns or 80) - 2, **options})
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -3685,7 +4083,7 @@ class CommandParser(argparse.ArgumentParser):
     _intermixed = False
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=HelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._intermixed:  # called by parse_known_intermixed_args itself
@@ -3706,66 +4104,113 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be read line by line
-    """Return the parser; each command sets `func` to the function that runs it."""
+def parse_option(text: str) -> tuple[str, str]:
+    match = re.fullmatch(r"([^=:[#\n\r \t]+)=([^\n\r]*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
+    return match[1], match[2]
 
-    def common(default: Any) -> CommandParser:
-        options = CommandParser(add_help=False)
-        flag = {"action": "store_true", "default": default}
-        options.add_argument("--version", action="version", version=f"vma-tool {__version__}")
-        options.add_argument("-q", "--quiet", **flag, help="print errors only")
-        options.add_argument("-v", "--verbose", **flag, help="print more")
-        return options
 
-    layout = CommandParser(add_help=False)
-    layout.add_argument(
+def parse_storage(text: str) -> str:
+    if not re.fullmatch(r"[^\s:]*", text):
+        raise argparse.ArgumentTypeError(f"{quote(text)} is no storage's name")
+    return text
+
+
+def parse_memory(text: str) -> int:
+    with suppress(ValueError):
+        if (size := parse_size(text)) >= 0:
+            return size
+    raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
+
+
+def common_options(default: Any) -> CommandParser:
+    """Return the options that may stand before and after the command."""
+    options = CommandParser(add_help=False)
+    flag = {"action": "store_true", "default": default}
+    options.add_argument("--version", action="version", version=f"vma-tool {__version__}")
+    options.add_argument("-q", "--quiet", **flag, help="print errors only")
+    options.add_argument("-v", "--verbose", **flag, help="print more")
+    return options
+
+
+def layout_options() -> CommandParser:
+    """Return the options of the commands that write an archive."""
+    options = CommandParser(add_help=False)
+    options.add_argument(
         "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
         f"(default {DEFAULT_ALIGN})",
     )  # fmt: skip
-    again = common(argparse.SUPPRESS)  # what was said before the command stays said
+    options.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; each command sets `func` to the function that runs it."""
     parser = argparse.ArgumentParser(
         prog="vma-tool",
-        parents=[common(False)],
-        description="List, verify, unpack, pack and optimize Proxmox VE backup archives (.vma).",
+        parents=[common_options(False)],
+        description="Make Proxmox VE backups (.vma) deduplicate, and get data out of them.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
+    again = common_options(argparse.SUPPRESS)  # global options may also precede the command
+    add_reading_commands(functools.partial(add_command, commands, again))
+    add_writing_commands(functools.partial(add_command, commands, again))
+    return parser
 
-    def add(
-        func: Callable[[Namespace], int], text: str, example: str, *parents: Any
-    ) -> Callable[..., argparse.Action]:
-        name = func.__name__.removeprefix("cmd_")
-        command = commands.add_parser(
-            name,
-            parents=[again, *parents],
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"example:\n  vma-tool {name} {example}",
-        )
-        command.set_defaults(func=func)
-        return command.add_argument
 
-    flag = {"action": "store_true"}
-    several = {"action": "append", "default": []}
-    text = "a file, plain or compressed, or - for standard input"
-    archive = {"dest": "archive", "metavar": "ARCHIVE", "help": text}
-    output = {"dest": "output", "help": "a file, or - for standard output"}
+def add_command(
+    commands: Any,
+    common: CommandParser,
+    func: Callable[[Namespace], int],
+    text: str,
+    example: str,
+    *parents: CommandParser,
+) -> Callable[..., argparse.Action]:
+    """Add the command that `func` runs; return the function that adds its arguments."""
+    name = func.__name__.removeprefix("cmd_")
+    command = commands.add_parser(
+        name,
+        parents=[common, *parents],
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  vma-tool {name} {example}",
+    )
+    command.set_defaults(func=func)
+    added: Callable[..., argparse.Action] = command.add_argument
+    return added
 
+
+FLAG: dict[str, Any] = {"action": "store_true"}
+SEVERAL: dict[str, Any] = {"action": "append", "default": []}
+ARCHIVE: dict[str, Any] = {
+    "dest": "archive",
+    "metavar": "ARCHIVE",
+    "help": "a file, plain or compressed, or - for standard input",
+}
+OUTPUT: dict[str, Any] = {"dest": "output", "metavar": "OUTPUT"}
+OUTPUT_HELP = "a file, or - for standard output"
+
+
+def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands that look at an archive, or take data out of it."""
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
-    arg("--json", **flag, help="print one JSON object, for scripts")
-    arg("--partitions", **flag, help="show what the disks hold (of a plain file only)")
-    arg("--scan", **flag, help="read all extent headers too: bytes stored, order, layout")
-    arg(**archive)
+    arg("--json", **FLAG, help="print one JSON object, for scripts")
+    arg("--partitions", **FLAG, help="show what the disks hold (of a plain file only)")
+    arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
+    arg(**ARCHIVE)
 
     arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
+    arg("--quick", **FLAG, help="read the headers only, not the data")
     text = "compare configs and disk contents with this archive"
     arg("--against", action=Once, metavar="OTHER", help=text)
-    arg("--ignore-ctime", **flag, help="with --against: the time may differ")
-    arg("--digest", **flag, help="print the SHA-256 of each config and disk, as sha256sum does")
-    arg("--json", **flag, help="print one JSON object an archive")
-    arg(**archive, nargs="+")
+    arg("--ignore-ctime", **FLAG, help="with --against: the time may differ")
+    arg("--digest", **FLAG, help="print the SHA-256 of each config and disk, as sha256sum does")
+    arg("--json", **FLAG, help="print one JSON object an archive")
+    arg(**{**ARCHIVE, "help": f"{ARCHIVE['help']}, or a directory of archives"}, nargs="+")
 
     text = "write configs and disks as Proxmox's own vma extract does"
     arg = add(cmd_extract, text, "-d drive-scsi0 backup.vma disks/")
@@ -3773,50 +4218,58 @@ def build_parser() -> argparse.ArgumentParser:  # noqa: PLR0915 - a list, to be 
     arg("-d", dest="devices", action="append", metavar="NAME[,NAME...]", help=text)
     text = "write the one disk of -d there (-: to a pipe)"
     arg("-o", dest="output", action=Once, metavar="PATH", help=text)
+    arg("--force", **FLAG, help="replace the file of -o; with a device, however large it is")
     text = "write disks into files and devices, by a map"
     arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
-    arg(**archive)
+    arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
-    arg("--force", **flag, help="replace files that exist")
-    arg(**archive)
+    arg("--force", **FLAG, help="replace files that exist")
+    arg(**ARCHIVE)
     arg("directory", metavar="DIRECTORY")
 
     arg = add(cmd_config, "print one config of an archive", "backup.vma")
     arg("-c", dest="config", metavar="NAME", default=CONFIG_NAME, help=f"(default {CONFIG_NAME})")
-    arg(**archive)
+    arg(**ARCHIVE)
+
+
+def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """Add the commands that write an archive, and completion."""
+    layout = layout_options()
+    text = f"add the #qmdump#map lines that qmrestore needs to {CONFIG_NAME} (STORAGE may be empty)"
+    device_map = CommandParser(add_help=False)
+    device_map.add_argument("--map", action=Once, metavar="STORAGE", type=parse_storage, help=text)
 
     example = "-c qemu-server.conf new.vma drive-scsi0=disk.raw"
-    arg = add(cmd_create, "make an archive of raw disks or block devices", example, layout)
-    arg("-c", dest="config", metavar="CONFIG", **several, help="add a config file")
-    arg("-d", dest="devices", metavar="[format=raw:]NAME=PATH", **several, help="add a disk")
-    arg("--force", **flag, help="replace ARCHIVE if it exists")
-    arg(**output, metavar="ARCHIVE")
+    text = "make an archive of raw disks or block devices"
+    arg = add(cmd_create, text, example, layout, device_map)
+    arg("-c", dest="config", metavar="CONFIG", **SEVERAL, help="add a config file")
+    arg("-d", dest="devices", metavar="[format=raw:]NAME=PATH", **SEVERAL, help="add a disk")
+    arg(**OUTPUT, help=OUTPUT_HELP)
     arg("disks", metavar="NAME=PATH", nargs="*", help="add a disk")
 
-    arg = add(cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma", layout)
+    text = "make an archive of what unpack wrote"
+    arg = add(cmd_pack, text, "dir/ new.vma", layout, device_map)
     text = f"set a line of {CONFIG_NAME}, for instance -u name=web2"
-    arg("-u", dest="options", metavar="KEY=VALUE", type=parse_option, **several, help=text)
+    arg("-u", dest="options", metavar="KEY=VALUE", type=parse_option, **SEVERAL, help=text)
     arg("directory", metavar="DIRECTORY")
-    arg(**output, metavar="ARCHIVE")
+    arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
-    text = "of a stream, what may wait in memory and not in a temporary file (default 256M)"
+    text = "memory for reordering a stream (default 256M); more goes to a temporary file"
     arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
     text = "read the written archive back and compare all disks (default in place)"
     arg("--check", action="store_true", default=None, help=text)
-    arg("--no-check", dest="check", action="store_false", help="do not")
-    arg(**archive)
-    output["help"] += " (default: replace ARCHIVE)"
-    arg(**output, metavar="OUTPUT", nargs="?")
+    arg("--no-check", dest="check", action="store_false", help="skip the comparison")
+    arg(**ARCHIVE)
+    arg(**OUTPUT, nargs="?", help=f"{OUTPUT_HELP} (default: replace ARCHIVE)")
 
     arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
     arg("shell", choices=("bash", "zsh"))
-    return parser
 
 
-def parse_args(argv: Sequence[str] | None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
@@ -3824,35 +4277,15 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
         end = words.index("--")
         names = words[end + 1 :]
         words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
-    args = parser.parse_args(words)
-    if args.func is cmd_extract:
-        if args.output is not None and args.devices is None:
-            parser.error("extract: -o writes one disk: choose it with -d NAME")
-        if (args.output is None) != (args.targetdir is not None):
-            parser.error("extract: name a TARGETDIR, or -o PATH")
-        if args.map is not None and args.devices is not None:
-            parser.error("extract: the devices are chosen by -d or by -r, not by both")
-    if args.func is cmd_verify and args.against is not None and args.digest:
-        parser.error("verify: --against or --digest, not both")
-    if args.func is cmd_verify and args.against is None and args.ignore_ctime:
-        parser.error("verify: --ignore-ctime is of use with --against only")
-    if args.func is cmd_optimize and args.archive == "-" and args.output is None:
-        parser.error("optimize: standard input cannot be replaced: name an OUTPUT")
-    if args.func is cmd_optimize and args.check and "-" in (args.archive, args.output):
-        parser.error("optimize: --check reads both archives again: name files")
-    return args
+    return parser.parse_args(words)
 
 
 def cmd_completion(args: Namespace) -> int:
     """Print a shell's completion of this command line, made from the parser itself."""
+    require_report()
     # argparse has no public way to ask a parser for its options.
     actions = build_parser()._actions
-    commands = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
-    print((complete_bash if args.shell == "bash" else complete_zsh)(commands.choices))
-    return 0
-
-
-def complete_bash(commands: Mapping[str, argparse.ArgumentParser]) -> str:
+    commands = next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
     cases = []
     for name, command in commands.items():
         words: list[str] = []
@@ -3865,8 +4298,12 @@ def complete_bash(commands: Mapping[str, argparse.ArgumentParser]) -> str:
             else:
                 words = [*(action.choices or ()), *words]
         cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
-    return f"""# bash completion of vma-tool: source this from ~/.bashrc
-_vma_tool() {{
+    if args.shell == "zsh":
+        print("# zsh completion of vma-tool: source this from ~/.zshrc, after compinit")
+        print("autoload -U +X bashcompinit && bashcompinit")
+    else:
+        print("# bash completion of vma-tool: source this from ~/.bashrc")
+    print(f"""_vma_tool() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
   if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
     case ${{COMP_WORDS[1]}}:$previous in
@@ -3876,95 +4313,37 @@ _vma_tool() {{
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
-complete -o default -F _vma_tool vma-tool vma_tool.py"""
-
-
-def complete_zsh(commands: Mapping[str, argparse.ArgumentParser]) -> str:
-    def escaped(text: str) -> str:
-        return re.sub(r"([][:\\])", r"\\\1", text).replace("'", "'\\''")
-
-    descriptions = []
-    cases = []
-    for name, command in commands.items():
-        descriptions.append(f"    '{name}:{escaped(command.description or '')}'")
-        specs = []
-        for action in command._actions:
-            value = ""
-            if action.nargs != 0:
-                what = f"({' '.join(action.choices)})" if action.choices else "_files"
-                value = f":{escaped(str(action.metavar or action.dest))}:{what}"
-            specs += [f"'{o}[{escaped(action.help or '')}]{value}'" for o in action.option_strings]
-            if action.choices and not action.option_strings:
-                specs.append(f"'1{value}'")
-        cases.append(f"    {name}) _arguments {' '.join(specs)} '*:file:_files' ;;")
-    return f"""#compdef vma-tool vma_tool.py
-# zsh completion of vma-tool: save this as _vma-tool in a directory of $fpath
-_vma_tool() {{
-  local -a commands=(
-{chr(10).join(descriptions)}
-  )
-  if ((CURRENT == 2)); then _describe command commands; return; fi
-  shift words; ((CURRENT--))
-  case $words[1] in
-{chr(10).join(cases)}
-  esac
-}}
-if [[ $funcstack[1] == _vma-tool ]]; then _vma_tool "$@"; else
-  compdef _vma_tool vma-tool vma_tool.py
-fi"""
-
-
-def parse_option(text: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([^=:[#\n\r \t]+)=([^\n\r]*)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
-    return match[1], match[2]
-
-
-def parse_memory(text: str) -> int:
-    with suppress(ValueError):
-        if (size := parse_size(text)) >= 0:
-            return size
-    raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
+complete -o default -F _vma_tool vma-tool vma_tool.py""")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit status; SystemExit for --help and wrong usage."""
-    message = ""
+    """Run the command line, and return the exit status; SystemExit for --help and wrong usage.
+
+    Signals are left as they are: `script` handles them.
+    """
+    status, message = EXIT_FAILED, ""
     try:
-        try:
-            status = run(argv)
-        except VmaError as error:
-            status, message = 1, str(error)
-        except BrokenPipeError:
-            status = 128 + 13  # as if SIGPIPE had ended us
-            discard_output()
-        except OSError as error:
-            status, message = 1, reason(error)
-            discard_output()
-        except MemoryError:
-            status, message = 1, "out of memory"
-        finally:
-            Signals.depth = 1  # from here on, a signal comes too late
-    except Interrupted as error:
-        status, message = 128 + error.signum, f"ended by {signal.Signals(error.signum).name}"
+        occupy_standard_streams()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
+        args = parse_args(argv)
+        status = int(args.func(args))
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except VmaError as error:
+        status, message = error.exit_status, str(error)
+    except BrokenPipeError:
+        status = 128 + 13  # as if SIGPIPE had ended us
+        discard_output()
+    except OSError as error:  # all others have names already
+        status, message = EXIT_FAILED, f"cannot print: {system_message(error)}"
+        discard_output()
+    except MemoryError:
+        status, message = EXIT_FAILED, "out of memory"
     if message:
         print_error(message)
-    return status
-
-
-def run(argv: Sequence[str] | None) -> int:
-    """Do what the command line says, with nothing caught: `main` makes a line of it."""
-    Signals.install()
-    occupy_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
-    with Signals.held():  # argparse's parsers do not bear to be interrupted
-        args = parse_args(argv)
-    status = int(args.func(args))
-    if sys.stdout is not None:  # closed by the caller
-        sys.stdout.flush()
     return status
 
 
@@ -3976,13 +4355,13 @@ def occupy_standard_streams() -> None:
     """
     streams = ("input", os.O_WRONLY), ("output", os.O_RDONLY), ("error", os.O_RDONLY)
     for fd, (name, flags) in enumerate(streams):
-        with naming(f"standard {name}"):
+        with os_errors_as(f"standard {name}"):
             try:
                 os.fstat(fd)
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
-                # What is opened gets the lowest free number. To use it as what it is, still fails.
+                # What is opened gets the lowest free number. To use it as intended still fails.
                 os.open(os.devnull, flags)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
@@ -3995,6 +4374,13 @@ def discard_output() -> None:
     os.close(fd)
 
 
-if __name__ == "__main__":
-    gc.freeze()  # what was loaded stays: looking for garbage in it costs time, most at the exit
+def script() -> NoReturn:
+    """Run as a program of its own: with signals handled, and the exit status set."""
+    if hasattr(gc, "freeze"):  # PyPy has none
+        gc.freeze()  # looking for garbage in what was loaded costs time, most at the exit
+    Cleanup.install()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()
