@@ -3974,10 +3974,11 @@ def leave_caller(keep_stderr: bool) -> None:
     for fd in range(2 if keep_stderr else 3):
         os.dup2(null, fd)
     # What is inheritable was inherited: a lock, or a pipe whose reader waits for its end.
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the listing's own descriptor
-            if fd > 2 and os.get_inheritable(fd):
-                os.close(fd)
+    with suppress(OSError):  # no /proc
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the listing's own descriptor
+                if fd > 2 and os.get_inheritable(fd):
+                    os.close(fd)
 
 
 def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
