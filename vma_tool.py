@@ -1607,7 +1607,7 @@ class FramesInput(FileInput):
     def _frame(self, number: int) -> memoryview:
         """Return what a frame holds; `cached_frames` of them are kept, of at most 1 MiB."""
         with self._lock:
-            lock, found = self._frames.pop(number, None) or (threading.Lock(), [])
+            lock, found = self._frames.pop(number, (threading.Lock(), []))
             self._frames[number] = lock, found
             if len(self._frames) > self.cached_frames:
                 del self._frames[next(iter(self._frames))]
@@ -2933,11 +2933,9 @@ class Contents(Producer):
         at = offset
         while at < end:
             first = at // CLUSTER_SIZE
-            entries = index.slice(first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
-            has_data = any(entry & FULL_MASK for entry in entries)
-            plan = Plan(index.device, first, len(entries), entries, has_data)
+            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
             image = self.read(plan, buffer).whole()
-            stop = min((first + len(entries)) * CLUSTER_SIZE, end)
+            stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
                 start = first * CLUSTER_SIZE
                 data[at - offset : stop - offset] = image[at - start : stop - start]
@@ -4451,7 +4449,7 @@ class MountedDisk(MountedFile):
         first = at // CLUSTER_SIZE
         count = -(-(at + size) // CLUSTER_SIZE) - first
         plan = self.contents.plan(self.stored.index.device.dev_id, first, count)
-        image = self.contents.read(plan, buffer).image
+        image = self.contents.read(plan, buffer).whole()
         self._check_unchanged()
         start = at - first * CLUSTER_SIZE
         return self.zeros[:size] if image is None else image[start : start + size]
