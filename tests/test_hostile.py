@@ -31,6 +31,7 @@ from tests import archives
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
+    ALL,
     BAD,
     STEP,
     Answer,
@@ -281,7 +282,7 @@ class Names(ToolTest):
 
     def test_in_archives(self) -> None:
         """Each command prints them escaped, whether it takes the archive or not."""
-        for name in NAMES:
+        for name in NAMES[:: 1 if ALL else 2]:
             disk, config = self.archive(name, "device"), self.archive(name, "config")
             order = archives.in_order(disk)
             for what, data in (
@@ -473,14 +474,14 @@ class Announced(ToolTest):
             changed = bytearray(data)
             struct.pack_into(">I", changed, 56, size)
             yield f"header_size {size}", bytes(changed)
-        for size in (4 << 60, (1 << 64) - 1, 1 << 48):
+        for size in (4 << 60, (1 << 64) - 512, 1 << 48):
             yield (
                 f"device of {size} bytes",
                 archives.edit(data, 4096 + 32 + 8, struct.pack(">Q", size)),
             )
 
     def test_headers(self) -> None:
-        for what, data in self.headers():
+        for what, data in list(self.headers())[:: 1 if ALL else 2]:
             self.check_refused(what, data)
 
     def test_clusters(self) -> None:
@@ -534,7 +535,7 @@ class Bombs(ToolTest):
 
     def test_stored_zeros(self) -> None:
         """Some hundred megabytes of zeros: a good archive, that is read to its end."""
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         pieces = list(self.zeros(size))
         for suffix, compress in (
             ("gz", lambda data: gzip.compress(data, 1)),
@@ -550,7 +551,7 @@ class Bombs(ToolTest):
 
     def test_zstd(self) -> None:
         program = require_program("zstd", "zstd")
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         path = self.directory / "a.vma.zst"
         with subprocess.Popen(
             [program, "-q", "-1", "-o", str(path)], stdin=subprocess.PIPE
@@ -564,7 +565,7 @@ class Bombs(ToolTest):
     def test_not_an_archive(self) -> None:
         """Of zeros, or of anything else, no more than the beginning is read."""
         for start in (b"", b"VMA\0", golden("odd-size")[:12288]):
-            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 64]))
+            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 24]))
             for command in ("list", "verify"):
                 with self.subTest(start=start[:4], command=command):
                     self.check_error(self.measure(command, path), status=BAD)
@@ -574,7 +575,7 @@ class Bombs(ToolTest):
         archive = Archive(configs=[("a.conf", b"")])
         empty = archives.extent_bytes(archive.uuid, [], []) * 2048
         start = archives.header_bytes(archive)
-        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 96]))
+        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 80]))
         self.assertEqual(self.measure("verify", path).returncode, 0)
         self.assertEqual(self.measure("list", path).returncode, 0)
 
@@ -591,7 +592,7 @@ class Bombs(ToolTest):
                 blockinfo = infos.tobytes()
                 yield start + hashlib.md5(start + bytes(16) + blockinfo).digest() + blockinfo
 
-        count = 59 * 40000
+        count = 59 * 25000
         data = gzip.compress(b"".join(pieces(count)), 1)
         path = self.file("a.vma.gz", data)
         self.assertEqual(self.measure("list", path).returncode, 0)

@@ -12,6 +12,7 @@ from unittest import mock
 from tests import archives
 from tests.archives import MIB, Archive, Device
 from tests.support import (
+    ALL,
     ProcessTest,
     call_tool,
     run_measured,
@@ -43,9 +44,9 @@ class OnePass(ProcessTest):
         """Whatever the order, and however little may wait in memory."""
         for what, (archive, order) in self.orders().items():
             data = archives.build(archive, order)
-            for align in ("4K", "128K", "1M"):
+            for align in ("4K", "128K", "1M")[:: 1 if ALL else 2]:
                 want = sha256(archives.canonical(archive, archives.ALIGNS[align]))
-                for memory in ("0", "64K", "1M", "256M"):
+                for memory in ("0", "64K", "1M", "256M")[:: 1 if ALL else 2]:
                     with self.subTest(what, align=align, memory=memory):
                         options = ["--align", align, "--memory", memory]
                         answer = call_tool("optimize", *options, "-", "-", input=data)
