@@ -58,6 +58,7 @@ __version__ = "2.0.0"
 
 EXIT_FAILED = 1
 EXIT_BAD = 3
+T = TypeVar("T")
 
 
 class VmaError(Exception):
@@ -162,6 +163,19 @@ def parse_size(text: str) -> int:
     unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
+
+
+def to_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
+
+
+def require(value: object, kind: type[T]) -> T:
+    """Return a value that was read from JSON; raises TypeError if it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def print_error(error: object) -> None:
@@ -291,6 +305,9 @@ ZERO_BLOCK = bytes(BLOCK_SIZE)
 # header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
+# Begins a difference: an archive without the clusters that its base has. No other program takes it
+# for a backup; Proxmox's verify would pass an archive from which clusters are missing.
+DIFFERENCE_MAGIC = b"VMAD"
 HEADER_FIXED_SIZE = 12288
 HEADER_MD5 = slice(32, 48)
 CONFIG_COUNT = 256
@@ -372,7 +389,8 @@ class Device(NamedTuple):
 class Header(NamedTuple):
     """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
 
-    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them.
+    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them. `magic`
+    tells an archive from a difference.
     """
 
     uuid: bytes
@@ -381,6 +399,7 @@ class Header(NamedTuple):
     devices: tuple[Device, ...]
     size: int = 0
     md5: bytes = b""
+    magic: bytes = HEADER_MAGIC
 
 
 class Extent(NamedTuple):
@@ -452,7 +471,7 @@ def parse_header_size(start: Buffer) -> int:
 
     Raises FormatError if these cannot be the beginning of a supported header.
     """
-    if start[:4] != HEADER_MAGIC:
+    if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
         raise FormatError("not a VMA archive")
     if len(start) < HEADER_FIXED_SIZE:
         raise FormatError(f"the archive ends inside its header, after {len(start)} bytes")
@@ -474,7 +493,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     """
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
-    _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
+    magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
     if check_md5 and md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
     if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
@@ -513,7 +532,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
                 DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
             )
         devices.append(device)
-    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
+    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
 
 
 def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
@@ -578,7 +597,7 @@ def pack_header(header: Header) -> bytearray:
     blob_size = len(data) - HEADER_FIXED_SIZE
     data.extend(bytes(max(header.size - len(data), 0)))
     HEADER.pack_into(
-        data, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
+        data, 0, header.magic, 1, header.uuid, header.ctime, bytes(16),
         HEADER_FIXED_SIZE, blob_size, len(data),
     )  # fmt: skip
     data[HEADER_MD5] = md5_without(data, HEADER_MD5)
@@ -756,6 +775,91 @@ def fill_up(
             filled[i] |= highest
             wanted -= 1
     return filled, block_count - wanted
+
+
+DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
+DIFFERENCE_FORMAT = 1
+
+
+class Origin(NamedTuple):
+    """One of the two archives that a difference was made of; name as it was then, digests in hex.
+
+    `layout` identifies its header and extents (`layout_digest`), `content` the contents of its
+    disks (`ContentDigest`).
+    """
+
+    name: str
+    ctime: int
+    layout: str
+    content: str
+
+
+class Difference(NamedTuple):
+    """What vma-tool.json says: `new` is `base` with the clusters in this file.
+
+    `disks` are the digests of new's devices in canonical order, of which new's content digest is
+    made; `extents` is the SHA-256 of the MD5s of this file's extents. All in hex.
+    """
+
+    base: Origin
+    new: Origin
+    disks: tuple[str, ...]
+    extents: str
+
+    @property
+    def needs(self) -> str:
+        """Say which archive it needs."""
+        name, ctime, _, content = self.base
+        return f"{quote(name)}, created {format_time(ctime)}, content digest {content}"
+
+
+def pack_difference(difference: Difference) -> bytes:
+    """Return vma-tool.json."""
+    value = difference._asdict()
+    value.update(base=difference.base._asdict(), new=difference.new._asdict())
+    return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
+
+
+def parse_difference(header: Header) -> Difference:
+    """Return what the first config of a difference says; raises FormatError."""
+    import json
+
+    def digest(value: object) -> str:
+        if not re.fullmatch("[0-9a-f]{64}", text := require(value, str)):
+            raise ValueError(f"{text!r} is no SHA-256")
+        return text
+
+    def origin(value: Any) -> Origin:
+        name, ctime = require(value["name"], str), require(value["ctime"], int)
+        return Origin(name, ctime, digest(value["layout"]), digest(value["content"]))
+
+    config, *_ = [*header.configs, Config("", b"")]
+    if config.name != DIFFERENCE_CONFIG:
+        raise FormatError(f"a difference, but its first config is not {DIFFERENCE_CONFIG}")
+    try:
+        value = json.loads(config.data)
+        if value["format"] != DIFFERENCE_FORMAT:
+            raise FormatError(f"a difference of format {value['format']!r}, which is not supported")
+        disks = tuple(map(digest, require(value["disks"], list)))
+        new = origin(value["new"])
+        if len(disks) != len(header.devices) or combine_digests(disks) != new.content:
+            raise ValueError("the digests contradict each other")
+        return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = escape(repr(error))[:200]
+        raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
+
+
+def whole_header(header: Header) -> Header:
+    """Return the header of the archive that a difference makes; any other one as it is."""
+    if header.magic != DIFFERENCE_MAGIC:
+        return header
+    return header._replace(magic=HEADER_MAGIC, configs=header.configs[1:], size=0, md5=b"")
+
+
+def combine_digests(disks: Iterable[str]) -> str:
+    """Return the content digest of an archive, from those of its devices in canonical order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1832,11 +1936,14 @@ def refuse_same(paths: Iterable[str], output: str) -> None:
 # Extents and index: where every cluster of an archive is
 
 
-def read_header(source: Input) -> Header:
-    """Read the header at the beginning of an archive; raises FormatError."""
+def read_header(source: Input, whole: bool = True) -> Header:
+    """Read the header at the beginning of an archive; raises FormatError.
+
+    Also for a difference, unless `whole` is False.
+    """
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
-        if start[:4] != HEADER_MAGIC:
+        if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
             more = (
                 source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
             )
@@ -1845,7 +1952,11 @@ def read_header(source: Input) -> Header:
         data = memoryview(bytearray(parse_header_size(start)))
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
-        return parse_header(data[: HEADER_FIXED_SIZE + count])
+        header = parse_header(data[: HEADER_FIXED_SIZE + count])
+        if whole and header.magic == DIFFERENCE_MAGIC:
+            needs = parse_difference(header).needs
+            raise FormatError(f"a difference, which needs --base ARCHIVE: {needs}")
+        return header
 
 
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
@@ -1943,9 +2054,12 @@ class Index:
         self.extent_count = 0
         self.devices: dict[int, DeviceIndex] = {}
         self._slots = self._most_slots = 0  # used ones of the last extent, and of the fullest
+        self.difference: Difference | None = None  # clusters may be missing
         with in_archive(self.name):
+            if header.magic == DIFFERENCE_MAGIC:
+                self.difference = parse_difference(header)
             clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
-            if source.size is not None:
+            if source.size is not None and not self.difference:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
                 if clusters > room:
                     raise FormatError(
@@ -2057,7 +2171,14 @@ class Index:
         raise FormatError(message, offset, self.name)
 
     def finish(self) -> None:
-        """Raise FormatError unless every cluster of every device was there."""
+        """Raise FormatError unless every cluster of every device was there.
+
+        Of a difference, unless its extents are those that were written.
+        """
+        if self.difference:
+            if self.digest.hexdigest() != self.difference.extents:
+                self._fail("the difference is cut short, or its extents were changed")
+            return
         # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
         # that was cut between two extents ends with a full one, and must not pass.
         cut = self._slots in (self._most_slots, *map(clusters_per_extent, ALIGNS.values()))
@@ -2080,8 +2201,6 @@ BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
-
-T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -2178,12 +2297,13 @@ class Contents(Producer):
     """An archive that can be read at any place: its header, and the extents read so far.
 
     Extents are read when somebody needs them. Raises FormatError for an archive that Proxmox would
-    not restore completely, at the latest when all have been read.
+    not restore completely, at the latest when all have been read. A difference is taken only if
+    `whole` is False.
     """
 
-    def __init__(self, source: Input) -> None:
+    def __init__(self, source: Input, whole: bool = True) -> None:
         self.source = source
-        self.header = read_header(source)
+        self.header = read_header(source, whole)
         self.index = Index(self.header, source)
         self._extents = read_extents(source, self.header)
 
@@ -2233,13 +2353,18 @@ class Contents(Producer):
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         for device in canonical_order(self.header.devices, chosen):
             first = 0
-            while entries := self._entries(device, first, count):
-                has_data = any(entry & FULL_MASK for entry in entries)
-                yield Plan(device, first, len(entries), entries, has_data)
-                first += len(entries)
+            while plan := self.plan(device, first, count):
+                yield plan
+                first += plan.cluster_count
         self.complete()
 
-    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+    def plan(self, device: Device, first: int, count: int) -> Plan | None:
+        """Return the plan of up to count clusters, None behind the device's end."""
+        entries = self.entries(device, first, count)
+        has_data = any(entry & FULL_MASK for entry in entries)
+        return Plan(device, first, len(entries), entries, has_data) if entries else None
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
         index = self.index.devices[device.dev_id]
         while True:
@@ -2248,6 +2373,11 @@ class Contents(Producer):
             known = 0 not in entries and (len(entries) == count or not device.is_vmstate)
             if known or not self._read_extent():
                 return entries
+
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
+        """Keep the data of the chosen devices until it is read, where that is needed."""
+        yield
 
     def read(self, plan: Plan, buffer: memoryview) -> Part:
         masks = [entry & FULL_MASK for entry in plan.where]
@@ -2266,11 +2396,12 @@ class Contents(Producer):
         at = offset
         while at < end:
             first = at // CLUSTER_SIZE
-            entries = index.slice(first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
-            has_data = any(entry & FULL_MASK for entry in entries)
-            plan = Plan(index.device, first, len(entries), entries, has_data)
+            count = min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS)
+            plan = self.plan(index.device, first, count)
+            if plan is None:
+                break
             image = self.read(plan, buffer).image
-            stop = min((first + len(entries)) * CLUSTER_SIZE, end)
+            stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
                 start = first * CLUSTER_SIZE
                 data[at - offset : stop - offset] = image[at - start : stop - start]
@@ -2283,8 +2414,14 @@ class Stream(Contents):
 
     ordered = True
 
-    def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
-        super().__init__(source)
+    def __init__(
+        self,
+        source: Input,
+        memory: int = DEFAULT_MEMORY,
+        directory: str = "",
+        whole: bool = True,
+    ) -> None:
+        super().__init__(source, whole)
         self.memory = memory
         self.directory = directory
         self._held: dict[int, dict[int, bytes]] = {}  # by dev_id, in canonical order
@@ -2294,10 +2431,15 @@ class Stream(Contents):
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield as `Contents.plans` does, but only once; what is not chosen is gone."""
+        with self.holding(chosen):
+            yield from super().plans(count, chosen)
+
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
         order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in order}
         try:
-            yield from super().plans(count, chosen)
+            yield
         finally:
             if self._spool is not None:
                 self._spool.source.close()
@@ -2373,11 +2515,20 @@ class Spool(Target):
         super().__init__(self.source.fd, name, seekable=True)
 
 
-def load(source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> Contents:
-    """Return the contents of an archive, of which the header has been read and checked."""
-    contents = Contents(source) if source.size is not None else Stream(source, memory, directory)
+def load(
+    source: Input, memory: int = DEFAULT_MEMORY, directory: str = "", whole: bool = True
+) -> Contents:
+    """Return the contents of an archive, of which the header has been read and checked.
+
+    A difference is taken only if `whole` is False.
+    """
+    contents = (
+        Contents(source, whole)
+        if source.size is not None
+        else Stream(source, memory, directory, whole)
+    )
     with in_archive(source.name):
-        check_names(contents.header)
+        check_names(whole_header(contents.header))
     return contents
 
 
@@ -3163,12 +3314,6 @@ def describe_for_pack(header: Header) -> bytes:
     return to_json(value).encode() + b"\n"
 
 
-def to_json(value: object) -> str:
-    import json
-
-    return json.dumps(value, indent=2)
-
-
 def refuse_twice(where: str, files: Sequence[str]) -> None:
     """Raise VmaError if two files of a directory have the same name."""
     for i, name in enumerate(files):
@@ -3178,12 +3323,6 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
 
 # What is to be packed: the archive's header, and each device's file, by name
 Packing = tuple[Header, Mapping[str, str]]
-
-
-def require(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
 
 
 def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
