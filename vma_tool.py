@@ -46,7 +46,7 @@ import time
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 - says so in one line where Python 3.8 starts this
     sys.exit(f"vma-tool: needs Python 3.9 or later, this is {sys.version.split()[0]}")
@@ -2284,6 +2284,10 @@ class Producer:
     ordered = False
     parallel = False
 
+    def check(self) -> Consumer | None:
+        """Return who gets all parts as well, and whose `finish` raises if they are not right."""
+        return None
+
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield parts of `count` clusters of all devices, or of the chosen dev_ids."""
         raise NotImplementedError
@@ -2642,6 +2646,9 @@ class Consumer:
     def deliver(self, prepared: Sequence[Any]) -> None:
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Do what is left after the last part."""
+
 
 def copy_parts(
     producer: Producer,
@@ -2651,65 +2658,91 @@ def copy_parts(
     chosen: Collection[int] | None = None,
 ) -> None:
     """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
-
-    def batches() -> Iterator[list[Plan]]:
-        batch: list[Plan] = []
-        for plan in producer.plans(count, chosen):
-            batch.append(plan)
-            if plan.has_data or len(batch) == MAX_PARTS:
-                yield batch
-                progress.tick()
-                batch = []
-        yield batch
+    check = producer.check()
+    consumers = [consumer, *filter(None, [check])]
 
     def read(batch: list[Plan], buffer: memoryview) -> list[Part]:
         return [producer.read(plan, buffer) for plan in batch]
 
-    def prepare(parts: list[Part], _buffer: memoryview) -> list[Any]:
-        return [consumer.prepare(part) for part in parts]
+    def prepare(parts: list[Part], _buffer: memoryview) -> list[list[Any]]:
+        return [[each.prepare(part) for part in parts] for each in consumers]
 
-    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[Any]:
+    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[list[Any]]:
         return prepare(read(batch, buffer), buffer)
 
+    def delivery(number: int) -> Callable[[list[list[Any]]], None]:
+        return lambda prepared: consumers[number].deliver(prepared[number])
+
+    deliver = [delivery(number) for number in range(len(consumers))]
+    batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
     if not (producer.parallel or consumer.parallel):
-        pump(batches(), read_and_prepare, consumer.deliver)
+        pump(batches, read_and_prepare, deliver)
     elif producer.ordered:
-        pump(batches(), read, consumer.deliver, prepare)
+        pump(batches, read, deliver, prepare)
     else:
-        pump(batches(), lambda batch, _: batch, consumer.deliver, read_and_prepare)
+        pump(batches, lambda batch, _: batch, deliver, read_and_prepare)
+    for each in consumers:
+        each.finish()
+
+
+def in_batches(
+    items: Iterable[T], has_data: Callable[[T], bool], progress: Progress
+) -> Iterator[list[T]]:
+    """Yield items in lists, of which only the last one has data; show the progress."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if has_data(item) or len(batch) == MAX_PARTS:
+            yield batch
+            progress.tick()
+            batch = []
+    yield batch
 
 
 class Job:
     """What the threads of a pump hand on to one another."""
 
-    __slots__ = ("buffer", "ready", "value", "work")
+    __slots__ = ("buffer", "lock", "pending", "value", "work")
 
-    def __init__(self, buffer: memoryview, value: Any, work: Any) -> None:
+    def __init__(self, buffer: memoryview, value: Any, work: Any, pending: int) -> None:
         self.buffer = buffer
         self.value = value
         self.work = work
-        self.ready = threading.Lock()  # held until the work is done
+        self.pending = pending  # how many it is still to be delivered to
+        self.lock = threading.Lock()  # held until the work is done
+
+    def result(self) -> Any:
+        """Wait for the work, and return what came of it."""
+        with self.lock:
+            return self.value
+
+    def is_delivered(self) -> bool:
+        """Count one delivery; say whether it was the last one."""
+        with self.lock:
+            self.pending -= 1
+            return not self.pending
 
 
 def pump(
     items: Iterable[T],
     read: Callable[[T, memoryview], Any],
-    deliver: Callable[[Any], None],
+    deliver: Sequence[Callable[[Any], None]],
     work: Callable[[Any, memoryview], Any] | None = None,
     buffer_size: int = BUFFER_SIZE,
 ) -> None:
-    """Read here, `work` on several processors if given, deliver in one more thread, in order.
+    """Read here, `work` on several processors if given, deliver in more threads, in order.
 
-    `read` gets each item and a buffer, and may return views of the buffer. Reading and writing
-    release the interpreter's lock, so one processor reads while the other one writes. Two threads
-    that both write are slower: the kernel lets only one at a time into a file.
+    `read` gets each item and a buffer, and may return views of the buffer. Reading, writing and
+    hashing release the interpreter's lock, so one processor reads while the other one writes. Each
+    of `deliver` has a thread, and gets everything. Two threads that both write are slower: the
+    kernel lets only one at a time into a file.
     """
     import queue
 
     threads = processor_count() if work else 0
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    ordered: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    ordered: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in deliver]
     finished: queue.SimpleQueue[None] = queue.SimpleQueue()
     failures: list[BaseException] = []
 
@@ -2722,41 +2755,46 @@ def pump(
     def work_on_all() -> None:
         while (job := todo.get()) is not None:
             job.value = unless_failed(job.work, job.value, job.buffer)
-            job.ready.release()
+            job.lock.release()
 
-    def deliver_all() -> None:
-        while (job := ordered.get()) is not None:
-            with job.ready:
-                unless_failed(deliver, job.value)
-            free.put(job.buffer)
+    def deliver_all(number: int) -> None:
+        while (job := ordered[number].get()) is not None:
+            unless_failed(deliver[number], job.result())
+            if job.is_delivered():
+                free.put(job.buffer)
         finished.put(None)
 
     for _ in range(threads + BUFFER_COUNT):
         free.put(new_buffer(buffer_size))
-    deliverer = start_thread(deliver_all)
+    deliverers: list[threading.Thread] = []
     try:
+        for number in range(len(deliver)):
+            deliverers.append(start_thread(functools.partial(deliver_all, number)))
         for _ in range(threads):
             start_thread(work_on_all)
         for item in items:
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), work)
+            job = Job(buffer, read(item, buffer), work, len(deliver))
             if work:
-                job.ready.acquire()
+                job.lock.acquire()
                 todo.put(job)
-            ordered.put(job)
+            for waiting in ordered:
+                waiting.put(job)
     except BaseException as error:
         failures.insert(0, error)
         raise
     finally:
         for _ in range(threads):
             todo.put(None)
-        ordered.put(None)
-        if failures:
-            deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
-        else:
-            finished.get()  # unlike join, it lets signals through on every Python
+        for waiting in ordered:
+            waiting.put(None)
+        for deliverer in deliverers:
+            if failures:
+                deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
+            else:
+                finished.get()  # unlike join, it lets signals through on every Python
     if failures:
         raise failures[0]
 
@@ -2915,9 +2953,9 @@ def write_disks(
     for dev_id, file in files.items():
         file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
-    if contents.ordered and all(target.seekable for target in targets.values()):
+    if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
-        pump(extents, contents.read_extent, writer.deliver)
+        pump(extents, contents.read_extent, [writer.deliver])
     else:
         copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
     for dev_id, file in files.items():
@@ -2959,6 +2997,67 @@ def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> l
     return found
 
 
+# The same clusters of two archives; None where one of them has no such clusters
+Pair = tuple[Optional[Plan], Optional[Plan]]
+
+
+def pair_plans(
+    both: tuple[Contents, Contents],
+    key: Callable[[Device], tuple[Any, ...]],
+    chosen: Collection[int] | None = None,
+) -> Iterator[Pair]:
+    """Yield the plans of two archives side by side, both in canonical order.
+
+    Devices with the same key are paired; it begins with what canonical_order sorts by.
+    """
+    groups = [
+        itertools.groupby(c.plans(CANONICAL_MAX_CLUSTERS, chosen), lambda plan: key(plan.device))
+        for c in both
+    ]
+    heads = [next(group, None) for group in groups]
+    while any(heads):
+        first = min(head[0] for head in heads if head)
+        now = [head is not None and head[0] == first for head in heads]
+        plans = [head[1] if head and is_now else () for head, is_now in zip(heads, now)]
+        yield from itertools.zip_longest(*plans)
+        heads = [
+            next(group, None) if is_now else head for group, head, is_now in zip(groups, heads, now)
+        ]
+
+
+def read_pairs(
+    both: tuple[Contents, Contents],
+    batches: Iterable[list[Pair]],
+    work: Callable[[Part | None, Part | None], T],
+    deliver: Sequence[Callable[[list[T]], None]],
+) -> None:
+    """Read pairs, work on them with all processors, and deliver the results in order.
+
+    Of a batch only the last pair has data.
+    """
+    parallel = any(contents.parallel for contents in both)
+
+    def read(batch: Sequence[Any], buffer: memoryview, here: bool) -> list[list[Any]]:
+        """Read what is to be read in the thread that plans, or everything else."""
+        return [
+            [
+                contents.read(plan, buffer[i * BUFFER_SIZE : (i + 1) * BUFFER_SIZE])
+                if isinstance(plan, Plan) and here == (contents.ordered or not parallel)
+                else plan
+                for i, (plan, contents) in enumerate(zip(pair, both))
+            ]
+            for pair in batch
+        ]
+
+    pump(
+        batches,
+        functools.partial(read, here=True),
+        deliver,
+        lambda batch, buffer: [work(*pair) for pair in read(batch, buffer, here=False)],
+        2 * BUFFER_SIZE,
+    )
+
+
 def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[str]:
     """Return how the contents differ of those devices that both archives have.
 
@@ -2968,74 +3067,382 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     common = {d.dev_id: d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds}
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
-    both = one, other
-    parallel = one.parallel or other.parallel
 
-    def pairs() -> Iterator[tuple[Plan | None, ...]]:
-        groups = (
-            itertools.groupby(c.plans(CANONICAL_MAX_CLUSTERS, set(common)), lambda p: p.device[0])
-            for c in both
-        )
-        for (_, ours), (_, theirs) in zip(*groups):
-            for pair in itertools.zip_longest(ours, theirs):
-                if any(plan and plan.has_data for plan in pair):
-                    yield pair
-                progress.tick()
-        one.complete()
-        other.complete()
+    def pairs() -> Iterator[Pair]:
+        for pair in pair_plans((one, other), lambda d: (d.is_vmstate, d.dev_id), set(common)):
+            if any(plan and plan.has_data for plan in pair):
+                yield pair
+            progress.tick()
 
-    def read(pair: Sequence[Any], buffer: memoryview, ordered: bool) -> list[Any]:
-        """Read the plans of a pair whose contents are to be read in order, or the others."""
-        return [
-            contents.read(plan, buffer[i * BUFFER_SIZE : (i + 1) * BUFFER_SIZE])
-            if isinstance(plan, Plan) and contents.ordered == ordered
-            else plan
-            for i, (plan, contents) in enumerate(zip(pair, both))
-        ]
+    def compare(ours: Part | None, theirs: Part | None) -> tuple[int, int, int]:
+        """Return dev_id, how many clusters differ, and the offset of the first byte that does."""
+        if ours is None or theirs is None:
+            return 0, 0, 0
+        found = differing_clusters(ours, theirs, min(ours.size, theirs.size))
+        return ours.device.dev_id, len(found), first_difference(ours, theirs, found)
 
-    def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        parts = read(pair, buffer, ordered=True)
-        return parts if parallel else read(parts, buffer, ordered=False)
+    def count(compared: list[tuple[int, int, int]]) -> None:
+        for dev_id, number, first in compared:
+            if number:
+                counts[dev_id] += number
+                firsts.setdefault(dev_id, first)
 
-    def compare(pair: Sequence[Part | None]) -> None:
-        for dev_id, offset in differing_clusters(*pair):
-            counts[dev_id] += 1
-            firsts.setdefault(dev_id, offset)
-
-    work = functools.partial(read, ordered=False) if parallel else None
-    pump(pairs(), read_here, compare, work, 2 * BUFFER_SIZE)
+    read_pairs((one, other), in_batches(pairs(), lambda _: True, progress), compare, [count])
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        size, other_size = (contents.index.devices[dev_id].disk_size for contents in both)
+        size, other_size = (contents.index.devices[dev_id].disk_size for contents in (one, other))
         if size != other_size:
             found.append(f"{device.title}: {size} bytes, the other {other_size}")
     return found
 
 
-def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[int, int]]:
-    """Yield (dev_id, offset of the first differing byte on the disk) of each cluster that differs.
+def differing_clusters(one: Part, other: Part, size: int) -> list[int]:
+    """Return which clusters of two parts differ in their first size bytes, counted from 0.
 
     Only clusters that both have are compared.
     """
-    if one is None or other is None or (one.image is None and other.image is None):
-        return
+    if one.image is None and other.image is None:
+        return []
+    found = []
     for i in range(min(len(one.masks), len(other.masks))):
         if not one.masks[i] and not other.masks[i]:
             continue
-        start = i * CLUSTER_SIZE
-        end = min(start + CLUSTER_SIZE, one.size, other.size)
-        ours, theirs = (
-            ZERO_CLUSTER[: end - start] if part.image is None else part.image[start:end]
-            for part in (one, other)
-        )
+        ours, theirs = (cluster_bytes(part, i, size) for part in (one, other))
         # A bytearray compares with any buffer at once, a memoryview byte by byte.
-        if bytearray(ours) != theirs:  # type: ignore[comparison-overlap]  # any buffer will do
-            at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-            yield one.device.dev_id, one.offset + start + at
+        if bytearray(ours) != theirs:
+            found.append(i)
+    return found
+
+
+def first_difference(one: Part, other: Part, clusters: Sequence[int]) -> int:
+    """Return the offset on the disk of the first byte that differs in the first of the clusters."""
+    for i in clusters[:1]:
+        ours, theirs = (cluster_bytes(part, i, part.size) for part in (one, other))
+        return one.offset + i * CLUSTER_SIZE + [a != b for a, b in zip(ours, theirs)].index(True)
+    return 0
+
+
+def cluster_bytes(part: Part, number: int, size: int = sys.maxsize) -> Buffer:
+    """Return one cluster of a part, up to size bytes from the part's start."""
+    start, end = number * CLUSTER_SIZE, min((number + 1) * CLUSTER_SIZE, size)
+    return ZERO_CLUSTER[: end - start] if part.image is None else part.image[start:end]
+
+
+# ---------------------------------------------------------------------------------------------
+# Differences: the clusters in which an archive differs from its base, and the archive that a
+# difference and its base make. The file is a canonical archive (--align 4K) with another magic and
+# a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
+
+DIFFERENCE_ALIGN = "4K"
+
+
+class ContentDigest(Consumer):
+    """The content digest of an archive: the same for every layout and compression of its disks.
+
+    It is the SHA-256 over the digests, 32 bytes each, of the devices in canonical order. The digest
+    of a device is the SHA-256 over
+        its name in UTF-8, and a zero byte;
+        each cluster that is not all zeros, ascending: 65536 bytes, zeros behind the device's end;
+        the SHA-256 over the numbers of these clusters, 8 bytes each;
+        the size of the restored device in bytes, 8 bytes.
+    All numbers are big-endian.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._digests = {
+            device.dev_id: (hashlib.sha256(encode_name(device.name) + b"\0"), hashlib.sha256())
+            for device in canonical_order(header.devices)
+        }
+
+    def prepare(self, part: Part) -> tuple[int, list[Buffer], bytes]:
+        """Return dev_id, what is hashed of a part, and the numbers of these clusters."""
+        if part.image is None:
+            return part.device.dev_id, [], b""
+        # A block that does not begin with a zero byte needs no second look.
+        firsts = bytes(part.image[::BLOCK_SIZE])
+        masks = [
+            FULL_MASK
+            if any(firsts[i * CLUSTER_BLOCKS : (i + 1) * CLUSTER_BLOCKS])
+            or (mask and bytes(cluster_bytes(part, i)) != ZERO_CLUSTER)
+            else 0
+            for i, mask in enumerate(part.masks)
+        ]
+        numbers = [number for number, mask in enumerate(masks, part.first) if mask]
+        views: list[Buffer] = [part.image[start:end] for start, end in block_spans(masks)]
+        return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
+
+    def deliver(self, prepared: Sequence[tuple[int, list[Buffer], bytes]]) -> None:
+        for dev_id, views, packed in prepared:
+            data, numbers = self._digests[dev_id]
+            for view in views:
+                data.update(view)
+            numbers.update(packed)
+
+    def disks(self, index: Index) -> dict[int, str]:
+        """Return the devices' digests in hex by dev_id, in canonical order."""
+        found = {}
+        for dev_id, (data, numbers) in self._digests.items():
+            digest = data.copy()
+            digest.update(numbers.digest())
+            digest.update(struct.pack(">Q", index.devices[dev_id].disk_size))
+            found[dev_id] = digest.hexdigest()
+        return found
+
+
+def content_digest(contents: Contents, progress: Progress) -> str:
+    """Read an archive, and return its content digest in hex."""
+    digest = ContentDigest(contents.header)
+    copy_parts(contents, digest, CANONICAL_MAX_CLUSTERS, progress)
+    return combine_digests(digest.disks(contents.index).values())
+
+
+def layout_digest(contents: Contents) -> str:
+    """Return the SHA-256 over the header's MD5 and the SHA-256 of the extents' MD5s, in hex."""
+    contents.complete()
+    return hashlib.sha256(contents.header.md5 + contents.index.digest.digest()).hexdigest()
+
+
+class DifferenceWriter:
+    """Compares two archives, and writes the clusters in which the second one differs."""
+
+    def __init__(self, base: Contents, new: Contents, spool: Target) -> None:
+        self.both = base, new
+        self.spool = spool
+        self.digests = ContentDigest(base.header), ContentDigest(new.header)
+        self.cluster_count = 0
+        self.extents = hashlib.sha256()
+
+    def copy(self, progress: Progress) -> None:
+        """Read both archives, and write the extents of the difference."""
+
+        def matters(pair: Pair) -> bool:
+            ours, theirs = pair
+            if any(plan and plan.has_data for plan in pair):
+                return True
+            missing = theirs and (not ours or ours.cluster_count < theirs.cluster_count)
+            return bool(missing or (theirs and theirs.device.is_vmstate))
+
+        pairs = pair_plans(self.both, lambda d: (d.is_vmstate, d.dev_id, d.name))
+        batches = in_batches(
+            filter(matters, pairs), lambda pair: any(p and p.has_data for p in pair), progress
+        )
+        deliver = [functools.partial(self._hash, number) for number in range(2)]
+        read_pairs(self.both, batches, self._compare, [*deliver, self._write])
+
+    def _compare(self, ours: Part | None, theirs: Part | None) -> list[Any]:
+        """Return what is hashed of both parts, and the extent that is written."""
+        prepared = [
+            digest.prepare(part) if part else None
+            for digest, part in zip(self.digests, (ours, theirs))
+        ]
+        return [*prepared, lay_out_difference(ours, theirs) if theirs else []]
+
+    def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
+        self.digests[number].deliver([each[number] for each in compared if each[number]])
+
+    def _write(self, compared: Sequence[list[Any]]) -> None:
+        for _, _, extent in compared:
+            if extent:
+                self.extents.update(extent[0][EXTENT_MD5])
+                self.cluster_count += EXTENT_SLOTS - EXTENT.unpack(extent[0])[5:].count(0)
+                self.spool.append(extent)
+
+    def header(self, names: Sequence[str]) -> bytearray:
+        """Return the header of the difference; names are those of the two archives."""
+        disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
+        base, new = (
+            Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
+            for name, c, found in zip(names, self.both, disks)
+        )
+        text = pack_difference(
+            Difference(base, new, tuple(disks[1].values()), self.extents.hexdigest())
+        )
+        header = self.both[1].header
+        configs = (Config(DIFFERENCE_CONFIG, text), *header.configs)
+        header = header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
+        return lay_out_header(header, ALIGNS[DIFFERENCE_ALIGN])
+
+
+def lay_out_difference(base: Part | None, new: Part) -> list[Buffer]:
+    """Return the extent of the clusters in which new differs; empty if there are none."""
+    count = len(new.masks)
+    masks = list(new.masks)
+    kept: Sequence[int] = range(count)
+    if not new.device.is_vmstate:
+        if base is not None:
+            differing = differing_clusters(base, new, new.size)
+            kept = [*differing, *range(len(base.masks), count)]
+            masks = [0] * count
+            for number in kept:
+                masks[number] = new.masks[number]
+        if new.image is not None:
+            masks = find_data(new.image, block_spans(masks), count)
+    if not kept:
+        return []
+    info = new.device.dev_id << 32 | new.first
+    infos = [masks[number] << 48 | info + number for number in kept]
+    spans = block_spans(masks) if new.image is not None else []
+    size = sum(end - start for start, end in spans)
+    extent = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, infos)
+    return [extent, *(new.image[start:end] for start, end in spans if new.image is not None)]
+
+
+class Overlay(Contents):
+    """The archive that a difference and its base make.
+
+    Blocks of zeros count as not stored, so that nothing shows how the base is laid out.
+    """
+
+    def __init__(self, difference: Contents, base: Contents) -> None:
+        name = difference.source.name
+        if base.header.magic == DIFFERENCE_MAGIC:
+            raise FormatError(
+                f"{base.source.name}: a difference, and no base of another one: each needs only "
+                f"its full archive, {parse_difference(base.header).needs}"
+            )
+        if difference.index.difference is None:
+            raise VmaError(f"{name}: not a difference: it is read without --base")
+        self.difference, self.base = difference, base
+        self.about = difference.index.difference
+        self.source = difference.source
+        self.index = difference.index  # for vmstate's size: that is always stored whole
+        self.header = whole_header(difference.header)
+        self.ordered = difference.ordered or base.ordered
+        self.parallel = difference.parallel or base.parallel
+        known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
+        self._bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.difference.source, self.base.source
+
+    def complete(self) -> None:
+        self.difference.complete()
+        self.base.complete()
+        for device in self.header.devices if not self.ordered else ():
+            # Behind the base's end nothing may be missing: better known before anything is written.
+            base = self._bases.get(device.dev_id)
+            start = base.cluster_count if base else 0
+            for first in range(start, device.cluster_count, MAX_PARTS):
+                self._require(
+                    device, first, self.index.devices[device.dev_id].slice(first, MAX_PARTS)
+                )
+
+    def _require(self, device: Device, first: int, entries: Sequence[int]) -> None:
+        """Raise FormatError if one of these clusters is missing, which the base does not have."""
+        if 0 in entries:
+            number = first + entries.index(0)
+            raise FormatError(
+                f"{self.base.source.name}: the wrong base: it has no cluster {number} of "
+                f"{device.title}; {self._needs}"
+            )
+
+    @property
+    def _needs(self) -> str:
+        return f"{self.source.name} needs {self.about.needs}"
+
+    def plan(self, device: Device, first: int, count: int) -> Plan | None:
+        entries = self.difference.entries(device, first, count)
+        if not entries:
+            return None
+        base = self._bases.get(device.dev_id)
+        base_entries = self.base.entries(base, first, len(entries)) if base else []
+        self._require(device, first + len(base_entries), entries[len(base_entries) :])
+        # Runs of clusters from one of the two, as (whose, device, start, end)
+        runs: list[tuple[Contents, Device, int, int]] = []
+        if base and self.base.ordered:  # also what is not needed must be taken out of the stream
+            runs.append((self.base, base, 0, len(base_entries)))
+        start = 0
+        for is_stored, run in itertools.groupby(map(bool, entries)):
+            end = start + len(list(run))
+            if is_stored:
+                runs.append((self.difference, device, start, end))
+            elif base and not self.base.ordered:
+                runs.append((self.base, base, start, end))
+            start = end
+        where = []
+        for contents, owner, start, end in runs:
+            part = (entries if contents is self.difference else base_entries)[start:end]
+            has_data = any(entry & FULL_MASK for entry in part)
+            where.append((contents, Plan(owner, first + start, end - start, part, has_data)))
+        has_data = any(plan.has_data for _, plan in where)
+        return Plan(device, first, len(entries), where, has_data)
+
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        bases = set(self._bases) if chosen is None else set(self._bases) & set(chosen)
+        with self.difference.holding(chosen), self.base.holding(bases):
+            yield from super().plans(count, chosen)
+
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        if not plan.has_data:
+            return Part(plan.device, plan.first, [0] * plan.cluster_count, None)
+        image = buffer[: plan.cluster_count * CLUSTER_SIZE]
+        masks = [0] * plan.cluster_count
+        for contents, part in plan.where:
+            start = part.first - plan.first
+            end = start + part.cluster_count
+            view = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+            masks[start:end] = found = contents.read(part, view).masks
+            if not any(found):
+                view[:] = bytes(len(view))
+        result = make_part(plan.device, plan.first, masks, image)
+        if not plan.device.is_vmstate:  # of that, Proxmox restores exactly the blocks stored
+            masks = find_data(image, block_spans(result.masks), plan.cluster_count)
+        return result._replace(masks=masks, image=image if any(masks) else None)
+
+    def check(self) -> Consumer:
+        return ContentCheck(self)
+
+    def check_base(self, progress: Progress) -> None:
+        """Raise FormatError unless the base is the one that is needed.
+
+        For those who read only some places: if it has another layout, it is read once.
+        """
+        self.complete()
+        wanted = self.about.base
+        if (
+            layout_digest(self.base) != wanted.layout
+            and content_digest(self.base, progress) != wanted.content
+        ):
+            raise FormatError(f"{self.base.source.name}: the wrong base: {self._needs}")
+
+    def blame(self) -> FormatError:
+        """Return the error for disks that are not what they must be."""
+        base, difference = (source.name for source in reversed(self.inputs))
+        is_same_layout = layout_digest(self.base) == self.about.base.layout
+        if self.ordered:
+            who = "it" if is_same_layout else "the wrong base, or it"
+            return FormatError(f"{base}: {who} or {difference} is damaged: {self._needs}")
+        with Progress(base, quiet=True) as progress:
+            content = content_digest(self.base, progress)
+        if content == self.about.base.content:
+            return FormatError(f"{difference}: damaged: {base} is the right base")
+        if is_same_layout:
+            return FormatError(f"{base}: damaged: the right base, but its disks have changed")
+        return FormatError(f"{base}: the wrong base, or damaged: {self._needs}")
+
+
+class ContentCheck(ContentDigest):
+    """Raises FormatError at the end unless the disks are those that the difference was made of."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay.header)
+        self.overlay = overlay
+        self.seen: set[int] = set()
+
+    def deliver(self, prepared: Sequence[tuple[int, list[Buffer], bytes]]) -> None:
+        self.seen.update(dev_id for dev_id, _, _ in prepared)
+        super().deliver(prepared)
+
+    def finish(self) -> None:
+        found = self.disks(self.overlay.index)
+        expected = dict(zip(found, self.overlay.about.disks))
+        if any(found[dev_id] != expected[dev_id] for dev_id in self.seen):
+            raise self.overlay.blame()
 
 
 # ---------------------------------------------------------------------------------------------
