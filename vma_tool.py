@@ -299,6 +299,7 @@ MAX_CLUSTERS = 1 << 32  # of a device: what cluster_num can count
 SECTOR_SIZE = 512
 Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
+ZEROS = memoryview(ZERO_CLUSTER)
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 # spec, "VMA Header": magic, version, uuid, ctime, md5sum, blob_buffer_offset, blob_buffer_size,
@@ -2200,15 +2201,17 @@ BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
 BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
+COMPARED_CLUSTERS = 14  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 
 class Part(NamedTuple):
     """Consecutive clusters of one device, as they lie on its disk.
 
-    The masks say which blocks are stored, none behind the device's end. `image` is all bytes of
-    these clusters: zeros where nothing is stored, and behind the device's end. It is None if no
-    block is stored.
+    The masks say which blocks are stored, none behind the device's end. `image` has room for all
+    bytes of these clusters, but only the stored blocks are set; it is None if there are none. To
+    clear the rest of each would cost as much as to copy the data: `filled` and `whole` clear what
+    is needed.
     """
 
     device: Device
@@ -2226,6 +2229,38 @@ class Part(NamedTuple):
         """Bytes of the disk: fewer than the clusters have at the device's end."""
         return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
 
+    def filled(self, masks: Sequence[int]) -> list[memoryview]:
+        """Return the blocks in masks that have all stored blocks, and more as zeros."""
+        if self.image is None:
+            return []
+        for base, stored, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks, masks):
+            if stored != mask:
+                self._clear(base, mask ^ stored)
+        return [self.image[start:end] for start, end in block_spans(masks)]
+
+    def whole(self) -> memoryview | None:
+        """Return all bytes up to the device's end, None if they are all zeros."""
+        if self.image is None:
+            return None
+        for base, stored in zip(itertools.count(0, CLUSTER_SIZE), self.masks):
+            if stored != FULL_MASK:
+                self._clear(base, stored ^ FULL_MASK)
+        return self.image[: self.size]
+
+    def filled_run(self, base: int, start: int, size: int) -> Buffer:
+        """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
+        if self.image is None:
+            return ZEROS[:size]
+        run = (1 << -(-size // BLOCK_SIZE)) - 1 << start // BLOCK_SIZE
+        self._clear(base, run & ~self.masks[base // CLUSTER_SIZE])
+        return self.image[base + start : base + start + size]
+
+    def _clear(self, base: int, mask: int) -> None:
+        """Zero some blocks of the cluster at base in the image."""
+        assert self.image is not None
+        for start, size in block_runs(mask):
+            self.image[base + start : base + start + size] = ZEROS[:size]
+
 
 class Plan(NamedTuple):
     """A part that has not been read yet: `cluster_count` clusters from `first` on.
@@ -2242,7 +2277,7 @@ class Plan(NamedTuple):
 
 
 def make_part(device: Device, first: int, masks: list[int], image: memoryview | None) -> Part:
-    """Return a part, with everything behind the device's end cleared."""
+    """Return a part, with everything behind the device's end left out or cleared."""
     end = device.max_size - first * CLUSTER_SIZE
     if image is not None and end < len(image):
         image[end:] = bytes(len(image) - end)
@@ -2252,14 +2287,12 @@ def make_part(device: Device, first: int, masks: list[int], image: memoryview | 
 def scatter(entries: Sequence[int], image: memoryview) -> list[tuple[int, memoryview]]:
     """Return where the stored blocks of clusters are, and the views of the image they belong to.
 
-    Entries are as in DeviceIndex. Everything else of the image is zeroed.
+    Entries are as in DeviceIndex.
     """
     wanted = []
     begin = end = source = 0  # the run that grows: where in the image, and its end in the archive
     for base, entry in zip(itertools.count(0, CLUSTER_SIZE), entries):
         offset, mask = entry >> 16, entry & FULL_MASK
-        if mask != FULL_MASK:
-            image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
         for start, size in block_runs(mask):
             if base + start != end or offset != source:
                 if end > begin:
@@ -2404,7 +2437,7 @@ class Contents(Producer):
             plan = self.plan(index.device, first, count)
             if plan is None:
                 break
-            image = self.read(plan, buffer).image
+            image = self.read(plan, buffer).whole()
             stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
                 start = first * CLUSTER_SIZE
@@ -2492,8 +2525,6 @@ class Stream(Contents):
                 spilled += scatter(entries[i : i + 1], image[base : base + CLUSTER_SIZE])
                 continue
             self._held_size -= len(data) + HELD_OVERHEAD
-            if mask != FULL_MASK:
-                image[base : base + CLUSTER_SIZE] = ZERO_CLUSTER
             at = 0
             for start, size in block_runs(mask):
                 image[base + start : base + start + size] = data[at : at + size]
@@ -2578,15 +2609,12 @@ class Disks(Producer):
             return Part(device, first, [0] * count, None)
         image = buffer[: count * CLUSTER_SIZE]
         base = first * CLUSTER_SIZE
-        done = 0
         spans = []
         for start, end in where:
-            image[done : start - base] = bytes(start - base - done)
             self.disks[device.dev_id].source.read_at([(start, image[start - base : end - base])])
             done = min(-(-(end - base) // BLOCK_SIZE) * BLOCK_SIZE, len(image))
             image[end - base : done] = bytes(done - (end - base))
             spans.append((start - base, done))
-        image[done:] = bytes(len(image) - done)
         masks = find_data(image, spans, count)
         return Part(device, first, masks, image if any(masks) else None)
 
@@ -2841,10 +2869,7 @@ class CanonicalWriter(Consumer):
 
     def prepare(self, part: Part) -> list[Buffer]:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
-        if part.image is None:
-            return [header]
-        # Blocks that were added to fill the extent up are zeros in the image.
-        return [header, *(part.image[start:end] for start, end in block_spans(masks))]
+        return [header, *part.filled(masks)]
 
     def deliver(self, prepared: Sequence[Any]) -> None:
         for extent in prepared:
@@ -2925,15 +2950,16 @@ class DiskWriter(Consumer):
             if part.device.dev_id in self.zeros:
                 target.write_at(part.offset, disk_bytes(part))
             elif part.image is not None:
-                image = part.image[: part.size]
+                image = part.image[: part.size]  # the last block may reach further
                 for start, end in block_spans(part.masks):
                     target.write_at(part.offset + start, [image[start:end]])
 
 
 def disk_bytes(part: Part) -> list[Buffer]:
     """Return all bytes of a part, zeros and all, up to the device's end."""
-    if part.image is not None:
-        return [part.image[: part.size]]
+    whole = part.whole()
+    if whole is not None:
+        return [whole]
     count, rest = divmod(part.size, CLUSTER_SIZE)
     return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
 
@@ -3002,7 +3028,8 @@ Pair = tuple[Optional[Plan], Optional[Plan]]
 
 
 def pair_plans(
-    both: tuple[Contents, Contents],
+    both: Sequence[Contents],
+    count: int,
     key: Callable[[Device], tuple[Any, ...]],
     chosen: Collection[int] | None = None,
 ) -> Iterator[Pair]:
@@ -3011,8 +3038,8 @@ def pair_plans(
     Devices with the same key are paired; it begins with what canonical_order sorts by.
     """
     groups = [
-        itertools.groupby(c.plans(CANONICAL_MAX_CLUSTERS, chosen), lambda plan: key(plan.device))
-        for c in both
+        itertools.groupby(contents.plans(count, chosen), lambda plan: key(plan.device))
+        for contents in both
     ]
     heads = [next(group, None) for group in groups]
     while any(heads):
@@ -3025,37 +3052,21 @@ def pair_plans(
         ]
 
 
-def read_pairs(
-    both: tuple[Contents, Contents],
-    batches: Iterable[list[Pair]],
-    work: Callable[[Part | None, Part | None], T],
-    deliver: Sequence[Callable[[list[T]], None]],
-) -> None:
-    """Read pairs, work on them with all processors, and deliver the results in order.
+def pair_has_data(pair: Pair) -> bool:
+    return any(plan is not None and plan.has_data for plan in pair)
 
-    Of a batch only the last pair has data.
-    """
-    parallel = any(contents.parallel for contents in both)
 
-    def read(batch: Sequence[Any], buffer: memoryview, here: bool) -> list[list[Any]]:
-        """Read what is to be read in the thread that plans, or everything else."""
-        return [
-            [
-                contents.read(plan, buffer[i * BUFFER_SIZE : (i + 1) * BUFFER_SIZE])
-                if isinstance(plan, Plan) and here == (contents.ordered or not parallel)
-                else plan
-                for i, (plan, contents) in enumerate(zip(pair, both))
-            ]
-            for pair in batch
-        ]
-
-    pump(
-        batches,
-        functools.partial(read, here=True),
-        deliver,
-        lambda batch, buffer: [work(*pair) for pair in read(batch, buffer, here=False)],
-        2 * BUFFER_SIZE,
-    )
+def read_pair(
+    both: Sequence[Contents], pair: Sequence[Any], buffer: memoryview, ordered: bool
+) -> list[Any]:
+    """Read the plans of a pair whose contents are to be read in order, or the others."""
+    size = len(buffer) // 2
+    return [
+        contents.read(plan, buffer[i * size : (i + 1) * size])
+        if isinstance(plan, Plan) and contents.ordered == ordered
+        else plan
+        for i, (plan, contents) in enumerate(zip(pair, both))
+    ]
 
 
 def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[str]:
@@ -3067,69 +3078,83 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     common = {d.dev_id: d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds}
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
+    both = one, other
+    size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
     def pairs() -> Iterator[Pair]:
-        for pair in pair_plans((one, other), lambda d: (d.is_vmstate, d.dev_id), set(common)):
-            if any(plan and plan.has_data for plan in pair):
-                yield pair
-            progress.tick()
+        plans = pair_plans(
+            both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
+        )
+        return filter(pair_has_data, ticking(plans, progress))
 
-    def compare(ours: Part | None, theirs: Part | None) -> tuple[int, int, int]:
-        """Return dev_id, how many clusters differ, and the offset of the first byte that does."""
-        if ours is None or theirs is None:
-            return 0, 0, 0
-        found = differing_clusters(ours, theirs, min(ours.size, theirs.size))
-        return ours.device.dev_id, len(found), first_difference(ours, theirs, found)
+    def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
+        return read_pair(both, pair, buffer, ordered=True)
 
-    def count(compared: list[tuple[int, int, int]]) -> None:
-        for dev_id, number, first in compared:
-            if number:
-                counts[dev_id] += number
-                firsts.setdefault(dev_id, first)
+    def read_rest(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
+        return read_pair(both, pair, buffer, ordered=False)
 
-    read_pairs((one, other), in_batches(pairs(), lambda _: True, progress), compare, [count])
+    def compare(pair: Sequence[Part | None]) -> None:
+        for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
+            dev_id = part.device.dev_id
+            counts[dev_id] += 1
+            if dev_id not in firsts:
+                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                firsts[dev_id] = part.offset + offset + at
+
+    if one.parallel or other.parallel:
+        pump(pairs(), read_here, [compare], read_rest, size)
+    else:
+        # In one buffer, which stays in the processor's cache, one thread is faster than two.
+        buffer = new_buffer(size)
+        for pair in pairs():
+            compare(read_rest(read_here(pair, buffer), buffer))
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        size, other_size = (contents.index.devices[dev_id].disk_size for contents in (one, other))
-        if size != other_size:
-            found.append(f"{device.title}: {size} bytes, the other {other_size}")
+        one_size, other_size = (c.index.devices[dev_id].disk_size for c in both)
+        if one_size != other_size:
+            found.append(f"{device.title}: {one_size} bytes, the other {other_size}")
     return found
 
 
-def differing_clusters(one: Part, other: Part, size: int) -> list[int]:
-    """Return which clusters of two parts differ in their first size bytes, counted from 0.
+def same_data(one: Part, other: Part) -> bool:
+    """Say whether two parts store the same blocks, with the same bytes."""
+    if one.masks != other.masks or one.size != other.size:
+        return False
+    if one.image is None or other.image is None:
+        return True
+    for first, last in block_spans(one.masks):
+        for start in range(first, last, SCRATCH_SIZE):
+            end = min(start + SCRATCH_SIZE, last)
+            # A bytearray compares with any buffer at once, a memoryview byte by byte.
+            if bytearray(one.image[start:end]) != other.image[start:end]:
+                return False
+    return True
 
-    Only clusters that both have are compared.
+
+def differing_runs(
+    one: Part | None, other: Part | None, size: int | None = None
+) -> Iterator[tuple[Part, int, Buffer, Buffer]]:
+    """Yield of each cluster that differs the first run of blocks that does, up to size bytes.
+
+    As (one, offset of the run in the part, the run in both). Only clusters that both have are
+    compared, by default only their bytes before the ends of both devices.
     """
-    if one.image is None and other.image is None:
-        return []
-    found = []
-    for i in range(min(len(one.masks), len(other.masks))):
-        if not one.masks[i] and not other.masks[i]:
-            continue
-        ours, theirs = (cluster_bytes(part, i, size) for part in (one, other))
-        # A bytearray compares with any buffer at once, a memoryview byte by byte.
-        if bytearray(ours) != theirs:
-            found.append(i)
-    return found
-
-
-def first_difference(one: Part, other: Part, clusters: Sequence[int]) -> int:
-    """Return the offset on the disk of the first byte that differs in the first of the clusters."""
-    for i in clusters[:1]:
-        ours, theirs = (cluster_bytes(part, i, part.size) for part in (one, other))
-        return one.offset + i * CLUSTER_SIZE + [a != b for a, b in zip(ours, theirs)].index(True)
-    return 0
-
-
-def cluster_bytes(part: Part, number: int, size: int = sys.maxsize) -> Buffer:
-    """Return one cluster of a part, up to size bytes from the part's start."""
-    start, end = number * CLUSTER_SIZE, min((number + 1) * CLUSTER_SIZE, size)
-    return ZERO_CLUSTER[: end - start] if part.image is None else part.image[start:end]
+    if one is None or other is None or same_data(one, other):
+        return
+    size = min(one.size, other.size) if size is None else size
+    for i, masks in enumerate(zip(one.masks, other.masks)):
+        base = i * CLUSTER_SIZE
+        for start, length in block_runs(masks[0] | masks[1]):
+            # What only one of them stores may be zeros.
+            length = max(min(length, size - base - start), 0)  # noqa: PLW2901 - of what counts
+            ours, theirs = (part.filled_run(base, start, length) for part in (one, other))
+            if bytearray(ours) != theirs:
+                yield one, base + start, ours, theirs
+                break
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3158,24 +3183,14 @@ class ContentDigest(Consumer):
             for device in canonical_order(header.devices)
         }
 
-    def prepare(self, part: Part) -> tuple[int, list[Buffer], bytes]:
+    def prepare(self, part: Part) -> tuple[int, list[memoryview], bytes]:
         """Return dev_id, what is hashed of a part, and the numbers of these clusters."""
-        if part.image is None:
-            return part.device.dev_id, [], b""
-        # A block that does not begin with a zero byte needs no second look.
-        firsts = bytes(part.image[::BLOCK_SIZE])
-        masks = [
-            FULL_MASK
-            if any(firsts[i * CLUSTER_BLOCKS : (i + 1) * CLUSTER_BLOCKS])
-            or (mask and bytes(cluster_bytes(part, i)) != ZERO_CLUSTER)
-            else 0
-            for i, mask in enumerate(part.masks)
-        ]
+        masks = data_masks(part)
         numbers = [number for number, mask in enumerate(masks, part.first) if mask]
-        views: list[Buffer] = [part.image[start:end] for start, end in block_spans(masks)]
+        views = part.filled([FULL_MASK if mask else 0 for mask in masks])
         return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
 
-    def deliver(self, prepared: Sequence[tuple[int, list[Buffer], bytes]]) -> None:
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
         for dev_id, views, packed in prepared:
             data, numbers = self._digests[dev_id]
             for view in views:
@@ -3206,40 +3221,59 @@ def layout_digest(contents: Contents) -> str:
     return hashlib.sha256(contents.header.md5 + contents.index.digest.digest()).hexdigest()
 
 
+def data_masks(part: Part) -> Sequence[int]:
+    """Return the masks of the blocks that are not all zeros."""
+    if part.image is None:
+        return part.masks
+    return find_data(part.image, block_spans(part.masks), len(part.masks))
+
+
 class DifferenceWriter:
     """Compares two archives, and writes the clusters in which the second one differs."""
 
-    def __init__(self, base: Contents, new: Contents, spool: Target) -> None:
+    def __init__(self, base: Contents, new: Contents, target: Target) -> None:
         self.both = base, new
-        self.spool = spool
+        self.target = target
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
         self.cluster_count = 0
         self.extents = hashlib.sha256()
 
-    def copy(self, progress: Progress) -> None:
+    def write_extents(self, progress: Progress) -> None:
         """Read both archives, and write the extents of the difference."""
 
         def matters(pair: Pair) -> bool:
-            ours, theirs = pair
-            if any(plan and plan.has_data for plan in pair):
-                return True
-            missing = theirs and (not ours or ours.cluster_count < theirs.cluster_count)
-            return bool(missing or (theirs and theirs.device.is_vmstate))
+            """Leave out zeros that both have: of most disks, that is nearly everything."""
+            base, new = pair
+            if pair_has_data(pair) or new is None:
+                return pair_has_data(pair)
+            return base is None or base.cluster_count < new.cluster_count or new.device.is_vmstate
 
-        pairs = pair_plans(self.both, lambda d: (d.is_vmstate, d.dev_id, d.name))
-        batches = in_batches(
-            filter(matters, pairs), lambda pair: any(p and p.has_data for p in pair), progress
+        def read(batch: Sequence[Any], buffer: memoryview, ordered: bool) -> list[list[Any]]:
+            return [read_pair(self.both, pair, buffer, ordered) for pair in batch]
+
+        def read_here(batch: list[Pair], buffer: memoryview) -> list[list[Any]]:
+            parts = read(batch, buffer, ordered=True)
+            return parts if parallel else read(parts, buffer, ordered=False)
+
+        def compare(batch: list[Any], buffer: memoryview) -> list[list[Any]]:
+            return [self._compare(*pair) for pair in read(batch, buffer, ordered=False)]
+
+        parallel = any(contents.parallel for contents in self.both)
+        pairs = pair_plans(
+            self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
-        deliver = [functools.partial(self._hash, number) for number in range(2)]
-        read_pairs(self.both, batches, self._compare, [*deliver, self._write])
+        batches = in_batches(filter(matters, pairs), pair_has_data, progress)
+        hash_base, hash_new = (functools.partial(self._hash, number) for number in range(2))
+        deliver: list[Callable[[Any], None]] = [hash_base, hash_new, self._write]
+        pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
 
-    def _compare(self, ours: Part | None, theirs: Part | None) -> list[Any]:
+    def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
         """Return what is hashed of both parts, and the extent that is written."""
         prepared = [
             digest.prepare(part) if part else None
-            for digest, part in zip(self.digests, (ours, theirs))
+            for digest, part in zip(self.digests, (base, new))
         ]
-        return [*prepared, lay_out_difference(ours, theirs) if theirs else []]
+        return [*prepared, lay_out_difference(base, new) if new else []]
 
     def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
         self.digests[number].deliver([each[number] for each in compared if each[number]])
@@ -3249,9 +3283,9 @@ class DifferenceWriter:
             if extent:
                 self.extents.update(extent[0][EXTENT_MD5])
                 self.cluster_count += EXTENT_SLOTS - EXTENT.unpack(extent[0])[5:].count(0)
-                self.spool.append(extent)
+                self.target.append(extent)
 
-    def header(self, names: Sequence[str]) -> bytearray:
+    def header(self, names: Sequence[str]) -> Header:
         """Return the header of the difference; names are those of the two archives."""
         disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
         base, new = (
@@ -3263,32 +3297,36 @@ class DifferenceWriter:
         )
         header = self.both[1].header
         configs = (Config(DIFFERENCE_CONFIG, text), *header.configs)
-        header = header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
-        return lay_out_header(header, ALIGNS[DIFFERENCE_ALIGN])
+        return header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
 
 
 def lay_out_difference(base: Part | None, new: Part) -> list[Buffer]:
-    """Return the extent of the clusters in which new differs; empty if there are none."""
-    count = len(new.masks)
-    masks = list(new.masks)
-    kept: Sequence[int] = range(count)
+    """Return the extent of the clusters in which new differs; empty if there are none.
+
+    Blocks of zeros are not stored. Of a vmstate, which Proxmox restores as the blocks are stored,
+    all is kept as it is.
+    """
+    kept: Sequence[int] = range(len(new.masks))
+    masks = new.masks
     if not new.device.is_vmstate:
         if base is not None:
-            differing = differing_clusters(base, new, new.size)
-            kept = [*differing, *range(len(base.masks), count)]
-            masks = [0] * count
-            for number in kept:
-                masks[number] = new.masks[number]
-        if new.image is not None:
-            masks = find_data(new.image, block_spans(masks), count)
+            differing = differing_runs(base, new, new.size)
+            kept = [
+                *(offset // CLUSTER_SIZE for _, offset, _, _ in differing),
+                *range(len(base.masks), len(new.masks)),
+            ]
+        chosen = set(kept)
+        masks = [mask if number in chosen else 0 for number, mask in enumerate(masks)]
+        masks = data_masks(new._replace(masks=masks))
     if not kept:
         return []
     info = new.device.dev_id << 32 | new.first
     infos = [masks[number] << 48 | info + number for number in kept]
-    spans = block_spans(masks) if new.image is not None else []
-    size = sum(end - start for start, end in spans)
-    extent = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, infos)
-    return [extent, *(new.image[start:end] for start, end in spans if new.image is not None)]
+    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
+    return [
+        pack_extent(CANONICAL_UUID, block_count, infos),
+        *new._replace(masks=masks).filled(masks),
+    ]
 
 
 class Overlay(Contents):
@@ -3386,13 +3424,11 @@ class Overlay(Contents):
             start = part.first - plan.first
             end = start + part.cluster_count
             view = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
-            masks[start:end] = found = contents.read(part, view).masks
-            if not any(found):
-                view[:] = bytes(len(view))
+            masks[start:end] = contents.read(part, view).masks
         result = make_part(plan.device, plan.first, masks, image)
-        if not plan.device.is_vmstate:  # of that, Proxmox restores exactly the blocks stored
-            masks = find_data(image, block_spans(result.masks), plan.cluster_count)
-        return result._replace(masks=masks, image=image if any(masks) else None)
+        # Of a vmstate, Proxmox restores exactly the blocks that are stored.
+        found = result.masks if plan.device.is_vmstate else data_masks(result)
+        return result._replace(masks=found, image=image if any(found) else None)
 
     def check(self) -> Consumer:
         return ContentCheck(self)
@@ -3434,7 +3470,7 @@ class ContentCheck(ContentDigest):
         self.overlay = overlay
         self.seen: set[int] = set()
 
-    def deliver(self, prepared: Sequence[tuple[int, list[Buffer], bytes]]) -> None:
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
         self.seen.update(dev_id for dev_id, _, _ in prepared)
         super().deliver(prepared)
 
