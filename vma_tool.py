@@ -794,6 +794,12 @@ class Origin(NamedTuple):
     layout: str
     content: str
 
+    @property
+    def title(self) -> str:
+        """Name, time and content digest for messages."""
+        created = format_time(self.ctime)
+        return f"{quote(self.name)}, created {created}, content digest {self.content}"
+
 
 class Difference(NamedTuple):
     """What vma-tool.json says: `new` is `base` with the clusters in this file.
@@ -806,12 +812,6 @@ class Difference(NamedTuple):
     new: Origin
     disks: tuple[str, ...]
     extents: str
-
-    @property
-    def needs(self) -> str:
-        """Say which archive it needs."""
-        name, ctime, _, content = self.base
-        return f"{quote(name)}, created {format_time(ctime)}, content digest {content}"
 
 
 def pack_difference(difference: Difference) -> bytes:
@@ -1064,6 +1064,17 @@ class Input:
 
 # mtime can be set back, ctime cannot.
 file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+
+def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
+    """Return who may read all of some files; pipes do not count."""
+    known = list(filter(None, sources))
+    if not known:
+        return None
+    mode = functools.reduce(operator.and_, (readers.mode for readers in known))
+    shared = len({readers.gid for readers in known}) == 1
+    has_acl = any(readers.has_acl for readers in known)
+    return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
 
 
 def has_acl(fd: int) -> bool:
@@ -1955,8 +1966,8 @@ def read_header(source: Input, whole: bool = True) -> Header:
         count = source.readinto(data[HEADER_FIXED_SIZE:])
         header = parse_header(data[: HEADER_FIXED_SIZE + count])
         if whole and header.magic == DIFFERENCE_MAGIC:
-            needs = parse_difference(header).needs
-            raise FormatError(f"a difference, which needs --base ARCHIVE: {needs}")
+            base = parse_difference(header).base.title
+            raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
         return header
 
 
@@ -2344,6 +2355,21 @@ class Contents(Producer):
         self.index = Index(self.header, source)
         self._extents = read_extents(source, self.header)
 
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Return all that is read."""
+        return (self.source,)
+
+    @property
+    def readers(self) -> Readers | None:
+        """Who may read everything that is read here, None for a pipe."""
+        return common_readers(each.readers for each in self.inputs)
+
+    def check_unchanged(self, path: str | None = None) -> None:
+        """Do so for all that is read; path is that of the archive."""
+        for each in self.inputs:
+            each.check_unchanged(path if each is self.source else None)
+
     def extents(self) -> Iterator[Extent]:
         """Yield and check the extents not read yet, in the archive's order."""
         for extent in self._extents:
@@ -2672,7 +2698,7 @@ class Consumer:
         return part
 
     def deliver(self, prepared: Sequence[Any]) -> None:
-        raise NotImplementedError
+        """Take what was prepared; here, nothing is done with it."""
 
     def finish(self) -> None:
         """Do what is left after the last part."""
@@ -2877,12 +2903,12 @@ class CanonicalWriter(Consumer):
         self.target.append(list(itertools.chain.from_iterable(prepared)))
 
 
-def check_written(writer: CanonicalWriter, written: Input) -> None:
+def check_written(writer: CanonicalWriter | DifferenceWriter, written: Input) -> None:
     """Raise VmaError unless the archive on the disk has the header and extents as written."""
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
-    header = read_header(written)
+    header = read_header(written, whole=False)
     whole = True
     while whole and (data := written.read(EXTENT_HEADER_SIZE)):
         whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
@@ -3231,12 +3257,17 @@ def data_masks(part: Part) -> Sequence[int]:
 class DifferenceWriter:
     """Compares two archives, and writes the clusters in which the second one differs."""
 
-    def __init__(self, base: Contents, new: Contents, target: Target) -> None:
+    def __init__(self, base: Contents, new: Contents, spool: Spool) -> None:
+        for contents in (base, new):
+            require_full(contents)
+        if len(new.header.configs) == CONFIG_COUNT:
+            raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
         self.both = base, new
-        self.target = target
+        self.spool = spool
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
         self.cluster_count = 0
-        self.extents = hashlib.sha256()
+        self.digest = hashlib.sha256()  # of the extents
+        self.header_md5 = b""
 
     def write_extents(self, progress: Progress) -> None:
         """Read both archives, and write the extents of the difference."""
@@ -3281,23 +3312,32 @@ class DifferenceWriter:
     def _write(self, compared: Sequence[list[Any]]) -> None:
         for _, _, extent in compared:
             if extent:
-                self.extents.update(extent[0][EXTENT_MD5])
+                self.digest.update(extent[0][EXTENT_MD5])
                 self.cluster_count += EXTENT_SLOTS - EXTENT.unpack(extent[0])[5:].count(0)
-                self.target.append(extent)
+                self.spool.append(extent)
 
-    def header(self, names: Sequence[str]) -> Header:
-        """Return the header of the difference; names are those of the two archives."""
+    def finish(self, names: Sequence[str], output: Target) -> None:
+        """Write the difference: its header, known only now, and what was written before.
+
+        `names` are those of the two archives.
+        """
         disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
         base, new = (
             Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
             for name, c, found in zip(names, self.both, disks)
         )
-        text = pack_difference(
-            Difference(base, new, tuple(disks[1].values()), self.extents.hexdigest())
-        )
+        about = Difference(base, new, tuple(disks[1].values()), self.digest.hexdigest())
         header = self.both[1].header
-        configs = (Config(DIFFERENCE_CONFIG, text), *header.configs)
-        return header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
+        configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
+        header = header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
+        data = lay_out_header(header, ALIGNS[DIFFERENCE_ALIGN])
+        self.header_md5 = bytes(data[HEADER_MD5])
+        output.append([data])
+        buffer = memoryview(bytearray(SPILL_SIZE))
+        for start in range(0, self.spool.position, SPILL_SIZE):
+            view = buffer[: self.spool.position - start]
+            self.spool.source.read_at([(start, view)])
+            output.append([view])
 
 
 def lay_out_difference(base: Part | None, new: Part) -> list[Buffer]:
@@ -3336,14 +3376,11 @@ class Overlay(Contents):
     """
 
     def __init__(self, difference: Contents, base: Contents) -> None:
-        name = difference.source.name
-        if base.header.magic == DIFFERENCE_MAGIC:
-            raise FormatError(
-                f"{base.source.name}: a difference, and no base of another one: each needs only "
-                f"its full archive, {parse_difference(base.header).needs}"
-            )
         if difference.index.difference is None:
-            raise VmaError(f"{name}: not a difference: it is read without --base")
+            raise VmaError(
+                f"{difference.source.name}: a full archive, no difference: it needs no --base"
+            )
+        require_full(base)
         self.difference, self.base = difference, base
         self.about = difference.index.difference
         self.source = difference.source
@@ -3381,7 +3418,7 @@ class Overlay(Contents):
 
     @property
     def _needs(self) -> str:
-        return f"{self.source.name} needs {self.about.needs}"
+        return f"{self.source.name} needs {self.about.base.title}"
 
     def plan(self, device: Device, first: int, count: int) -> Plan | None:
         entries = self.difference.entries(device, first, count)
@@ -3460,6 +3497,34 @@ class Overlay(Contents):
         if is_same_layout:
             return FormatError(f"{base}: damaged: the right base, but its disks have changed")
         return FormatError(f"{base}: the wrong base, or damaged: {self._needs}")
+
+
+def require_full(contents: Contents) -> None:
+    """Raise FormatError if this is a difference itself."""
+    if contents.index.difference:
+        raise FormatError(
+            f"{contents.source.name}: a difference, which cannot be the base of another one: each "
+            f"needs only its full archive, this one {contents.index.difference.base.title}"
+        )
+
+
+@contextmanager
+def open_archive(
+    path: str, base: str | None = None, memory: int = DEFAULT_MEMORY, directory: str = ""
+) -> Iterator[Contents]:
+    """Open an archive, or what a difference and its base make.
+
+    Everything that takes --base opens its archive here.
+    """
+    with ExitStack() as stack:
+        if path == base == "-":
+            raise VmaError("standard input can be only one of two archives")
+        source = stack.enter_context(open_input(path))
+        contents = load(source, memory, directory, whole=base is None)
+        if base is not None:
+            base_source = stack.enter_context(open_input(base))
+            contents = Overlay(contents, load(base_source, memory, directory, whole=False))
+        yield contents
 
 
 class ContentCheck(ContentDigest):
@@ -4035,10 +4100,15 @@ def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
         notice(args, f"{path}: left by a run that was killed; remove it")
 
 
-def progress_of(args: Namespace, source: Input) -> Progress:
-    """Return the progress of reading an archive."""
-    progress = Progress(source.name, args.quiet, args.verbose)
-    progress.begin("reading", source.total, source.position)
+def progress_of(args: Namespace, *sources: Input) -> Progress:
+    """Return the progress of reading archives."""
+    progress = Progress(sources[0].name, args.quiet, args.verbose)
+    totals = [source.total for source in sources]
+    progress.begin(
+        "reading",
+        sum(totals) if all(totals) else 0,
+        lambda: sum(source.position() for source in sources),
+    )
     return progress
 
 
@@ -4048,41 +4118,59 @@ def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
 
     Of a file that is every extent, of a stream the header.
     """
-    with open_input(args.archive) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(args.archive, args.base))
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
         if not contents.ordered:
             contents.complete()
         yield contents, progress
 
 
+def paths_read(args: Namespace) -> list[str]:
+    """Return the paths of an archive and its base."""
+    return [path for path in (args.archive, args.base) if path is not None]
+
+
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
+    if args.base is not None and args.scan:
+        raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
-    with open_input(args.archive) as source:
-        if args.partitions and source.size is None:
-            raise VmaError(
-                f"{source.name}: --partitions reads at any place, which a stream does not allow; "
-                "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
-            )
-        contents = Contents(source) if args.scan or args.partitions else None
+    contents: Contents | None = None
+    with ExitStack() as stack:
+        if args.base is not None:
+            contents = stack.enter_context(open_archive(args.archive, args.base))
+            source = contents.source
+        else:
+            source = stack.enter_context(open_input(args.archive))
+            contents = Contents(source) if args.scan or args.partitions else None
+        for each in contents.inputs if contents and args.partitions else ():
+            if each.size is None:
+                raise VmaError(
+                    f"{each.name}: --partitions reads at any place, which a stream does not allow; "
+                    "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
+                )
         if contents:
-            for _ in contents.extents():
-                pass
+            contents.complete()
+            if isinstance(contents, Overlay):
+                progress = stack.enter_context(progress_of(args, contents.base.source))
+                contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
-        header = contents.header if contents else read_header(source)
+        header = contents.header if contents else read_header(source, whole=False)
         found = describe(header, contents if args.scan else None, tables)
-        source.check_unchanged()
+        for each in contents.inputs if contents else (source,):
+            each.check_unchanged()
     if args.json:
         print(to_json(found))
     else:
         print_listing(source.name, found)
     # The listing shows names that do not restore, but a script must not take this for success.
     with in_archive(source.name):
-        check_names(header)
+        check_names(whole_header(header))
     return 0
 
 
@@ -4090,6 +4178,8 @@ def describe(
     header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
     """Return what list --json prints; `contents` adds what only a scan can know."""
+    difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
+    header = whole_header(header)
     devices = [device._asdict() for device in header.devices]
     for device, item in zip(header.devices, devices):
         if contents:
@@ -4108,6 +4198,8 @@ def describe(
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
         "devices": devices,
     }
+    if difference:
+        result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
     if contents:
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
@@ -4130,6 +4222,8 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     print(f"archive  {archive}")
     print(f"uuid     {found['uuid']}")
     print(f"created  {format_time(found['ctime'])}")
+    if "difference" in found:
+        print(f"base     {Origin(**found['difference']['base']).title}")
     if "align" in found:
         align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
@@ -4166,11 +4260,15 @@ def cmd_verify(args: Namespace) -> int:
         raise UsageError("verify: --against or --digest, not both")
     if args.quick and (args.against is not None or args.digest):
         raise UsageError("verify: --quick reads the headers only, --against and --digest all")
+    if args.quick and args.base is not None:
+        raise UsageError("verify: --quick reads the headers only, --base all")
     if args.against is None and args.ignore_ctime:
         raise UsageError("verify: --ignore-ctime needs --against")
     if not args.quiet or args.json or args.digest:
         require_report()
-    check = verify_against if args.against is not None else verify_one
+    check = verify_one if args.base is None else verify_difference
+    if args.against is not None or args.digest:
+        check = verify_digest if args.digest else verify_against
     worst = 0
     for argument in args.archive:
         try:
@@ -4181,7 +4279,7 @@ def cmd_verify(args: Namespace) -> int:
             print_error(error)
         for path in paths:
             try:
-                status = (verify_digest if args.digest else check)(args, path)
+                status = check(args, path)
             except VmaError as error:
                 status = error.exit_status
                 print_error(error)
@@ -4217,16 +4315,39 @@ def verify_one(args: Namespace, path: str) -> int:
     return 0
 
 
+def verify_difference(args: Namespace, path: str) -> int:
+    """Read a difference and its base, and say that the archive they make will restore."""
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(path, args.base))
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
+        devices = contents.header.devices
+    if args.json:
+        description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
+        print(to_json({**description, **describe(contents.header, None, {})}), flush=True)
+    elif not args.quiet:
+        source, base = contents.inputs
+        size = format_size(sum(device.size for device in devices))
+        print(
+            f"{source.name}: OK, a difference from {base.name}, {plural(len(devices), 'device')}, "
+            f"{size}, all data read",
+            flush=True,
+        )
+    return 0
+
+
 def verify_against(args: Namespace, path: str) -> int:
     """Compare with another archive, and say how they differ."""
-    with open_input(path) as source, open_input(args.against) as other:
-        with progress_of(args, source) as progress:
-            ours, theirs = load(source), load(other)
+    with open_archive(path, args.base) as ours, open_archive(args.against) as theirs:
+        source, other = ours.source, theirs.source
+        with progress_of(args, *ours.inputs) as progress:
             found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
             found += compare_disks(ours, theirs, progress)
             progress.finish()
-        source.check_unchanged()
-        other.check_unchanged()
+        ours.check_unchanged()
+        theirs.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
         print(to_json({**result, "differences": found}), flush=True)
@@ -4239,12 +4360,12 @@ def verify_against(args: Namespace, path: str) -> int:
 
 def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
-    with open_input(path) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
-        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
-        progress.finish()
-        source.check_unchanged()
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
     files: list[dict[str, Any]] = []
     for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
@@ -4272,8 +4393,11 @@ def summary(contents: Contents) -> str:
 
 
 def print_totals(args: Namespace, index: Index) -> None:
-    """With -v, print the closing line of Proxmox's own program."""
-    if args.verbose:
+    """With -v, print the closing line of Proxmox's own program.
+
+    Of a difference, nobody has counted the zeros.
+    """
+    if args.verbose and not index.difference:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
@@ -4310,17 +4434,16 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
-    refuse_same([args.archive], args.output)
+    refuse_same(paths_read(args), args.output)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        readers = contents.source.readers
-        with open_output(args.output, args.force, readers, device) as output:
+        with open_output(args.output, args.force, contents.readers, device) as output:
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
-            output.commit(contents.source.check_unchanged)
+            output.commit(contents.check_unchanged)
     return 0
 
 
@@ -4339,7 +4462,7 @@ def extract_mapped(args: Namespace) -> int:
         header = contents.header
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
-        directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
+        directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
@@ -4360,7 +4483,7 @@ def extract_mapped(args: Namespace) -> int:
         write_disks(contents, targets, progress, zeros)
         for target in targets.values():
             finish_writing(target.sync, progress)
-        contents.source.check_unchanged()
+        contents.check_unchanged()
         print_totals(args, contents.index)
         directory.commit(replace=False)
         undo.pop_all()
@@ -4396,7 +4519,7 @@ def open_destinations(
         if place is None:
             continue
         path, write_zeros = place
-        refuse_same([args.archive], path)
+        refuse_same(paths_read(args), path)
         if any(is_same_file(other, path) for other in used):
             raise VmaError(f"{escape(path)}: two disks are to go there")
         used.append(path)
@@ -4425,8 +4548,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         refuse_twice(source.name, files)
         for name in files:
-            refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
-        with make_directory(path, source.readers) as directory:
+            refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
+        with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
             if for_pack:
                 warn_of_leftovers(args, directory)
@@ -4445,7 +4568,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 create(DESCRIPTION_NAME).append([describe_for_pack(header)])
             finish_writing(directory.flush, progress)
             print_totals(args, contents.index)
-            directory.commit(replace, source.check_unchanged)
+            directory.commit(replace, contents.check_unchanged)
     return 0
 
 
@@ -4565,13 +4688,14 @@ def cmd_config(args: Namespace) -> int:
 
 def cmd_optimize(args: Namespace) -> int:
     """Rewrite an archive in the canonical layout, to another file or in place."""
-    if args.archive == "-" and args.output is None:
-        raise UsageError("optimize: standard input cannot be replaced: name an OUTPUT")
-    if args.check and "-" in (args.archive, args.output):
+    if args.output is None and (args.archive == "-" or args.base is not None):
+        what = "standard input" if args.base is None else "a difference"
+        raise UsageError(f"optimize: {what} cannot be replaced: name an OUTPUT")
+    if args.check and "-" in (args.archive, args.output, args.base):
         raise UsageError("optimize: --check reads both archives again: name files")
-    if args.output == "-":
-        refuse_same([args.archive], "-")
-    elif not args.quiet:
+    if args.output == "-" or args.base is not None:
+        refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
@@ -4581,21 +4705,23 @@ def cmd_optimize(args: Namespace) -> int:
             "several archives in place, run vma-tool optimize once for each"
         )
     with ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
+        contents = stack.enter_context(
+            open_archive(args.archive, args.base, args.memory, directory_beside(path))
+        )
+        source = contents.source
         if in_place:
             require_replaceable(path, source)
-        progress = stack.enter_context(progress_of(args, source))
-        contents = load(source, args.memory, directory_beside(path))
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
         if in_place and is_canonical(contents, ALIGNS[args.align]):
             source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(path, args.force or in_place, source.readers))
+        output = stack.enter_context(open_output(path, args.force or in_place, contents.readers))
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
-        if file and source.size is not None:
+        if file and source.size is not None and args.base is None:
             file.reserve(source.size)
         elif not contents.ordered:
             contents.complete()  # what goes into a pipe cannot be taken back
@@ -4605,10 +4731,57 @@ def cmd_optimize(args: Namespace) -> int:
         if file and in_place:
             file.times = source.state
         finish_writing(output.sync, progress)
-        output.commit(lambda: source.check_unchanged(path if in_place else None))
+        output.commit(lambda: contents.check_unchanged(path if in_place else None))
     if file and not args.quiet:  # not into an archive on standard output
         size = format_size(file.position)
         print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
+    return 0
+
+
+def cmd_diff(args: Namespace) -> int:
+    """Write the clusters in which an archive differs from its base."""
+    if args.base == args.archive == "-":
+        raise UsageError("diff: only one of BASE and NEW can be standard input")
+    refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
+        require_report()
+    temporary = directory_beside(args.output)
+    with ExitStack() as stack:
+        base, new = (
+            stack.enter_context(open_archive(path, directory=temporary))
+            for path in (args.base, args.archive)
+        )
+        progress = stack.enter_context(progress_of(args, *new.inputs, *base.inputs))
+        for contents in (base, new):
+            if not contents.ordered:
+                contents.complete()
+        readers = common_readers([base.readers, new.readers])
+        output = stack.enter_context(open_output(args.output, args.force, readers))
+        names = [
+            "standard input" if path == "-" else name_from_disk(os.path.basename(path))
+            for path in (args.base, args.archive)
+        ]
+        spool = Spool(temporary)
+        stack.callback(spool.source.close)
+        writer = DifferenceWriter(base, new, spool)
+        writer.write_extents(progress)
+        with warning_of_partial(output):
+            writer.finish(names, output)
+        if isinstance(output, PartialFile):
+            warn_of_leftovers(args, output.directory)
+            with output.read_back() as written:
+                check_written(writer, written)
+        finish_writing(output.sync, progress)
+
+        def last_look() -> None:
+            for contents in (base, new):
+                contents.check_unchanged()
+
+        output.commit(last_look)
+    if args.output != "-" and not args.quiet:
+        count = plural(writer.cluster_count, "cluster")
+        size = format_size(output.position)
+        print(f"{new.source.name}: {count} differ from {base.source.name}, {size}", flush=True)
     return 0
 
 
@@ -4639,8 +4812,10 @@ def check_contents(
     with ExitStack() as stack:
         written = stack.enter_context(output.read_back())
         if contents.ordered:  # a stream is read once: it is opened again
-            source = stack.enter_context(open_input(args.archive))
-            contents = load(source, args.memory, directory_beside(args.archive))
+            temporary = directory_beside(args.archive)
+            contents = stack.enter_context(
+                open_archive(args.archive, args.base, args.memory, temporary)
+            )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
         found = compare_disks(contents, Contents(written), progress)
@@ -4767,6 +4942,11 @@ def add_command(
 
 
 FLAG: dict[str, Any] = {"action": "store_true"}
+BASE: dict[str, Any] = {
+    "action": Once,
+    "metavar": "BASE",
+    "help": "ARCHIVE is a difference, and this the full archive that it was made from",
+}
 SEVERAL: dict[str, Any] = {"action": "append", "default": []}
 ARCHIVE: dict[str, Any] = {
     "dest": "archive",
@@ -4780,6 +4960,7 @@ OUTPUT_HELP = "a file, or - for standard output"
 def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     """Add the commands that look at an archive, or take data out of it."""
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
+    arg("--base", **BASE)
     arg("--json", **FLAG, help="print one JSON object, for scripts")
     arg("--partitions", **FLAG, help="show what the disks hold (of a plain file only)")
     arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
@@ -4787,6 +4968,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
 
     arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
     arg("--quick", **FLAG, help="read the headers only, not the data")
+    arg("--base", **BASE)
     text = "compare configs and disk contents with this archive"
     arg("--against", action=Once, metavar="OTHER", help=text)
     arg("--ignore-ctime", **FLAG, help="with --against: the time may differ")
@@ -4801,12 +4983,14 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     text = "write the one disk of -d there (-: to a pipe)"
     arg("-o", dest="output", action=Once, metavar="PATH", help=text)
     arg("--force", **FLAG, help="replace the file of -o; with a device, however large it is")
+    arg("--base", **BASE)
     text = "write disks into files and devices, by a map"
     arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
+    arg("--base", **BASE)
     arg("--force", **FLAG, help="replace files that exist")
     arg(**ARCHIVE)
     arg("directory", metavar="DIRECTORY")
@@ -4839,6 +5023,7 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
+    arg("--base", **BASE)
     text = "memory for reordering a stream (default 256M); more goes to a temporary file"
     arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
     text = "read the written archive back and compare all disks (default in place)"
@@ -4846,6 +5031,14 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("--no-check", dest="check", action="store_false", help="skip the comparison")
     arg(**ARCHIVE)
     arg(**OUTPUT, nargs="?", help=f"{OUTPUT_HELP} (default: replace ARCHIVE)")
+
+    text = "write only what differs from an older archive"
+    arg = add(cmd_diff, text, "sunday.vma.zst monday.vma.zst monday.vmad")
+    arg("--force", **FLAG, help="replace OUTPUT if it exists")
+    arg("--compress", choices=["none"], default="none", help="compress OUTPUT")
+    arg("base", metavar="BASE", help="the full archive that will be needed with OUTPUT")
+    arg("archive", metavar="NEW", help="the archive that OUTPUT and BASE will make")
+    arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
     arg("shell", choices=("bash", "zsh"))
