@@ -2448,7 +2448,17 @@ class Contents(Producer):
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
             self.source.read_at(scatter(plan.where, image))
+            self._check_tail(plan.device, plan.first, masks, image)
         return make_part(plan.device, plan.first, masks, image)
+
+    def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
+        """Raise FormatError if a difference has more than zeros behind the device's end."""
+        # Of any other archive they are dropped; but here, each changed byte is to be seen.
+        end = device.max_size - first * CLUSTER_SIZE
+        if self.index.difference and end < len(image):
+            last = masks[-1] >> (end % CLUSTER_SIZE) // BLOCK_SIZE & 1
+            if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
+                raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
 
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
@@ -2557,6 +2567,7 @@ class Stream(Contents):
                 at += size
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
+        self._check_tail(device, first, masks, image)
         return make_part(device, first, masks, image)
 
 
