@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import bisect
 import collections
 import errno
 import functools
@@ -182,6 +183,12 @@ def print_error(error: object) -> None:
     """Print one line on standard error, in place of a progress line that may be there."""
     Progress.erase()
     print(f"vma-tool: {error}", file=sys.stderr)
+
+
+def print_report(line: str) -> None:
+    """Print one line on standard output, which may be the terminal of the progress line."""
+    Progress.erase()
+    print(line, flush=True)
 
 
 class Progress:
@@ -864,6 +871,422 @@ def combine_digests(disks: Iterable[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# zstd frames: the compressed canonical archive. Pieces of the plain archive are a zstd frame each;
+# an index and a seek table follow in skippable frames. All numbers are little-endian.
+# Sources: RFC 8878, cited as "RFC"; zstd's contrib/seekable_format for the seek table.
+
+FRAME_MAGIC = 0xFD2FB528
+FRAME_BLOCK_MAX = 128 << 10  # bytes in one block of a frame
+SKIPPABLE = struct.Struct("<II")  # RFC 3.1.2: Magic_Number, Frame_Size
+SKIPPABLE_MAGICS = range(0x184D2A50, 0x184D2A60)
+INDEX_MAGIC = 0x184D2A5D
+INDEX_NAME = b"VMAINDEX"
+SEEK_TABLE_MAGIC = 0x184D2A5E
+# Number_Of_Frames, Seek_Table_Descriptor, Seekable_Magic_Number
+SEEK_FOOTER = struct.Struct("<IBI")
+SEEKABLE_MAGIC = 0x8F92EAB1
+SEEK_ENTRY_SIZE = 8  # Compressed_Size, Decompressed_Size
+FRAME_MAX_SIZE = 8 << 20  # what a frame may hold if it is read at any place
+PIECE_SIZE = 1 << 20  # at most so much goes into a frame of ours
+PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
+RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
+COMPRESSION_LEVELS = range(1, 23)
+DEFAULT_LEVEL = 3  # vzdump's
+# Clusters of a whole extent, by the smallest align with so many
+EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
+
+
+class Zstd:
+    """The zstd library, for whole frames. Threads may call it at the same time."""
+
+    @staticmethod
+    @functools.cache
+    def load() -> Zstd | None:
+        """Return Python's own zstd, else the system's library; None where there is neither."""
+        # Both only set level and checksum, so one version of the library gives the same bytes.
+        try:
+            return ModuleZstd(importlib.import_module("compression.zstd"))
+        except ImportError:  # before Python 3.14, or built without it
+            return LibraryZstd.load_library()
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        """Return data as one frame, with its content size and a checksum."""
+        raise NotImplementedError
+
+    def decompress_into(self, frame: Buffer, view: memoryview) -> None:
+        """Decompress one frame that fills view exactly; raises FormatError."""
+        found = parse_frame(frame)
+        if found.size != len(frame):
+            raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
+        if found.content_size not in (None, len(view)):
+            raise FormatError(f"the zstd frame holds {found.content_size} bytes, not {len(view)}")
+        try:
+            size = self._decompress(frame, view)
+        except FormatError as error:
+            raise FormatError(f"the zstd frame is damaged: {error}") from None
+        if size != len(view):
+            raise FormatError(f"the zstd frame holds {size} bytes, expected {len(view)}")
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
+        raise NotImplementedError
+
+
+class ModuleZstd(Zstd):
+    """zstd by Python's compression.zstd, or by backports.zstd, which has the same interface."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._idle: dict[int, list[Any]] = {}  # compressors by level
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        idle = self._idle.setdefault(level, [])
+        try:
+            compressor = idle.pop()
+        except IndexError:
+            names = self.module.CompressionParameter
+            options = {names.compression_level: level, names.checksum_flag: 1}
+            compressor = self.module.ZstdCompressor(options=options)
+        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
+        idle.append(compressor)
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            # One byte more than expected: the frame's end is only read with room left.
+            data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        if len(data) > len(view):
+            raise FormatError(f"it holds more than {len(view)} bytes")
+        view[: len(data)] = data
+        return len(data)
+
+
+class LibraryZstd(Zstd):
+    """zstd by the system's library. Debian always has it: dpkg needs it."""
+
+    NAMES = (
+        "libzstd.so.1",
+        "libzstd.1.dylib",
+        "/opt/homebrew/lib/libzstd.1.dylib",
+        "/usr/local/lib/libzstd.1.dylib",
+    )
+    MIN_VERSION = 10400  # 1.4.0: from there on, everything called here is stable
+    PARAMETERS = (100, 201)  # ZSTD_c_compressionLevel, ZSTD_c_checksumFlag
+
+    def __init__(self, library: Any) -> None:
+        """Declare the functions that are called; raises AttributeError if one is missing."""
+        import ctypes
+
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+        for name, result, arguments in (
+            ("versionNumber", ctypes.c_uint, []),
+            ("isError", ctypes.c_uint, [size]),
+            ("getErrorName", ctypes.c_char_p, [size]),
+            ("compressBound", size, [size]),
+            ("createCCtx", address, []),
+            ("createDCtx", address, []),
+            ("CCtx_setParameter", size, [address, ctypes.c_int, ctypes.c_int]),
+            ("compress2", size, [address, address, size, address, size]),
+            ("decompressDCtx", size, [address, address, size, address, size]),
+        ):
+            function = getattr(library, f"ZSTD_{name}")
+            function.restype = result
+            function.argtypes = arguments
+        self.library = library
+        # Idle contexts, the compressing ones with their output buffers. There are never more than
+        # threads that worked at the same time, so none is ever freed.
+        self._compressors: list[tuple[Any, bytearray]] = []
+        self._decompressors: list[Any] = []
+
+    @classmethod
+    def load_library(cls) -> LibraryZstd | None:
+        """Return the first library found that is new enough."""
+        try:
+            import ctypes
+        except ImportError:  # a Python built without it
+            return None
+        for name in cls.NAMES:
+            with suppress(OSError, AttributeError):
+                found = cls(ctypes.CDLL(name))
+                if found.library.ZSTD_versionNumber() >= cls.MIN_VERSION:
+                    return found
+        return None
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        library = self.library
+        bound = library.ZSTD_compressBound(len(data))
+        try:
+            context, buffer = self._compressors.pop()
+        except IndexError:
+            context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
+        if len(buffer) < bound:
+            buffer = bytearray(bound)
+        for parameter, value in zip(self.PARAMETERS, (level, 1)):
+            self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
+        target, source = address_of(buffer), address_of(data)
+        size = library.ZSTD_compress2(context, target, len(buffer), source, len(data))
+        with memoryview(buffer) as view:
+            frame = bytes(view[: self._checked(size)])
+        self._compressors.append((context, buffer))
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            context = self._decompressors.pop()
+        except IndexError:
+            context = self._created(self.library.ZSTD_createDCtx())
+        target, source = address_of(view), address_of(frame)
+        size = self.library.ZSTD_decompressDCtx(context, target, len(view), source, len(frame))
+        self._decompressors.append(context)  # the next frame begins anew, also after an error
+        return self._checked(size)
+
+    def _created(self, context: Any) -> Any:
+        if not context:
+            raise VmaError("no memory for zstd")
+        return context
+
+    def _checked(self, size: int) -> int:
+        """Return a size; raises FormatError if it is an error's code."""
+        if self.library.ZSTD_isError(size):
+            raise FormatError(self.library.ZSTD_getErrorName(size).decode().lower())
+        return size
+
+
+def address_of(data: Buffer) -> Any:
+    """Return data as a C function's argument, copied only if it is a read-only view."""
+    import ctypes
+
+    if isinstance(data, bytes):
+        return data
+    try:
+        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
+    except TypeError:  # read-only
+        return bytes(data)
+
+
+class Frame(NamedTuple):
+    """A zstd frame as its headers describe it, or a skippable one, which has no content.
+
+    Sizes are in bytes; `content_size` is None if the frame does not say it.
+    """
+
+    size: int
+    content_size: int | None
+    has_checksum: bool
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+
+    def number(start: int, size: int) -> int:
+        field = bytes(data[start : start + size])
+        if len(field) < size:
+            raise FormatError("the zstd frame is cut off")
+        return int.from_bytes(field, "little")
+
+    magic = number(offset, 4)
+    if magic in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + number(offset + 4, 4)
+        if size > len(data) - offset:
+            raise FormatError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    if magic != FRAME_MAGIC:
+        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
+    descriptor = number(offset + 4, 1)
+    single_segment = descriptor >> 5 & 1
+    if descriptor & 8:
+        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
+    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
+    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    content_size = number(position, size) + (256 if size == 2 else 0) if size else None
+    position += size
+    last = 0
+    while not last:
+        block = number(position, 3)
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
+            at = position - offset
+            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
+        position += 3 + (1 if kind == 1 else size)
+    position += 4 * (descriptor >> 2 & 1)
+    if position > len(data):
+        raise FormatError("the zstd frame is cut off")
+    return Frame(position - offset, content_size, bool(descriptor & 4))
+
+
+class SeekTable(NamedTuple):
+    """Where the frames of a seekable file begin, and behind them their end: 16 bytes a frame."""
+
+    offsets: array.array[int]  # in the plain archive
+    compressed_offsets: array.array[int]  # in the file
+
+
+def native(numbers: array.array[int]) -> array.array[int]:
+    """Turn little-endian numbers into the machine's, or back; in place."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def pack_seek_table(sizes: array.array[int]) -> bytes:
+    """Return the seek table in its frame, of each frame's size compressed and decompressed."""
+    data = native(array.array("I", sizes)).tobytes()
+    footer = SEEK_FOOTER.pack(len(sizes) // 2, 0, SEEKABLE_MAGIC)
+    return SKIPPABLE.pack(SEEK_TABLE_MAGIC, len(data) + len(footer)) + data + footer
+
+
+def parse_seek_footer(tail: Buffer) -> int | None:
+    """Return the size of the seek table, with its frame, that ends a file; None if none does."""
+    if len(tail) < SEEK_FOOTER.size:
+        return None
+    count, descriptor, magic = SEEK_FOOTER.unpack_from(tail, len(tail) - SEEK_FOOTER.size)
+    # A descriptor with bits set: another program's table, with checksums.
+    if magic != SEEKABLE_MAGIC or descriptor or not count:
+        return None
+    return SKIPPABLE.size + SEEK_ENTRY_SIZE * int(count) + SEEK_FOOTER.size
+
+
+def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
+    """Return the seek table in its frame; raises FormatError if it cannot be that of the file."""
+    magic, size = SKIPPABLE.unpack_from(data)
+    if magic != SEEK_TABLE_MAGIC or size != len(data) - SKIPPABLE.size:
+        raise FormatError("the seek table has no skippable frame of its size")
+    sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
+    compressed, plain = sizes[0::2], sizes[1::2]
+    if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
+        raise FormatError(
+            f"the seek table has frames of {min(plain)} to {max(plain)} bytes, "
+            f"expected 1 to {FRAME_MAX_SIZE}"
+        )
+    table = SeekTable(
+        array.array("Q", itertools.accumulate(plain, initial=0)),
+        array.array("Q", itertools.accumulate(compressed, initial=0)),
+    )
+    if table.compressed_offsets[-1] > file_size - len(data):
+        raise FormatError("the seek table has more frames than the file")
+    return table
+
+
+def pack_index(zstd: Zstd, masks: array.array[int], level: int) -> bytes:
+    """Return the index in its frame, of all clusters' masks in the archive's order."""
+    frame = zstd.compress(native(array.array("H", masks)).tobytes(), level)
+    return SKIPPABLE.pack(INDEX_MAGIC, len(INDEX_NAME) + len(frame)) + INDEX_NAME + frame
+
+
+def parse_index(zstd: Zstd, data: Buffer, max_count: int) -> array.array[int]:
+    """Return up to max_count masks from the index in its frame; raises FormatError."""
+    start = SKIPPABLE.size + len(INDEX_NAME)
+    if len(data) < start or data[SKIPPABLE.size : start] != INDEX_NAME:
+        raise FormatError("there is no index in front of the seek table")
+    if SKIPPABLE.unpack_from(data) != (INDEX_MAGIC, len(data) - SKIPPABLE.size):
+        raise FormatError("the index has no skippable frame of its size")
+    frame = data[start:]
+    size = parse_frame(frame).content_size
+    if size is None or size % 2 or size > 2 * max_count:
+        raise FormatError(f"the index holds {size} bytes, expected at most {2 * max_count}")
+    masks = array.array("H", bytes(size))
+    with memoryview(masks).cast("B") as view:
+        zstd.decompress_into(frame, view)
+    return native(masks)
+
+
+def header_pieces(size: int) -> list[int]:
+    """Return the sizes of the pieces of an archive's header."""
+    return [min(PIECE_SIZE, size - start) for start in range(0, size, PIECE_SIZE)]
+
+
+def payload_pieces(masks: Sequence[int]) -> list[int]:
+    """Return the sizes of the pieces of an extent's stored blocks; if none is stored, none."""
+    groups = (masks[i : i + PIECE_CLUSTERS] for i in range(0, len(masks), PIECE_CLUSTERS))
+    return [size for group in groups if (size := sum(map(mask_size, group)))]
+
+
+class ArchiveIndex(NamedTuple):
+    """What an index says: each device's entries as in DeviceIndex, by dev_id."""
+
+    cluster_count: int  # of a whole extent
+    entries: dict[int, array.array[int]]
+
+
+def index_archive(
+    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
+) -> list[ArchiveIndex]:
+    """Return what the masks in an index mean; devices are in canonical order.
+
+    That the frames are cut as the masks demand proves all offsets; raises FormatError otherwise.
+    Rarely two results fit: they differ in extents that store nothing.
+    """
+    counts = [device.cluster_count for device in devices]
+    if devices and devices[-1].is_vmstate:
+        # A vmstate has as many clusters as are left, whatever its size is.
+        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
+    if sum(counts) != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
+        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+            raise FormatError(f"the index has blocks behind the end of {device.title}")
+    found = []
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            if offsets == table.offsets:
+                found.append(index)
+    if not found:
+        raise FormatError("the index and the seek table contradict each other")
+    return found
+
+
+def lay_out_frames(
+    header_size: int,
+    devices: Sequence[Device],
+    counts: Sequence[int],
+    masks: array.array[int],
+    cluster_count: int,
+) -> tuple[ArchiveIndex, array.array[int]]:
+    """Return the index of a canonical archive with these masks, and all frames' offsets."""
+    zeros = array.array("H", bytes(2 * cluster_count))
+    full = array.array("H", [FULL_MASK] * cluster_count)
+    full_pieces = payload_pieces(full)
+    step = CLUSTER_SIZE << 16  # from one entry to the next, if all blocks are stored
+    sizes = header_pieces(header_size)
+    offset = header_size
+    first = run = 0  # run: bytes of headers that share a frame
+    index = ArchiveIndex(cluster_count, {})
+    for device, count in zip(devices, counts):
+        entries = index.entries[device.dev_id] = array.array("Q")
+        for number, start in enumerate(range(first, first + count, cluster_count)):
+            chunk = masks[start : min(start + cluster_count, first + count)]
+            offset += EXTENT_HEADER_SIZE
+            base = offset << 16
+            stores = chunk != zeros and any(chunk)
+            if run and (stores or number % RUN_EXTENTS == 0):
+                sizes.append(run)
+                run = 0
+            # Nearly all extents store nothing or everything: those go fast.
+            if not stores:
+                run += EXTENT_HEADER_SIZE
+                entries.extend(array.array("Q", (base,)) * len(chunk))
+                continue
+            if chunk == full:
+                pieces = full_pieces
+                base |= FULL_MASK
+                entries.extend(array.array("Q", range(base, base + step * cluster_count, step)))
+            else:
+                pieces = payload_pieces(chunk)
+                places = itertools.accumulate(map(mask_size, chunk), initial=offset)
+                entries.extend(array.array("Q", [at << 16 | m for at, m in zip(places, chunk)]))
+            sizes += [EXTENT_HEADER_SIZE, *pieces]
+            offset += sum(pieces)
+        first += count
+    if run or not devices:  # without devices, there is one extent all the same
+        sizes.append(run or EXTENT_HEADER_SIZE)
+    return index, array.array("Q", itertools.accumulate(sizes, initial=0))
+
+
+# ---------------------------------------------------------------------------------------------
 # Stopping and cleaning up
 
 
@@ -957,6 +1380,7 @@ def start_thread(target: Callable[[], None]) -> threading.Thread:
 
 WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
 PIPE_SIZE = 1 << 20
+TAIL_SIZE = 64 << 10  # what is read first of a file that may end in a seek table
 SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
@@ -978,6 +1402,7 @@ class Input:
 
     size: int | None = None
     compression = ""
+    note = ""  # why a seekable archive is read as a stream
     raw: io.FileIO | None = None  # the file itself, also if it is compressed
     state: os.stat_result | None = None  # of that when it was opened, None for a pipe
     raw_size = 0  # of that, 0 for a pipe
@@ -1194,6 +1619,138 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     return left
 
 
+class SeekableError(FormatError):
+    """What only reading at any place has found; as a stream the archive may be good."""
+
+
+class FramesInput(FileInput):
+    """A compressed canonical archive, read at any place by its seek table.
+
+    `size` and all offsets are those of the plain archive. `index` is there after `read_index`,
+    except that of a difference, which has none.
+    """
+
+    compression = "zstd"
+    has_index = False
+    index: ArchiveIndex
+
+    def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
+        """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
+        super().__init__(name, file)
+        self.zstd = zstd
+        self._last = threading.local()  # the last frame of each thread, and its number
+        self._devices: dict[int, Device] = {}
+        tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
+        table_size = parse_seek_footer(tail) or 0
+        end = self.size - table_size
+        if not table_size:
+            raise FormatError("")  # nothing is wrong: most files have none
+        if end < 0:
+            raise FormatError("the seek table has more frames than the file")
+        if table_size > len(tail):
+            tail = self._stored(end, self.size)
+        self.table = parse_seek_table(tail[-table_size:], self.size)
+        self._index_data = self._stored(self.table.compressed_offsets[-1], end)
+        self.size = self.table.offsets[-1]
+        is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
+        if is_difference and self._index_data:
+            raise FormatError("the seek table has fewer frames than the file")
+        if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
+            raise FormatError("there is no index in front of the seek table")
+
+    def read_index(self) -> None:
+        """Read the index; raises FormatError unless header and seek table agree with it."""
+        if not self._index_data:
+            return
+        header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
+        header = parse_header(self._plain(0, min(header_size, self.size)))
+        if header.uuid != CANONICAL_UUID:
+            raise FormatError("the archive is not canonical")
+        # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
+        masks = parse_index(self.zstd, self._index_data, 4 * self.raw_size)
+        devices = canonical_order(header.devices)
+        found = index_archive(header_size, devices, masks, self.table)
+        self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
+        self._devices = {device.dev_id: device for device in devices}
+        self.has_index = True
+        self._index_data.clear()
+
+    def _fits(self, index: ArchiveIndex) -> bool:
+        """Say whether each device's first extent has as many clusters as an index says."""
+        for entries in filter(None, index.entries.values()):
+            data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
+            slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
+            if slots != min(index.cluster_count, len(entries)):
+                return False
+        return True
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.table.offsets) - 1
+
+    def read(self, size: int) -> bytes:
+        data = self._plain(self.offset, min(size, self.size - self.offset))
+        self.offset += len(data)
+        return data
+
+    def _plain(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        self._fill([memoryview(data)], offset)
+        return bytes(data)
+
+    def _stored(self, start: int, end: int) -> bytearray:
+        """Return bytes of the file itself."""
+        data = bytearray(end - start)
+        super()._fill([memoryview(data)], start)
+        return data
+
+    def _fill(self, views: Sequence[memoryview], offset: int) -> None:
+        for view in views:
+            done = 0
+            while done < len(view):
+                number = bisect.bisect_right(self.table.offsets, offset) - 1
+                start, end = self.table.offsets[number : number + 2]
+                stop = min(done + end - offset, len(view))
+                if stop - done == end - start:  # a whole frame goes straight to its place
+                    self._decompress(number, view[done:stop])
+                else:
+                    first = offset - start
+                    view[done:stop] = self._frame(number)[first : first + stop - done]
+                offset += stop - done
+                done = stop
+
+    def _frame(self, number: int) -> memoryview:
+        """Return what a frame holds, until this thread asks for another one."""
+        last = self._last
+        if getattr(last, "number", None) != number:
+            start, end = self.table.offsets[number : number + 2]
+            last.number = None
+            last.data = memoryview(bytearray(end - start))
+            self._decompress(number, last.data)
+            last.number = number
+        data: memoryview = last.data
+        return data
+
+    def _decompress(self, number: int, view: memoryview) -> None:
+        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        try:
+            self.zstd.decompress_into(frame, view)
+        except FormatError as error:
+            start, end = self.table.offsets[number : number + 2]
+            raise SeekableError(f"{self._place(start, end)}{error}", start, self.name) from None
+
+    def _place(self, start: int, end: int) -> str:
+        """Return device and clusters, as far as known, of a frame that holds start to end."""
+        for dev_id, entries in self.index.entries.items() if self._devices else ():
+            first = bisect.bisect_left(entries, start << 16)
+            stop = bisect.bisect_left(entries, end << 16)
+            if first == stop and first < len(entries):  # the header of an extent
+                stop = min(first + self.index.cluster_count, len(entries))
+            if first < stop and start >= (entries[0] >> 16) - EXTENT_HEADER_SIZE:
+                return f"{self._devices[dev_id].title}: clusters {first} to {stop - 1}: "
+        return ""
+
+
 class Codec(NamedTuple):
     """A compression: how its files begin, and what decompresses it."""
 
@@ -1202,7 +1759,7 @@ class Codec(NamedTuple):
     programs: tuple[str, ...]
     module: str
     package: str
-    damage_is_warning: bool = False  # the program ends with status 0 all the same
+    damage: str = "(?!)"  # what the program prints of damage for which it ends with status 0
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
@@ -1213,19 +1770,18 @@ CODECS = (
     Codec("gzip", (b"\x1f\x8b",), ("gzip",), "gzip", "gzip"),
     Codec("lzop", (b"\x89LZO\0\r\n\x1a\n",), ("lzop",), "", "lzop"),
     Codec("xz", (b"\xfd7zXZ\0",), ("xz",), "lzma", "xz-utils"),
-    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage_is_warning=True),
+    Codec("bzip2", (b"BZh",), ("lbzip2", "bzip2"), "bz2", "bzip2", damage="garbage"),
 )
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
-# What a decompressor prints, and what it means
-CODEC_MESSAGES = (
-    (r"Read error \(39\)|[Ii]nappropriate ioctl", "the compressed file is cut short"),
-    (
-        r"--long=|too much memory for decoding",
-        "it needs a window of more than 128 MiB to decompress, so read it through a pipe: "
-        "zstd -dc --long=31 FILE | vma-tool COMMAND -",
-    ),
+# What a decompressor prints of a file that was cut, and of a window that it does not take. lzop has
+# the system's message for an error that there was not.
+CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
+WINDOW_MESSAGES = r"--long=|too much memory for decoding"
+# A message behind the program's name and what it calls its standard input
+CODEC_MESSAGE = (
+    r"(?:(?:(?:\S*/)?(?:zstd|gzip|lzop|xz|l?bzip2)|/\*stdin\*\\+|[(<]?stdin[)>]?) ?: )+(.*)"
 )
 
 
@@ -1278,10 +1834,10 @@ class ModuleInput(Input):
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
-            raise FormatError(f"{self.name}: {self.compression}: {cause}") from error
+            raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
         # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
         except Exception as error:
-            raise FormatError(f"{self.name}: {self.compression}: {error}") from error
+            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -1360,14 +1916,26 @@ class ProgramInput(Input):
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
         self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
-        lines = "; ".join(filter(None, map(str.strip, text.splitlines())))
-        warned = self._codec.damage_is_warning and self._ended and lines
-        if status in expected and not warned:
+        damaged = self._ended and re.search(self._codec.damage, text)
+        if status in expected and not damaged:
             return
-        known = (told for pattern, told in CODEC_MESSAGES if re.search(pattern, lines))
-        said = next(known, escape(lines) or f"ended with status {status}")
-        kind = FormatError if status >= 0 else VmaError  # a child that was killed says nothing
-        raise kind(f"{self.name}: {self._program}: {said}")
+        # A child that was killed, or that lacks an option, says nothing about the archive.
+        if status < 0:
+            raise VmaError(
+                f"{self.name}: {self._program} was ended by {signal.Signals(-status).name}"
+            )
+        if re.search(WINDOW_MESSAGES, text):
+            raise VmaError(
+                f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
+                "through a pipe: zstd -dc --long=31 FILE | vma-tool COMMAND -"
+            )
+        lines = list(filter(None, map(str.strip, text.splitlines())))
+        # Where a program puts its name before a message, other lines are advice.
+        told = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
+        said = escape("; ".join(told)) or f"ended with status {status}"
+        if re.search(CUT_MESSAGES, text):
+            said = "the compressed file is cut short"
+        raise FormatError(f"{self._program}: {said}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
@@ -1397,10 +1965,11 @@ def widen_pipe(fd: int) -> None:
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[Input]:
+def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
-    A plain regular file or block device can be read at any place; everything else is a stream.
+    A plain regular file or block device can be read at any place, and a compressed canonical
+    archive, whose index is read if `index` says so. Everything else is a stream.
     """
     name = display_name(path, "input")
     with ExitStack() as undo:
@@ -1410,7 +1979,11 @@ def open_input(path: str) -> Iterator[Input]:
             state = os.fstat(raw.fileno())
         codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
         if codec is not None:
-            source = open_codec(name, codec, raw, seekable=size is not None)
+            frames, note = None, ""
+            if codec.name == "zstd" and stat.S_ISREG(state.st_mode) and size and not as_stream:
+                frames, note = open_frames(name, raw, index)
+            source = frames or open_codec(name, codec, raw, seekable=size is not None)
+            source.note = note
             if size is not None:
                 source.state, source.raw_size = state, size
         elif size is not None:
@@ -1420,6 +1993,20 @@ def open_input(path: str) -> Iterator[Input]:
         undo.pop_all()  # the input closes it
     with source:
         yield source
+
+
+def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
+    """Return an input that is read at any place; or None, and what is wrong, "" for nothing."""
+    zstd = Zstd.load()
+    if zstd is None:
+        return None, ""  # the zstd program reads it, as a stream
+    try:
+        source = FramesInput(name, raw, zstd)
+        if index:
+            source.read_index()
+        return source, ""
+    except FormatError as error:
+        return None, str(error)
 
 
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
@@ -1765,10 +2352,21 @@ class PartialFile(Target):
         with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
             os.posix_fallocate(self.fd, 0, size)
 
-    def read_back(self) -> FileInput:
-        """Return what was written, as an input."""
+    def read_back(self, zstd: Zstd | None) -> FileInput:
+        """Return the archive that was written, as an input; `zstd` if it is compressed."""
         with os_errors_as(self.name):
-            return FileInput(self.name, io.FileIO(os.dup(self.fd)))
+            file = io.FileIO(os.dup(self.fd))
+        if zstd is None:
+            return FileInput(self.name, file)
+        try:
+            source = FramesInput(self.name, file, zstd)
+            source.read_index()
+        except FormatError as error:
+            file.close()
+            raise VmaError(
+                f"{self.name}: what was written reads back as something else: {error}"
+            ) from error
+        return source
 
     def sync(self) -> None:
         if self._old >= 0:
@@ -1863,8 +2461,7 @@ def open_output(
         with open_new_file(path, name, old, force, readers) as output:
             yield output
     elif stat.S_ISBLK(kind):
-        slack = sys.maxsize if force else DESTINATION_SLACK
-        with open_destination(path, device, slack) as output:
+        with open_destination(path, device, force) as output:
             output.seekable = False
             yield output
     else:
@@ -1874,6 +2471,12 @@ def open_output(
             yield Target(fd, name, seekable=False)
         finally:
             os.close(fd)
+
+
+def refuse_existing(path: str, force: bool, hint: str = "") -> None:
+    """Raise VmaError if an output is a file that exists, before anything is read."""
+    if not force and path != "-" and os.path.isfile(path):
+        raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it{hint}")
 
 
 @contextmanager
@@ -1897,9 +2500,12 @@ def open_new_file(
 
 @contextmanager
 def open_destination(
-    path: str, device: Device | None, slack: int = DESTINATION_SLACK
+    path: str, device: Device | None, force: bool | None = None
 ) -> Iterator[Target]:
-    """Open an existing file or block device to restore a device into; `slack` as in bytes."""
+    """Open an existing file or block device to restore a device into.
+
+    One that is much larger needs `force`; None if the command has no such option.
+    """
     name = escape(path)
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
@@ -1911,9 +2517,14 @@ def open_destination(
                 raise VmaError(f"{name}: neither a file nor a block device")
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        if device and not device.size <= size <= device.size + slack:
-            larger = f" and at most {format_size(slack)} more" if size > device.size else ""
-            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}{larger}")
+        if device and size < device.size:
+            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}")
+        if device and size > device.size + DESTINATION_SLACK and not force:
+            hint = "" if force is None else "; --force writes it all the same"
+            raise VmaError(
+                f"{name}: {size} bytes, {device.title} needs {device.size} and at most "
+                f"{format_size(DESTINATION_SLACK)} more{hint}"
+            )
         yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
@@ -1965,9 +2576,10 @@ def read_header(source: Input, whole: bool = True) -> Header:
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
         header = parse_header(data[: HEADER_FIXED_SIZE + count])
-        if whole and header.magic == DIFFERENCE_MAGIC:
+        if header.magic == DIFFERENCE_MAGIC:
             base = parse_difference(header).base.title
-            raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+            if whole:
+                raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
         return header
 
 
@@ -2182,6 +2794,24 @@ class Index:
     def _fail(self, message: str, offset: int | None = None) -> NoReturn:
         raise FormatError(message, offset, self.name)
 
+    def adopt(self, archive: ArchiveIndex, end: int) -> None:
+        """Take over the index of a canonical archive of `end` bytes; raises FormatError."""
+        for dev_id, entries in reversed(archive.entries.items()):
+            index = self.devices[dev_id]
+            index.entries = entries
+            index.seen = len(entries)
+            count = -(-len(entries) // archive.cluster_count)
+            start = (entries[0] >> 16) - EXTENT_HEADER_SIZE if entries else end
+            index.stored_size = end - start - EXTENT_HEADER_SIZE * count
+            end = start
+            self.extent_count += count
+            most = min(len(entries), archive.cluster_count)
+            self._most_slots = max(self._most_slots, most)
+            if not self._slots and entries:  # the archive's last extent
+                self._slots = (len(entries) - 1) % archive.cluster_count + 1
+        self.extent_count = max(self.extent_count, 1)
+        self.finish()
+
     def finish(self) -> None:
         """Raise FormatError unless every cluster of every device was there.
 
@@ -2239,6 +2869,13 @@ class Part(NamedTuple):
     def size(self) -> int:
         """Bytes of the disk: fewer than the clusters have at the device's end."""
         return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
+
+    def clusters(self, start: int, end: int) -> Part:
+        """Return some of the clusters, counted from the part's first one."""
+        image = self.image
+        if image is not None:
+            image = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+        return Part(self.device, self.first + start, self.masks[start:end], image)
 
     def filled(self, masks: Sequence[int]) -> list[memoryview]:
         """Return the blocks in masks that have all stored blocks, and more as zeros."""
@@ -2353,6 +2990,7 @@ class Contents(Producer):
         self.source = source
         self.header = read_header(source, whole)
         self.index = Index(self.header, source)
+        self.parallel = isinstance(source, FramesInput)  # there is something to decompress
         self._extents = read_extents(source, self.header)
 
     @property
@@ -2381,6 +3019,11 @@ class Contents(Producer):
         """Read and check all extents not read yet."""
         while self._read_extent():
             pass
+
+    def extents_digest(self) -> bytes:
+        """Return the SHA-256 over the MD5s of all extents."""
+        self.complete()
+        return self.index.digest.digest()
 
     def _read_extent(self) -> bool:
         extent = next(self._extents, None)
@@ -2480,6 +3123,95 @@ class Contents(Producer):
                 data[at - offset : stop - offset] = image[at - start : stop - start]
             at = stop
         return bytes(data)
+
+
+class IndexedContents(Contents):
+    """A compressed canonical archive: its index says where every cluster is.
+
+    Before plans of a device are read, the extents' headers are held against the index.
+    """
+
+    source: FramesInput
+
+    def __init__(self, source: FramesInput) -> None:
+        super().__init__(source)
+        self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
+        self.cluster_count = source.index.cluster_count
+        self.index.adopt(source.index, source.size)
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield the extents not read yet; raises FormatError if one is not as the index says."""
+        for device in canonical_order(self.header.devices):
+            while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
+                yield self._check_extent(device)
+
+    def complete(self) -> None:
+        """Do nothing: the index is complete."""
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
+        entries = self.index.devices[device.dev_id].slice(first, count)
+        while self._checked[device.dev_id] < first + len(entries):
+            self._check_extent(device)
+        return entries
+
+    def extents_digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for device in canonical_order(self.header.devices):
+            for first in range(
+                0, len(self.index.devices[device.dev_id].entries), self.cluster_count
+            ):
+                digest.update(self._extent(device, first).md5)
+        if not self.header.devices:
+            digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
+        return digest.digest()
+
+    def _extent(self, device: Device, first: int) -> Extent:
+        """Return the extent header that the index says is there."""
+        entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
+        payload_offset, last = entries[0] >> 16, entries[-1]
+        info = device.dev_id << 32 | first
+        blockinfo: Sequence[int] = range(info, info + len(entries))
+        size = (last >> 16) + mask_size(last & FULL_MASK) - payload_offset
+        if size:
+            blockinfo = [(e & FULL_MASK) << 48 | i for e, i in zip(entries, blockinfo)]
+        data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
+        offset = payload_offset - EXTENT_HEADER_SIZE
+        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+
+    def _check_extent(self, device: Device) -> Extent:
+        """Read a device's next extent header."""
+        first = self._checked[device.dev_id]
+        extent = self._extent(device, first)
+        count = len(extent.blockinfo)
+        found = bytearray(EXTENT_HEADER_SIZE)
+        self.source.read_at([(extent.offset, memoryview(found))])
+        if found != pack_extent(CANONICAL_UUID, extent.block_count, extent.blockinfo):
+            clusters = f"clusters {first} to {first + count - 1}"
+            raise SeekableError(
+                f"{device.title}: {clusters}: the extent header and the index contradict each "
+                "other; without the index: zstd -dc FILE | vma-tool COMMAND -",
+                extent.offset,
+                self.source.name,
+            )
+        self._checked[device.dev_id] += count
+        self.source.offset = extent.payload_offset + extent.payload_size
+        return extent
+
+    def is_canonical(self, align: int) -> bool:
+        """Say whether the extents are laid out as optimize does with this align."""
+        count = clusters_per_extent(align)
+        for index in self.index.devices.values():
+            unit = 1 if index.device.is_vmstate else align // BLOCK_SIZE
+            for first in range(0, len(index.entries), count):
+                entries = index.slice(first, count)
+                if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
+                    continue  # stores nothing
+                masks = [entry & FULL_MASK for entry in entries]
+                if fill_up(index.device, first, masks, unit)[0] != masks:
+                    return False
+            if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):
+                return False
+        return True
 
 
 class Stream(Contents):
@@ -2587,6 +3319,13 @@ class Spool(Target):
         super().__init__(self.source.fd, name, seekable=True)
 
 
+def contents_of(source: Input, whole: bool = True) -> Contents:
+    """Return the contents of an archive that can be read at any place."""
+    if isinstance(source, FramesInput) and source.has_index:
+        return IndexedContents(source)
+    return Contents(source, whole)
+
+
 def load(
     source: Input, memory: int = DEFAULT_MEMORY, directory: str = "", whole: bool = True
 ) -> Contents:
@@ -2594,11 +3333,10 @@ def load(
 
     A difference is taken only if `whole` is False.
     """
-    contents = (
-        Contents(source, whole)
-        if source.size is not None
-        else Stream(source, memory, directory, whole)
-    )
+    if source.size is None:
+        contents: Contents = Stream(source, memory, directory, whole)
+    else:
+        contents = contents_of(source, whole)
     with in_archive(source.name):
         check_names(whole_header(contents.header))
     return contents
@@ -2746,7 +3484,7 @@ def copy_parts(
         pump(batches, read, deliver, prepare)
     else:
         pump(batches, lambda batch, _: batch, deliver, read_and_prepare)
-    for each in consumers:
+    for each in reversed(consumers):  # the check first: a bad archive is not to be completed
         each.finish()
 
 
@@ -2892,20 +3630,47 @@ class CanonicalWriter(Consumer):
     `digest` grows with the extents; at the end it is that of the `Index` of what was written.
     """
 
-    def __init__(self, header: Header, align: int, target: Target) -> None:
+    zstd: Zstd | None = None  # what compresses it
+
+    def __init__(self, align: int, target: Target) -> None:
         self.align = align
         self.cluster_count = clusters_per_extent(align)
         self.target = target
         self.digest = hashlib.sha256()
-        data = lay_out_header(header, align)
-        self.header_md5 = bytes(data[HEADER_MD5])
-        target.append([data])
-        if not header.devices:
-            # As Proxmox writes an archive that has only configs.
-            self.deliver([[pack_extent(CANONICAL_UUID, 0, ())]])
+        self.header_md5 = b""
 
-    def prepare(self, part: Part) -> list[Buffer]:
+    def begin(self, header: Header) -> None:
+        """Write the header."""
+        data = bytes(lay_out_header(header, self.align))
+        self.header_md5 = data[HEADER_MD5]
+        self._write_header(data)
+        if not header.devices and header.magic == HEADER_MAGIC:
+            # As Proxmox writes an archive that has only configs.
+            self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        """Write the extents that another writer wrote into a temporary file, and finish."""
+        self.digest = body.digest
+        buffer = memoryview(bytearray(SPILL_SIZE))
+        for start in range(0, spool.position, SPILL_SIZE):
+            view = buffer[: spool.position - start]
+            spool.source.read_at([(start, view)])
+            self.target.append([view])
+
+    def _write_header(self, header: bytes) -> None:
+        self.target.append([header])
+
+    def _write_empty(self, extent: bytes) -> None:
+        self.deliver([[extent]])
+
+    def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
+        return self.assemble(part, header, masks, range(len(masks)))
+
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> Any:
+        """Return an extent to deliver: of the part's clusters those in slots, with these masks."""
         return [header, *part.filled(masks)]
 
     def deliver(self, prepared: Sequence[Any]) -> None:
@@ -2914,7 +3679,7 @@ class CanonicalWriter(Consumer):
         self.target.append(list(itertools.chain.from_iterable(prepared)))
 
 
-def check_written(writer: CanonicalWriter | DifferenceWriter, written: Input) -> None:
+def check_written(writer: CanonicalWriter, written: Input) -> None:
     """Raise VmaError unless the archive on the disk has the header and extents as written."""
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
@@ -2930,6 +3695,102 @@ def check_written(writer: CanonicalWriter | DifferenceWriter, written: Input) ->
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
+class CompressedWriter(CanonicalWriter):
+    """Writes the compressed canonical archive, its frames made on all processors."""
+
+    parallel = True
+    zstd: Zstd
+
+    def __init__(self, align: int, target: Target, level: int) -> None:
+        super().__init__(align, target)
+        self.zstd = require_zstd()
+        self.level = level
+        self._sizes = array.array("I")  # of the frames, compressed and not, in turn
+        self._masks = array.array("H")
+        self._run: list[bytes] = []  # headers that will share a frame
+        self._place = (0, 0)  # of the last extent: dev_id, number of its run
+        self._counts: dict[int, int] = collections.defaultdict(int)  # extents by dev_id
+
+    def _write_header(self, header: bytes) -> None:
+        start = 0
+        for size in header_pieces(len(header)):
+            self.target.append([self._add(self._compress([header[start : start + size]]))])
+            start += size
+
+    def _write_empty(self, extent: bytes) -> None:
+        self.deliver([(extent, (), 0, ())])
+
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> tuple[Any, ...]:
+        pieces = []
+        if any(masks):
+            pieces.append(self._compress([header]))
+            for number in range(0, len(slots), PIECE_CLUSTERS):
+                group = slots[number : number + PIECE_CLUSTERS]
+                views = part.clusters(group[0], group[-1] + 1).filled(
+                    masks[group[0] : group[-1] + 1]
+                )
+                if views:
+                    pieces.append(self._compress(views))
+        return header, [masks[slot] for slot in slots], part.device.dev_id, pieces
+
+    def deliver(self, prepared: Sequence[Any]) -> None:
+        output = []
+        for header, masks, dev_id, pieces in prepared:
+            self.digest.update(header[EXTENT_MD5])
+            self._masks.extend(masks)
+            place = dev_id, self._counts[dev_id] // RUN_EXTENTS
+            self._counts[dev_id] += 1
+            if pieces or place != self._place:
+                output += self._end_run()
+            self._place = place
+            if not pieces:
+                self._run.append(header)
+            output += map(self._add, pieces)
+        self.target.append(output)
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        if isinstance(body, CompressedWriter):
+            spool.append(body._end_run())
+            self._sizes.extend(body._sizes)
+        super().take(body, spool)
+        self.target.append([pack_seek_table(self._sizes)])
+
+    def finish(self) -> None:
+        index = pack_index(self.zstd, self._masks, self.level)
+        self.target.append([*self._end_run(), index, pack_seek_table(self._sizes)])
+
+    def _compress(self, views: Sequence[Buffer]) -> tuple[bytes, int]:
+        data = views[0] if len(views) == 1 else b"".join(views)
+        return self.zstd.compress(data, self.level), len(data)
+
+    def _add(self, piece: tuple[bytes, int]) -> bytes:
+        """Enter a frame into the seek table, and return it."""
+        self._sizes.extend((len(piece[0]), piece[1]))
+        return piece[0]
+
+    def _end_run(self) -> list[bytes]:
+        run, self._run = self._run, []
+        return [self._add(self._compress(run))] if run else []
+
+
+def canonical_writer(align: int, target: Target, level: int) -> CanonicalWriter:
+    """Return a writer that compresses with a zstd level, 0 for a plain archive."""
+    return CompressedWriter(align, target, level) if level else CanonicalWriter(align, target)
+
+
+def require_zstd() -> Zstd:
+    """Return the zstd library; raises VmaError if there is none."""
+    zstd = Zstd.load()
+    if zstd is None:
+        raise VmaError(
+            "writing zstd needs the library libzstd.so.1: install the package libzstd1, or use "
+            "Python 3.14 or later; --compress none writes a plain archive"
+        )
+    return zstd
+
+
 def find_align(contents: Contents) -> str | None:
     """Return the --align with which optimize writes this very archive, None if there is none."""
     names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
@@ -2941,6 +3802,8 @@ def is_canonical(contents: Contents, align: int) -> bool:
     header = contents.header
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
+    if isinstance(contents, IndexedContents):
+        return contents.is_canonical(align) and has_zero_tails(contents)
     contents.complete()
     digest = hashlib.sha256()
     for device in canonical_order(header.devices):
@@ -3254,31 +4117,30 @@ def content_digest(contents: Contents, progress: Progress) -> str:
 
 def layout_digest(contents: Contents) -> str:
     """Return the SHA-256 over the header's MD5 and the SHA-256 of the extents' MD5s, in hex."""
-    contents.complete()
-    return hashlib.sha256(contents.header.md5 + contents.index.digest.digest()).hexdigest()
+    return hashlib.sha256(contents.header.md5 + contents.extents_digest()).hexdigest()
 
 
-def data_masks(part: Part) -> Sequence[int]:
+def data_masks(part: Part) -> list[int]:
     """Return the masks of the blocks that are not all zeros."""
     if part.image is None:
-        return part.masks
+        return list(part.masks)
     return find_data(part.image, block_spans(part.masks), len(part.masks))
 
 
 class DifferenceWriter:
     """Compares two archives, and writes the clusters in which the second one differs."""
 
-    def __init__(self, base: Contents, new: Contents, spool: Spool) -> None:
+    def __init__(self, base: Contents, new: Contents, spool: Spool, level: int) -> None:
         for contents in (base, new):
             require_full(contents)
         if len(new.header.configs) == CONFIG_COUNT:
             raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
         self.both = base, new
         self.spool = spool
+        self.level = level
+        # The header is written first, but has the digests of all that follows.
+        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], spool, level)
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
-        self.cluster_count = 0
-        self.digest = hashlib.sha256()  # of the extents
-        self.header_md5 = b""
 
     def write_extents(self, progress: Progress) -> None:
         """Read both archives, and write the extents of the difference."""
@@ -3315,69 +4177,56 @@ class DifferenceWriter:
             digest.prepare(part) if part else None
             for digest, part in zip(self.digests, (base, new))
         ]
-        return [*prepared, lay_out_difference(base, new) if new else []]
+        extent = lay_out_difference(base, new) if new else None
+        return [*prepared, self.body.assemble(*extent) if extent else None]
 
     def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
         self.digests[number].deliver([each[number] for each in compared if each[number]])
 
     def _write(self, compared: Sequence[list[Any]]) -> None:
-        for _, _, extent in compared:
-            if extent:
-                self.digest.update(extent[0][EXTENT_MD5])
-                self.cluster_count += EXTENT_SLOTS - EXTENT.unpack(extent[0])[5:].count(0)
-                self.spool.append(extent)
+        self.body.deliver([extent for _, _, extent in compared if extent])
 
-    def finish(self, names: Sequence[str], output: Target) -> None:
-        """Write the difference: its header, known only now, and what was written before.
-
-        `names` are those of the two archives.
-        """
+    def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
+        """Write the difference; names are those of the two archives. Return who wrote it."""
         disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
         base, new = (
             Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
             for name, c, found in zip(names, self.both, disks)
         )
-        about = Difference(base, new, tuple(disks[1].values()), self.digest.hexdigest())
+        about = Difference(base, new, tuple(disks[1].values()), self.body.digest.hexdigest())
         header = self.both[1].header
         configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
-        header = header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
-        data = lay_out_header(header, ALIGNS[DIFFERENCE_ALIGN])
-        self.header_md5 = bytes(data[HEADER_MD5])
-        output.append([data])
-        buffer = memoryview(bytearray(SPILL_SIZE))
-        for start in range(0, self.spool.position, SPILL_SIZE):
-            view = buffer[: self.spool.position - start]
-            self.spool.source.read_at([(start, view)])
-            output.append([view])
+        writer = canonical_writer(self.body.align, output, self.level)
+        writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
+        writer.take(self.body, self.spool)
+        return writer
 
 
-def lay_out_difference(base: Part | None, new: Part) -> list[Buffer]:
-    """Return the extent of the clusters in which new differs; empty if there are none.
+def lay_out_difference(
+    base: Part | None, new: Part
+) -> tuple[Part, bytes, Sequence[int], Sequence[int]] | None:
+    """Return the extent of the clusters in which new differs, None if there are none.
 
-    Blocks of zeros are not stored. Of a vmstate, which Proxmox restores as the blocks are stored,
-    all is kept as it is.
+    That is its header, its clusters (counted from the part's first one) and the masks of all; the
+    part stores no more than these. Blocks of zeros are not stored. Of a vmstate, which Proxmox
+    restores as the blocks are stored, all is kept as it is.
     """
-    kept: Sequence[int] = range(len(new.masks))
-    masks = new.masks
+    masks = list(new.masks)
+    slots: Sequence[int] = range(len(masks))
     if not new.device.is_vmstate:
         if base is not None:
             differing = differing_runs(base, new, new.size)
-            kept = [
-                *(offset // CLUSTER_SIZE for _, offset, _, _ in differing),
-                *range(len(base.masks), len(new.masks)),
-            ]
-        chosen = set(kept)
-        masks = [mask if number in chosen else 0 for number, mask in enumerate(masks)]
+            slots = [offset // CLUSTER_SIZE for _, offset, _, _ in differing]
+            slots += range(len(base.masks), len(masks))
+        for number in set(range(len(masks))).difference(slots):
+            masks[number] = 0
         masks = data_masks(new._replace(masks=masks))
-    if not kept:
-        return []
+    if not slots:
+        return None
     info = new.device.dev_id << 32 | new.first
-    infos = [masks[number] << 48 | info + number for number in kept]
-    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
-    return [
-        pack_extent(CANONICAL_UUID, block_count, infos),
-        *new._replace(masks=masks).filled(masks),
-    ]
+    infos = [masks[slot] << 48 | info + slot for slot in slots]
+    header = pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
+    return new._replace(masks=masks), header, masks, slots
 
 
 class Overlay(Contents):
@@ -3405,6 +4254,11 @@ class Overlay(Contents):
     @property
     def inputs(self) -> tuple[Input, ...]:
         return self.difference.source, self.base.source
+
+    def extents(self) -> Iterator[Extent]:
+        for contents in (self.difference, self.base):
+            yield from contents.extents()
+        self.complete()
 
     def complete(self) -> None:
         self.difference.complete()
@@ -4015,7 +4869,8 @@ def unmapped_devices(header: Header) -> list[Device]:
     config = dict(header.configs).get(CONFIG_NAME)
     if config is None:
         return []
-    mapped = set(re.findall(rb"(?m)^#(?:qmdump|vzdump)#map:\S+?:(\S+?):\S*?:\S*?:\s*$", config))
+    # As qmrestore reads them, but in linear time whatever the config holds.
+    mapped = set(re.findall(rb"(?m)^#qmdump#map:[^\s:]+:([^\s:]+):[^\s:]*:[^\s:]*:$", config))
     return [d for d in header.devices if not d.is_vmstate and encode_name(d.name) not in mapped]
 
 
@@ -4107,8 +4962,9 @@ def require_report() -> None:
 
 
 def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
-    for path in directory.leftovers():
-        notice(args, f"{path}: left by a run that was killed; remove it")
+    """Mention the partial files beside an output that no run writes any more."""
+    if paths := directory.leftovers():
+        notice(args, f"{', '.join(paths)}: left by a run that was killed, and may be removed")
 
 
 def progress_of(args: Namespace, *sources: Input) -> Progress:
@@ -4154,13 +5010,17 @@ def cmd_list(args: Namespace) -> int:
             contents = stack.enter_context(open_archive(args.archive, args.base))
             source = contents.source
         else:
-            source = stack.enter_context(open_input(args.archive))
-            contents = Contents(source) if args.scan or args.partitions else None
-        for each in contents.inputs if contents and args.partitions else ():
+            source = stack.enter_context(
+                open_input(args.archive, index=args.scan or args.partitions)
+            )
+            contents = contents_of(source) if args.scan or args.partitions else None
+        inputs = contents.inputs if contents else (source,)
+        for path, each in zip(paths_read(args), inputs) if args.partitions else ():
             if each.size is None:
                 raise VmaError(
                     f"{each.name}: --partitions reads at any place, which a stream does not allow; "
-                    "make a file that does: vma-tool optimize ARCHIVE FILE.vma"
+                    f"make a file that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
                 )
         if contents:
             contents.complete()
@@ -4172,8 +5032,8 @@ def cmd_list(args: Namespace) -> int:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
         header = contents.header if contents else read_header(source, whole=False)
-        found = describe(header, contents if args.scan else None, tables)
-        for each in contents.inputs if contents else (source,):
+        found = describe(source, header, contents if args.scan else None, tables)
+        for each in inputs:
             each.check_unchanged()
     if args.json:
         print(to_json(found))
@@ -4186,7 +5046,7 @@ def cmd_list(args: Namespace) -> int:
 
 
 def describe(
-    header: Header, contents: Contents | None, tables: Mapping[int, Table]
+    source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
     """Return what list --json prints; `contents` adds what only a scan can know."""
     difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
@@ -4208,6 +5068,10 @@ def describe(
         "ctime": header.ctime,
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
         "devices": devices,
+        "compression": source.compression or None,
+        "compressed_size": source.raw_size or None if source.compression else None,
+        "seekable": source.size is not None,
+        "frames": source.frame_count if isinstance(source, FramesInput) else None,
     }
     if difference:
         result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
@@ -4215,6 +5079,12 @@ def describe(
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
     return result
+
+
+def plain_name(path: str) -> str:
+    """Return a name for the plain form of a compressed archive, or of standard input."""
+    root, extension = os.path.splitext(path)
+    return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
 def mount_command(device: Device, partition: Partition) -> str | None:
@@ -4238,6 +5108,10 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     if "align" in found:
         align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
+        if found["compression"]:
+            frames = f"{found['frames']} frames" if found["frames"] else "read as a stream"
+            size = format_size(found["compressed_size"] or 0)
+            print(f"stored   {found['compression']}, {frames}, {size}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:
@@ -4302,12 +5176,27 @@ def cmd_verify(args: Namespace) -> int:
 
 def verify_one(args: Namespace, path: str) -> int:
     """Read an archive, and say that it will restore; raises VmaError if not."""
-    with open_input(path) as source, progress_of(args, source) as progress:
+    try:
+        verify_input(args, path)
+    except SeekableError as error:
+        # Proxmox reads it from one end to the other, and that may well succeed.
+        try:
+            verify_input(args, path, str(error.args[0]))
+        except VmaError:
+            raise error from None
+    return 0
+
+
+def verify_input(args: Namespace, path: str, fault: str = "") -> None:
+    """Verify an archive; one with a fault of its seek table or index is read as a stream."""
+    with open_input(path, as_stream=bool(fault)) as source, progress_of(args, source) as progress:
         if args.quick:
             progress.begin("reading headers", source.size or source.total, lambda: source.offset)
+        elif isinstance(source, FramesInput):
+            check_frames(source, progress)
         elif isinstance(source, FileInput):
             source.read_all = True  # a sector that cannot be read must not pass
-        contents = Contents(source)
+        contents = contents_of(source)
         with in_archive(source.name):
             check_names(contents.header)
         for _ in ticking(contents.extents(), progress):
@@ -4315,15 +5204,33 @@ def verify_one(args: Namespace, path: str) -> int:
         progress.finish()
         source.check_unchanged()
         what = "headers only" if args.quick and source.size is not None else "all data read"
+        if source.note or fault:
+            what += f", as a stream: {source.note or fault}"
         if args.json:
             description = {"archive": path, "ok": True, "checked": what}
-            description.update(describe(contents.header, contents, {}))
+            description.update(describe(source, contents.header, contents, {}))
             print(to_json(description), flush=True)
         elif not args.quiet:
-            Progress.erase()
-            print(f"{summary(contents)}, {what}", flush=True)
+            print_report(f"{summary(contents)}, {what}")
             print_totals(args, contents.index)
-    return 0
+
+
+def check_frames(source: FramesInput, progress: Progress) -> None:
+    """Decompress all frames, and so check their checksums."""
+
+    def ranges() -> Iterator[tuple[int, int]]:
+        start = 0
+        for i in range(1, source.frame_count + 1):
+            if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
+                yield start, source.table.offsets[i]
+                progress.tick()
+                start = source.table.offsets[i]
+
+    def work(place: tuple[int, int], buffer: memoryview) -> None:
+        start, end = place
+        source.read_at([(start, buffer[: end - start])])
+
+    pump(ranges(), lambda place, _: place, [lambda _: None], work)
 
 
 def verify_difference(args: Namespace, path: str) -> int:
@@ -4337,7 +5244,10 @@ def verify_difference(args: Namespace, path: str) -> int:
         devices = contents.header.devices
     if args.json:
         description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
-        print(to_json({**description, **describe(contents.header, None, {})}), flush=True)
+        print(
+            to_json({**description, **describe(contents.source, contents.header, None, {})}),
+            flush=True,
+        )
     elif not args.quiet:
         source, base = contents.inputs
         size = format_size(sum(device.size for device in devices))
@@ -4412,7 +5322,7 @@ def print_totals(args: Namespace, index: Index) -> None:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
-        print(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)", flush=True)
+        print_report(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
 
 
 def cmd_extract(args: Namespace) -> int:
@@ -4446,11 +5356,14 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
     refuse_same(paths_read(args), args.output)
+    refuse_existing(args.output, args.force)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
         with open_output(args.output, args.force, contents.readers, device) as output:
+            if isinstance(output, PartialFile):
+                warn_of_leftovers(args, output.directory)
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
@@ -4474,6 +5387,7 @@ def extract_mapped(args: Namespace) -> int:
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
         directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
+        warn_of_leftovers(args, directory)
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
@@ -4503,6 +5417,7 @@ def extract_mapped(args: Namespace) -> int:
 
 def print_contents(header: Header) -> None:
     """Print the lines that qmrestore waits for."""
+    Progress.erase()
     for config in header.configs:
         print(f"CFG: size: {len(config.data)} name: {escape(config.name)}")
     for device in header.devices:
@@ -4547,6 +5462,8 @@ def cmd_unpack(args: Namespace) -> int:
 
 def restore(args: Namespace, path: str, for_pack: bool) -> int:
     """Write an archive's configs and devices into a directory, as unpack does or as extract."""
+    if args.verbose:
+        require_report()
     with loaded(args) as (contents, progress):
         source, header = contents.source, contents.header
         if for_pack:
@@ -4562,8 +5479,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
             refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
         with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
+            warn_of_leftovers(args, directory)
             if for_pack:
-                warn_of_leftovers(args, directory)
                 directory.require_free(files, replace)
             else:
                 directory.require_empty()
@@ -4589,6 +5506,7 @@ def cmd_pack(args: Namespace) -> int:
     with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
+        refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
     write_packed(args, (set_options(header, args.options), paths), exact=described)
     return 0
@@ -4597,7 +5515,11 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    check_names(header)
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, what one is to be made of is refused
+        raise VmaError(str(error)) from error
+    level = compression_level(args, args.output)
     if args.map is not None:
         header = add_device_map(header, args.map)
     missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
@@ -4632,24 +5554,35 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
             for disk in disks:
                 disk.source.check_unchanged()
 
-        write_archive(args, Disks(header, disks), output, progress)
+        write_archive(args, Disks(header, disks), output, level, progress)
         finish_writing(output.sync, progress)
         output.commit(last_look)
 
 
+def compression_level(args: Namespace, output: str, was_compressed: bool = False) -> int:
+    """Return the zstd level for an output, 0 for a plain one."""
+    level = args.compress
+    if level is None:
+        level = DEFAULT_LEVEL if was_compressed or output.endswith(".zst") else 0
+    if level:
+        require_zstd()  # before anything is read or written
+    return int(level)
+
+
 def write_archive(
-    args: Namespace, producer: Producer, output: Target, progress: Progress
-) -> CanonicalWriter:
+    args: Namespace, producer: Producer, output: Target, level: int, progress: Progress
+) -> None:
     """Write the canonical archive of what a producer has, and check that it reads back."""
+    align = ALIGNS[args.align]
     with warning_of_partial(output):
-        writer = CanonicalWriter(producer.header, ALIGNS[args.align], output)
+        writer = canonical_writer(align, output, level)
+        writer.begin(producer.header)
         copy_parts(producer, writer, writer.cluster_count, progress)
     if isinstance(output, PartialFile):
         warn_of_leftovers(args, output.directory)
         output.truncate(output.position)  # more may have been reserved
-        with output.read_back() as written:
+        with output.read_back(writer.zstd) as written:
             check_written(writer, written)
-    return writer
 
 
 @contextmanager
@@ -4679,6 +5612,7 @@ def cmd_create(args: Namespace) -> int:
             raise VmaError(f"{quote(spec)} is not NAME=PATH, or the second one of that name")
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
+    refuse_existing(args.output, args.force)
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
     write_packed(args, packing_of(configs, paths), exact=False)
     return 0
@@ -4687,7 +5621,7 @@ def cmd_create(args: Namespace) -> int:
 def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
-    with open_input(args.archive) as source:
+    with open_input(args.archive, index=False) as source:
         configs = dict(read_header(source).configs)
     data = configs.get(args.config)
     if data is None:
@@ -4710,20 +5644,19 @@ def cmd_optimize(args: Namespace) -> int:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
-    if not in_place and not args.force and os.path.isfile(path):
-        raise VmaError(
-            f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it; to optimize "
-            "several archives in place, run vma-tool optimize once for each"
-        )
+    if not in_place:
+        hint = "; to optimize several archives in place, run vma-tool optimize once for each"
+        refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
         contents = stack.enter_context(
             open_archive(args.archive, args.base, args.memory, directory_beside(path))
         )
         source = contents.source
+        level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
-            require_replaceable(path, source)
+            require_replaceable(path, source, args.compress)
         progress = stack.enter_context(progress_of(args, *contents.inputs))
-        if in_place and is_canonical(contents, ALIGNS[args.align]):
+        if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
@@ -4732,13 +5665,13 @@ def cmd_optimize(args: Namespace) -> int:
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
-        if file and source.size is not None and args.base is None:
+        if file is None and not contents.ordered:
+            check_extents(contents)  # what goes into a pipe cannot be taken back
+        if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
-        elif not contents.ordered:
-            contents.complete()  # what goes into a pipe cannot be taken back
-        write_archive(args, contents, output, progress)
+        write_archive(args, contents, output, level, progress)
         if file and (args.check or (args.check is None and in_place)):
-            check_contents(args, contents, file, progress)
+            check_contents(args, contents, file, level, progress)
         if file and in_place:
             file.times = source.state
         finish_writing(output.sync, progress)
@@ -4757,6 +5690,9 @@ def cmd_diff(args: Namespace) -> int:
     if args.output != "-" and not args.quiet:
         require_report()
     temporary = directory_beside(args.output)
+    level = DEFAULT_LEVEL if args.compress is None else args.compress
+    if level:
+        require_zstd()
     with ExitStack() as stack:
         base, new = (
             stack.enter_context(open_archive(path, directory=temporary))
@@ -4774,13 +5710,13 @@ def cmd_diff(args: Namespace) -> int:
         ]
         spool = Spool(temporary)
         stack.callback(spool.source.close)
-        writer = DifferenceWriter(base, new, spool)
-        writer.write_extents(progress)
+        difference = DifferenceWriter(base, new, spool, level)
+        difference.write_extents(progress)
         with warning_of_partial(output):
-            writer.finish(names, output)
+            writer = difference.finish(names, output)
         if isinstance(output, PartialFile):
             warn_of_leftovers(args, output.directory)
-            with output.read_back() as written:
+            with output.read_back(writer.zstd) as written:
                 check_written(writer, written)
         finish_writing(output.sync, progress)
 
@@ -4790,10 +5726,23 @@ def cmd_diff(args: Namespace) -> int:
 
         output.commit(last_look)
     if args.output != "-" and not args.quiet:
-        count = plural(writer.cluster_count, "cluster")
         size = format_size(output.position)
-        print(f"{new.source.name}: {count} differ from {base.source.name}, {size}", flush=True)
+        print(f"{new.source.name}: a difference from {base.source.name}, {size}", flush=True)
     return 0
+
+
+def check_extents(contents: Contents) -> None:
+    """Read all extent headers of a file; raises FormatError."""
+    for _ in contents.extents():
+        pass
+
+
+def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
+    """Say whether a file is what optimize would replace it by."""
+    if contents.ordered or compressed != isinstance(contents, IndexedContents):
+        return False
+    check_extents(contents)
+    return is_canonical(contents, align)
 
 
 def directory_beside(output: str) -> str:
@@ -4803,25 +5752,25 @@ def directory_beside(output: str) -> str:
     return os.path.dirname(os.path.realpath(output))
 
 
-def require_replaceable(path: str, source: Input) -> None:
+def require_replaceable(path: str, source: Input, compress: int | None) -> None:
     """Raise VmaError if an archive cannot be optimized in place."""
-    if source.compression and source.raw_size:
-        root, extension = os.path.splitext(path)
-        plain = root if extension not in ("", ".vma") else f"{path}.new"
-        raise VmaError(
-            f"{source.name}: a compressed archive is not replaced by a plain one: "
-            f"vma-tool optimize {escape(path)} {escape(plain)}"
-        )
-    if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
+    if source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
+    if source.compression and (source.compression != "zstd" or compress == 0):
+        kind, suffix = ("a plain", "") if compress == 0 else ("a zstd", ".zst")
+        raise VmaError(
+            f"{source.name}: {source.compression} is not replaced by {kind} archive: "
+            f"vma-tool optimize {escape(path)} {escape(plain_name(path) + suffix)}"
+        )
 
 
 def check_contents(
-    args: Namespace, contents: Contents, output: PartialFile, progress: Progress
+    args: Namespace, contents: Contents, output: PartialFile, level: int, progress: Progress
 ) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with ExitStack() as stack:
-        written = stack.enter_context(output.read_back())
+        written = output.read_back(require_zstd() if level else None)
+        stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
             temporary = directory_beside(args.archive)
             contents = stack.enter_context(
@@ -4829,7 +5778,7 @@ def check_contents(
             )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
-        found = compare_disks(contents, Contents(written), progress)
+        found = compare_disks(contents, contents_of(written), progress)
     if found:
         raise VmaError(f"{output.name}: what was written differs: {found[0]}")
 
@@ -4892,6 +5841,16 @@ def parse_memory(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
 
 
+def parse_compression(text: str) -> int:
+    """Return the zstd level, 0 for none."""
+    match = re.fullmatch(r"zstd(?::([0-9]{1,2}))?", text)
+    level = int(match[1] or DEFAULT_LEVEL) if match else 0
+    if text != "none" and level not in COMPRESSION_LEVELS:
+        last = COMPRESSION_LEVELS[-1]
+        raise argparse.ArgumentTypeError(f"{quote(text)} is neither none nor zstd:1 to zstd:{last}")
+    return level
+
+
 def common_options(default: Any) -> CommandParser:
     """Return the options that may stand before and after the command."""
     options = CommandParser(add_help=False)
@@ -4909,6 +5868,10 @@ def layout_options() -> CommandParser:
         "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
         f"(default {DEFAULT_ALIGN})",
+    )  # fmt: skip
+    options.add_argument(
+        "--compress", metavar="zstd[:LEVEL]|none", type=parse_compression,
+        help=f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})",
     )  # fmt: skip
     options.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     return options
@@ -5046,7 +6009,8 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     text = "write only what differs from an older archive"
     arg = add(cmd_diff, text, "sunday.vma.zst monday.vma.zst monday.vmad")
     arg("--force", **FLAG, help="replace OUTPUT if it exists")
-    arg("--compress", choices=["none"], default="none", help="compress OUTPUT")
+    text = f"compress (default: zstd with level {DEFAULT_LEVEL})"
+    arg("--compress", metavar="zstd[:LEVEL]|none", type=parse_compression, help=text)
     arg("base", metavar="BASE", help="the full archive that will be needed with OUTPUT")
     arg("archive", metavar="NEW", help="the archive that OUTPUT and BASE will make")
     arg(**OUTPUT, help=OUTPUT_HELP)

@@ -195,8 +195,6 @@ def call_tool(*args: Argument, input: bytes | Iterable[bytes] | None = None) -> 
 @contextlib.contextmanager
 def _kept_signals() -> Iterator[None]:
     """Give signals back the handlers that they had."""
-    import vma_tool
-
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     handlers = [signal.getsignal(number) for number in numbers]
     hook = sys.unraisablehook
@@ -206,7 +204,6 @@ def _kept_signals() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-        vma_tool.Signals.depth = vma_tool.Signals.pending = 0
 
 
 @contextlib.contextmanager
