@@ -1392,6 +1392,11 @@ class Readers(NamedTuple):
     gid: int
     has_acl: bool
 
+    def mode_for(self, gid: int) -> int:
+        """Return a mode for a file of group gid that lets nobody read who cannot read this one."""
+        private = self.has_acl or gid != self.gid
+        return 0o600 if private else 0o600 | self.mode & 0o666
+
 
 class Input:
     """An archive's bytes in their order, as a pipe or a decompressor gives them: a stream.
@@ -1638,7 +1643,9 @@ class FramesInput(FileInput):
         """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
         super().__init__(name, file)
         self.zstd = zstd
-        self._last = threading.local()  # the last frame of each thread, and its number
+        self.cached_frames = 2 * processor_count()
+        # The frames used last, the latest one at the end, each with a lock for who decompresses it.
+        self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
         self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
         table_size = parse_seek_footer(tail) or 0
@@ -1720,16 +1727,19 @@ class FramesInput(FileInput):
                 done = stop
 
     def _frame(self, number: int) -> memoryview:
-        """Return what a frame holds, until this thread asks for another one."""
-        last = self._last
-        if getattr(last, "number", None) != number:
-            start, end = self.table.offsets[number : number + 2]
-            last.number = None
-            last.data = memoryview(bytearray(end - start))
-            self._decompress(number, last.data)
-            last.number = number
-        data: memoryview = last.data
-        return data
+        """Return what a frame holds; `cached_frames` of them are kept, of at most 1 MiB."""
+        with self._lock:
+            lock, found = self._frames.pop(number, (threading.Lock(), []))
+            self._frames[number] = lock, found
+            if len(self._frames) > self.cached_frames:
+                del self._frames[next(iter(self._frames))]
+        with lock:
+            if not found:
+                start, end = self.table.offsets[number : number + 2]
+                view = memoryview(bytearray(end - start))
+                self._decompress(number, view)
+                found.append(view)
+            return found[0]
 
     def _decompress(self, number: int, view: memoryview) -> None:
         frame = self._stored(*self.table.compressed_offsets[number : number + 2])
@@ -2323,18 +2333,13 @@ class PartialFile(Target):
 
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `Directory.leftovers` looks at it
             if directory.readers and not replaces and hasattr(os, "fchmod"):
-                os.fchmod(fd, self._shared_mode(directory.readers))
+                # An access list here was inherited from the directory; a group bit would put it
+                # in force.
+                mode = 0o600 if has_acl(fd) else directory.readers.mode_for(os.fstat(fd).st_gid)
+                umask = os.umask(0o077)
+                os.umask(umask)
+                os.fchmod(fd, mode & ~umask)
             undo.pop_all()
-
-    def _shared_mode(self, readers: Readers) -> int:
-        """Return a mode that lets nobody read who cannot read the source."""
-        state = os.fstat(self.fd)
-        # An access list here was inherited from the directory; a group bit would put it in force.
-        if readers.has_acl or readers.gid != state.st_gid or has_acl(self.fd):
-            return 0o600
-        umask = os.umask(0o077)
-        os.umask(umask)
-        return (0o600 | readers.mode & 0o666) & ~umask
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
@@ -2998,6 +3003,10 @@ class Contents(Producer):
         """Return all that is read."""
         return (self.source,)
 
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        """Return where the clusters are that are missing here; None for an archive."""
+        return None
+
     @property
     def readers(self) -> Readers | None:
         """Who may read everything that is read here, None for a pipe."""
@@ -3015,10 +3024,10 @@ class Contents(Producer):
             yield extent
         self.index.finish()
 
-    def complete(self) -> None:
-        """Read and check all extents not read yet."""
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Read and check all extents not read yet; calls tick after each."""
         while self._read_extent():
-            pass
+            tick()
 
     def extents_digest(self) -> bytes:
         """Return the SHA-256 over the MD5s of all extents."""
@@ -3059,13 +3068,16 @@ class Contents(Producer):
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         for device in canonical_order(self.header.devices, chosen):
             first = 0
-            while plan := self.plan(device, first, count):
+            while plan := self.next_plan(device, first, count):
                 yield plan
                 first += plan.cluster_count
         self.complete()
 
-    def plan(self, device: Device, first: int, count: int) -> Plan | None:
-        """Return the plan of up to count clusters, None behind the device's end."""
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+        """Return the plan of up to count clusters, None behind the device's end.
+
+        Devices and clusters must come in canonical order.
+        """
         entries = self.entries(device, first, count)
         has_data = any(entry & FULL_MASK for entry in entries)
         return Plan(device, first, len(entries), entries, has_data) if entries else None
@@ -3103,6 +3115,13 @@ class Contents(Producer):
             if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
                 raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
 
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        """Return the plan of clusters at any place, after `complete`."""
+        index = self.index.devices[dev_id]
+        entries = index.slice(first, count)
+        has_data = any(entry & FULL_MASK for entry in entries)
+        return Plan(index.device, first, len(entries), entries, has_data)
+
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
         index = self.index.devices[dev_id]
@@ -3112,10 +3131,7 @@ class Contents(Producer):
         at = offset
         while at < end:
             first = at // CLUSTER_SIZE
-            count = min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS)
-            plan = self.plan(index.device, first, count)
-            if plan is None:
-                break
+            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
             image = self.read(plan, buffer).whole()
             stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
@@ -3136,6 +3152,7 @@ class IndexedContents(Contents):
     def __init__(self, source: FramesInput) -> None:
         super().__init__(source)
         self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
+        self._extents_checked: set[tuple[int, int]] = set()  # dev_id, first cluster; by `plan`
         self.cluster_count = source.index.cluster_count
         self.index.adopt(source.index, source.size)
 
@@ -3143,16 +3160,24 @@ class IndexedContents(Contents):
         """Yield the extents not read yet; raises FormatError if one is not as the index says."""
         for device in canonical_order(self.header.devices):
             while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
-                yield self._check_extent(device)
+                yield self._check_next(device)
 
-    def complete(self) -> None:
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
         """Do nothing: the index is complete."""
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
         while self._checked[device.dev_id] < first + len(entries):
-            self._check_extent(device)
+            self._check_next(device)
         return entries
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        start = first // self.cluster_count * self.cluster_count
+        for extent in range(start, first + count, self.cluster_count):
+            if (dev_id, extent) not in self._extents_checked:
+                self._check_extent(self.index.devices[dev_id].device, extent)
+                self._extents_checked.add((dev_id, extent))
+        return super().plan(dev_id, first, count)
 
     def extents_digest(self) -> bytes:
         digest = hashlib.sha256()
@@ -3165,8 +3190,15 @@ class IndexedContents(Contents):
             digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
         return digest.digest()
 
+    def _check_next(self, device: Device) -> Extent:
+        """Read a device's next extent header."""
+        extent = self._check_extent(device, self._checked[device.dev_id])
+        self._checked[device.dev_id] += len(extent.blockinfo)
+        self.source.offset = extent.payload_offset + extent.payload_size
+        return extent
+
     def _extent(self, device: Device, first: int) -> Extent:
-        """Return the extent header that the index says is there."""
+        """Return the header of the extent that begins with a device's cluster, by the index."""
         entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
         payload_offset, last = entries[0] >> 16, entries[-1]
         info = device.dev_id << 32 | first
@@ -3178,9 +3210,8 @@ class IndexedContents(Contents):
         offset = payload_offset - EXTENT_HEADER_SIZE
         return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
 
-    def _check_extent(self, device: Device) -> Extent:
-        """Read a device's next extent header."""
-        first = self._checked[device.dev_id]
+    def _check_extent(self, device: Device, first: int) -> Extent:
+        """Read the header of the extent that begins with a device's cluster."""
         extent = self._extent(device, first)
         count = len(extent.blockinfo)
         found = bytearray(EXTENT_HEADER_SIZE)
@@ -3193,8 +3224,6 @@ class IndexedContents(Contents):
                 extent.offset,
                 self.source.name,
             )
-        self._checked[device.dev_id] += count
-        self.source.offset = extent.payload_offset + extent.payload_size
         return extent
 
     def is_canonical(self, align: int) -> bool:
@@ -4249,28 +4278,31 @@ class Overlay(Contents):
         self.ordered = difference.ordered or base.ordered
         self.parallel = difference.parallel or base.parallel
         known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
-        self._bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
+        self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
 
     @property
     def inputs(self) -> tuple[Input, ...]:
         return self.difference.source, self.base.source
+
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        base = self.bases.get(device.dev_id)
+        return self.base.index.devices[base.dev_id] if base else None
 
     def extents(self) -> Iterator[Extent]:
         for contents in (self.difference, self.base):
             yield from contents.extents()
         self.complete()
 
-    def complete(self) -> None:
-        self.difference.complete()
-        self.base.complete()
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        self.difference.complete(tick)
+        self.base.complete(tick)
         for device in self.header.devices if not self.ordered else ():
             # Behind the base's end nothing may be missing: better known before anything is written.
-            base = self._bases.get(device.dev_id)
+            base = self.bases.get(device.dev_id)
             start = base.cluster_count if base else 0
+            index = self.index.devices[device.dev_id]
             for first in range(start, device.cluster_count, MAX_PARTS):
-                self._require(
-                    device, first, self.index.devices[device.dev_id].slice(first, MAX_PARTS)
-                )
+                self._require(device, first, index.slice(first, MAX_PARTS))
 
     def _require(self, device: Device, first: int, entries: Sequence[int]) -> None:
         """Raise FormatError if one of these clusters is missing, which the base does not have."""
@@ -4285,12 +4317,24 @@ class Overlay(Contents):
     def _needs(self) -> str:
         return f"{self.source.name} needs {self.about.base.title}"
 
-    def plan(self, device: Device, first: int, count: int) -> Plan | None:
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
         entries = self.difference.entries(device, first, count)
-        if not entries:
-            return None
-        base = self._bases.get(device.dev_id)
+        base = self.bases.get(device.dev_id)
         base_entries = self.base.entries(base, first, len(entries)) if base else []
+        return self._join(device, first, entries, base_entries) if entries else None
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        device, _, _, entries, _ = self.difference.plan(dev_id, first, count)
+        base = self.bases.get(dev_id)
+        count = min(len(entries), base.cluster_count - first) if base else 0
+        base_entries = self.base.plan(dev_id, first, count).where if count > 0 else []
+        return self._join(device, first, entries, base_entries)
+
+    def _join(
+        self, device: Device, first: int, entries: Sequence[int], base_entries: Sequence[int]
+    ) -> Plan:
+        """Return the plan of clusters whose entries in the difference and the base these are."""
+        base = self.bases.get(device.dev_id)
         self._require(device, first + len(base_entries), entries[len(base_entries) :])
         # Runs of clusters from one of the two, as (whose, device, start, end)
         runs: list[tuple[Contents, Device, int, int]] = []
@@ -4313,7 +4357,7 @@ class Overlay(Contents):
         return Plan(device, first, len(entries), where, has_data)
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
-        bases = set(self._bases) if chosen is None else set(self._bases) & set(chosen)
+        bases = set(self.bases) if chosen is None else set(self.bases) & set(chosen)
         with self.difference.holding(chosen), self.base.holding(bases):
             yield from super().plans(count, chosen)
 
@@ -4463,6 +4507,9 @@ class FileSystem(NamedTuple):
 FILE_SYSTEMS = (
     FileSystem("LUKS", 0, b"LUKS\xba\xbe", mountable=False),
     FileSystem("LVM", 512, b"LABELONE", mountable=False),
+    # Linux' md superblock, version 1.2 and 1.1
+    FileSystem("RAID", 4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", 4128, 32, mountable=False),
+    FileSystem("RAID", 0, b"\xfc\x4e\x2b\xa9\1\0\0\0", 32, 32, mountable=False),
     FileSystem("xfs", 0, b"XFSB", 108, 12),
     FileSystem("btrfs", 65600, b"_BHRfS_M", 65835, 256),
     FileSystem("NTFS", 3, b"NTFS    "),
@@ -4474,6 +4521,16 @@ FILE_SYSTEMS = (
     FileSystem("ext", 1080, b"\x53\xef", 1144, 16),
 )
 SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
+JOURNAL_OPTIONS = {
+    "ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay",
+}  # fmt: skip
+# How to go on with what is no file system; `part` is empty, or the partition's p and number.
+OPEN_COMMANDS = {
+    "LVM": "losetup -r -P -f --show {file} && vgchange -ay",
+    "RAID": 'mdadm -A -o -R /dev/md/guest "$(losetup -r -P -f --show {file}){part}"',
+    "LUKS": 'cryptsetup open --readonly "$(losetup -r -P -f --show {file}){part}" guest',
+}
+MOUNT_EXAMPLE = "/mnt/backup"
 
 
 class Partition(NamedTuple):
@@ -4641,6 +4698,12 @@ ARCHIVE_SUFFIXES = (".vma", ".vma.zst", ".vma.gz", ".vma.lzo", ".vma.bz2")
 def disk_file_name(device: Device) -> str:
     """Return the file name that Proxmox's own vma extract gives a device."""
     return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
+
+
+def partition_file_name(device: Device, partition: Partition) -> str:
+    """Return the file name of a partition in a mounted archive."""
+    suffix = f"-part{partition.number}.raw" if partition.number else ".raw"
+    return f"disk-{device.name}{suffix}"
 
 
 @contextmanager
@@ -4938,6 +5001,575 @@ def parse_map(lines: Iterable[str]) -> Map:
 
 
 # ---------------------------------------------------------------------------------------------
+# Mount: configs, disks and partitions as files in a directory, served through /dev/fuse. The
+# protocol is the kernel's (linux/fuse.h, version 7.31), names are those of its structs, and all
+# numbers are in the host's byte order.
+
+FUSE_VERSION = (7, 31)
+FUSE_ROOT_ID = 1
+FUSE_LOOKUP, FUSE_FORGET, FUSE_GETATTR, FUSE_OPEN, FUSE_READ = 1, 2, 3, 14, 15
+FUSE_STATFS, FUSE_RELEASE, FUSE_INIT, FUSE_OPENDIR, FUSE_READDIR = 17, 18, 26, 27, 28
+FUSE_RELEASEDIR, FUSE_INTERRUPT, FUSE_DESTROY, FUSE_BATCH_FORGET, FUSE_LSEEK = 29, 36, 38, 42, 46
+FUSE_ASYNC_READ, FUSE_PARALLEL_DIROPS, FUSE_MAX_PAGES = 1 << 0, 1 << 18, 1 << 22
+FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR = 1 << 1, 1 << 3
+# len, opcode, unique, nodeid, uid, gid, pid; then what the opcode needs
+FUSE_IN_HEADER = struct.Struct("=IIQQIII4x")
+FUSE_OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
+FUSE_INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags
+# major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
+# max_pages
+FUSE_INIT_OUT = struct.Struct("=IIIIHHIIH34x")
+# ino, size, blocks, atime, mtime, ctime, (nanoseconds,) mode, nlink, uid, gid, (rdev,) blksize
+FUSE_ATTR = struct.Struct("=QQQqqq12xIIII4xI4x")
+FUSE_ENTRY_OUT = struct.Struct("=QQQQ8x")  # nodeid, generation, entry_valid, attr_valid; then attr
+FUSE_ATTR_OUT = struct.Struct("=Q8x")  # attr_valid; then attr
+FUSE_OPEN_IN = struct.Struct("=I4x")  # flags
+FUSE_OPEN_OUT = struct.Struct("=QI4x")  # fh, open_flags
+FUSE_READ_IN = struct.Struct("=8xQI")  # offset, size; of a seek: offset, whence
+FUSE_LSEEK_OUT = struct.Struct("=Q")  # offset
+FUSE_DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type; then the name, filled up to 8
+# blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
+FUSE_STATFS_OUT = struct.Struct("=QQQQQIII28x")
+
+FUSE_REQUEST_SIZE = 64 << 10  # the kernel wants at least 8 KiB
+FUSE_MAX_READ = 1 << 20
+FUSE_READ_AHEAD = 4 << 20
+FUSE_THREADS = 4
+FUSE_VALID = 1 << 30  # seconds for which the kernel may remember what never changes
+
+MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MNT_DETACH = 2
+# Options of `mount -o`, and their flags. The first three hold anyway.
+MOUNT_OPTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "allow_other": 0}
+BUSY_SECONDS = 2.0  # a loop device lets go of its file a moment after its own unmount
+STILL_IN_USE = "still in use: detached from the directory, and served until it is released"
+MASK_WORD = 0 if sys.byteorder == "little" else 3  # of the four 16-bit words of an index entry
+SUM_CLUSTERS = 1 << 12
+MOUNT_FRAMES = 64  # decompressed frames that are kept, of 1 MiB
+
+
+class DiskMap:
+    """Where a device stores blocks: found and counted without a loop over them."""
+
+    def __init__(self, index: DeviceIndex, base: DeviceIndex | None = None) -> None:
+        self.index = index
+        self.base = base  # has the clusters that are missing in index
+        self.cluster_count = len(index.entries)
+        self._sums: list[int] = []  # blocks stored before every SUM_CLUSTERS-th cluster
+
+    def _masks(self, first: int, count: int) -> int:
+        """Return the masks of clusters as one number, whose bit 0 is the first block."""
+        entries = memoryview(self.index.entries)[first : first + count]
+        if self.base and 0 in entries:
+            base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
+            entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
+        masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
+        if sys.byteorder == "big":
+            masks.byteswap()
+        return int.from_bytes(masks.tobytes(), "little")
+
+    def find(self, block: int, stored: bool) -> int:
+        """Return the first block from this one on that is stored, or is not; if none, the end."""
+        first, skip = divmod(block, CLUSTER_BLOCKS)
+        count = 64
+        while first < self.cluster_count:
+            count = min(count, self.cluster_count - first)
+            bits = self._masks(first, count)
+            if not stored:
+                bits ^= (1 << count * CLUSTER_BLOCKS) - 1
+            bits = bits >> skip << skip
+            if bits:
+                return first * CLUSTER_BLOCKS + (bits & -bits).bit_length() - 1
+            first += count
+            count, skip = min(count * 8, 1 << 16), 0
+        return self.cluster_count * CLUSTER_BLOCKS
+
+    def stored_before(self, block: int) -> int:
+        """Return how many blocks before this one are stored."""
+
+        def count_stored(first: int, blocks: int) -> int:
+            blocks = min(blocks, (self.cluster_count - first) * CLUSTER_BLOCKS)
+            if not blocks:
+                return 0
+            bits = self._masks(first, -(-blocks // CLUSTER_BLOCKS)) & (1 << blocks) - 1
+            return bin(bits).count("1")
+
+        step = SUM_CLUSTERS * CLUSTER_BLOCKS
+        if not self._sums:  # 16 million clusters take a moment, so only when somebody asks
+            firsts = range(0, self.cluster_count, SUM_CLUSTERS)
+            counts = (count_stored(first, step) for first in firsts)
+            self._sums = list(itertools.accumulate(counts, initial=0))
+        return self._sums[block // step] + count_stored(block // step * SUM_CLUSTERS, block % step)
+
+
+class MountedFile:
+    """A config as a file of the mount. Sizes and offsets are bytes in the file."""
+
+    def __init__(self, name: str, size: int, data: bytes = b"") -> None:
+        self.name = encode_name(name)
+        self.size = size
+        self.data = data
+
+    @property
+    def allocated(self) -> int:
+        return self.size
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
+        """Return exactly so many bytes, perhaps in the buffer: FUSE_MAX_READ and two clusters."""
+        return self.data[offset : offset + size]
+
+    def seek(self, offset: int, data: bool) -> int:
+        """Return where, from offset on, the next data or the next hole begins; size if nowhere."""
+        return offset if data else self.size
+
+
+class MountedDisk(MountedFile):
+    """A disk, or `size` bytes of it from `start` on: a partition."""
+
+    zeros = memoryview(bytes(FUSE_MAX_READ))
+
+    def __init__(
+        self, name: str, contents: Contents, stored: DiskMap, start: int, size: int
+    ) -> None:
+        super().__init__(name, size)
+        self.contents = contents
+        self.stored = stored
+        self.start = start
+
+    @property
+    def allocated(self) -> int:
+        first, end = self.start // BLOCK_SIZE, (self.start + self.size) // BLOCK_SIZE
+        stored = self.stored.stored_before(end) - self.stored.stored_before(first)
+        return stored * BLOCK_SIZE
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
+        at = self.start + offset
+        first = at // CLUSTER_SIZE
+        count = -(-(at + size) // CLUSTER_SIZE) - first
+        plan = self.contents.plan(self.stored.index.device.dev_id, first, count)
+        image = self.contents.read(plan, buffer).whole()
+        self._check_unchanged()
+        start = at - first * CLUSTER_SIZE
+        return self.zeros[:size] if image is None else image[start : start + size]
+
+    def _check_unchanged(self) -> None:
+        """Raise VmaError if the archive was written to since it was opened."""
+        for source in self.contents.inputs:
+            if source.raw is None or source.state is None:
+                continue
+            now = os.fstat(source.raw.fileno())
+            # ctime changes also when another file takes the archive's name. Ours stays as it was.
+            if (now.st_size, now.st_mtime_ns) != (source.state.st_size, source.state.st_mtime_ns):
+                raise VmaError(f"{source.name}: the archive was changed while it was mounted")
+
+    def seek(self, offset: int, data: bool) -> int:
+        block = self.stored.find((self.start + offset) // BLOCK_SIZE, data)
+        return min(max(block * BLOCK_SIZE - self.start, offset), self.size)
+
+
+def mounted_files(contents: Contents) -> list[MountedFile]:
+    """Return the configs, disks and partitions of an archive; raises VmaError for a name twice."""
+    files = [MountedFile(name, len(data), data) for name, data in contents.header.configs]
+    partitions: list[MountedFile] = []
+    for device in contents.header.devices:
+        stored = DiskMap(contents.index.devices[device.dev_id], contents.base_index(device))
+        size = stored.index.disk_size
+        files.append(MountedDisk(disk_file_name(device), contents, stored, 0, size))
+        if not device.is_vmstate:
+            read = functools.partial(contents.read_range, device.dev_id)
+            for part in read_table(read, size).partitions:
+                if part.number:
+                    name = partition_file_name(device, part)
+                    place = part.start, part.size
+                    partitions.append(MountedDisk(name, contents, stored, *place))
+    names = [file.name for file in files]
+    refuse_twice(contents.source.name, list(map(os.fsdecode, names)))
+    # A disk may be called like another one's partition, and is the one that extract writes.
+    free = [p for p in partitions if p.name not in names and len(p.name) <= NAME_MAX_SIZE]
+    return files + free
+
+
+Reply = Union[Sequence[Buffer], int, None]  # data, an errno, or no answer
+
+
+class FuseServer:
+    """Answers the kernel's requests about a directory of files that never change.
+
+    Whatever happens, each request gets an answer: the program that waits for it would hang.
+    """
+
+    def __init__(
+        self, files: Sequence[MountedFile], mode: int, ctime: int, log: Callable[[str], None]
+    ) -> None:
+        self.fd = -1
+        self.files = dict(enumerate(files, FUSE_ROOT_ID + 1))
+        self.nodes = {file.name: node for node, file in self.files.items()}
+        self.mode = mode
+        self.ctime = ctime
+        self.log = log
+        self.handlers: dict[int, Callable[[int, memoryview, memoryview], Reply]] = {
+            FUSE_INIT: self._init,
+            FUSE_LOOKUP: self._lookup,
+            FUSE_GETATTR: self._get_attributes,
+            FUSE_OPEN: self._open,
+            FUSE_OPENDIR: self._open_directory,
+            FUSE_READ: self._read,
+            FUSE_READDIR: self._read_directory,
+            FUSE_LSEEK: self._seek,
+            FUSE_STATFS: self._get_status,
+            FUSE_RELEASE: lambda *_: (),
+            FUSE_RELEASEDIR: lambda *_: (),
+            FUSE_DESTROY: lambda *_: (),
+            FUSE_FORGET: lambda *_: None,
+            FUSE_BATCH_FORGET: lambda *_: None,
+            FUSE_INTERRUPT: lambda *_: None,  # the answer comes soon anyway
+        }
+
+    def serve(self) -> None:
+        """Answer requests until the directory is unmounted; several threads do so at once."""
+        request = memoryview(bytearray(FUSE_REQUEST_SIZE))
+        buffer = new_buffer(FUSE_MAX_READ + 2 * CLUSTER_SIZE)
+        while True:
+            try:
+                size = os.readv(self.fd, [request])
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EAGAIN):  # a request that was taken back
+                    continue
+                if error.errno != errno.ENODEV:  # unmounted
+                    self.log(f"/dev/fuse: {system_message(error)}")
+                return
+            self._answer(request[:size], buffer)
+
+    def _answer(self, request: memoryview, buffer: memoryview) -> None:
+        _, opcode, unique, node, *_ = FUSE_IN_HEADER.unpack_from(request)
+        handler = self.handlers.get(opcode)
+        try:
+            # What is not here, the kernel does without, and mostly never asks for again.
+            body = request[FUSE_IN_HEADER.size :]
+            reply = handler(node, body, buffer) if handler else errno.ENOSYS
+            if reply is not None:
+                self._send(unique, reply)
+        except Exception as error:  # noqa: BLE001 - or the request would stay without an answer
+            name = os.fsdecode(self.files[node].name) if node in self.files else "directory"
+            known = isinstance(error, (VmaError, OSError))
+            self.log(f"{escape(name)}: {error if known else repr(error)}")
+            self._send(unique, errno.EIO)
+
+    def _send(self, unique: int, reply: Sequence[Buffer] | int) -> None:
+        error, data = (-reply, ()) if isinstance(reply, int) else (0, reply)
+        size = FUSE_OUT_HEADER.size + sum(map(len, data))
+        try:
+            os.writev(self.fd, [FUSE_OUT_HEADER.pack(size, error, unique), *data])
+        except OSError as failure:
+            # The program that asked was killed, or the directory was unmounted.
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
+    def _init(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        major, _, _, flags = FUSE_INIT_IN.unpack_from(body)
+        if major < FUSE_VERSION[0]:
+            return errno.EPROTO
+        flags &= FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES
+        background = 16, 12  # requests for which nobody waits, such as reading ahead
+        pages = FUSE_MAX_READ // os.sysconf("SC_PAGE_SIZE")
+        return [
+            FUSE_INIT_OUT.pack(
+                *FUSE_VERSION, FUSE_READ_AHEAD, flags, *background, BLOCK_SIZE, 1, pages
+            )
+        ]
+
+    def _attributes(self, node: int) -> bytes:
+        # Who may read the files may enter the directory.
+        kind, links = stat.S_IFDIR | self.mode | self.mode >> 2, 2
+        size = blocks = 0
+        if node != FUSE_ROOT_ID:
+            file = self.files[node]
+            kind, links = stat.S_IFREG | self.mode, 1
+            size, blocks = file.size, -(-file.allocated // 512)
+        times = [self.ctime] * 3
+        owner = os.getuid(), os.getgid()
+        return FUSE_ATTR.pack(node, size, blocks, *times, kind, links, *owner, CLUSTER_SIZE)
+
+    def _get_attributes(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        return [FUSE_ATTR_OUT.pack(FUSE_VALID) + self._attributes(node)]
+
+    def _lookup(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        found = self.nodes.get(bytes(body).partition(b"\0")[0])
+        if found is None or node != FUSE_ROOT_ID:
+            return errno.ENOENT
+        return [FUSE_ENTRY_OUT.pack(found, 0, FUSE_VALID, FUSE_VALID) + self._attributes(found)]
+
+    def _open(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        (flags,) = FUSE_OPEN_IN.unpack_from(body)
+        if flags & os.O_ACCMODE != os.O_RDONLY:  # root may have remounted the directory
+            return errno.EROFS
+        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE)]
+
+    def _open_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR)]
+
+    def _read(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        offset, size = FUSE_READ_IN.unpack_from(body)
+        file = self.files[node]
+        size = min(size, file.size - offset)
+        return [file.read(offset, size, buffer)] if size > 0 else []
+
+    def _read_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        done, size = FUSE_READ_IN.unpack_from(body)  # done: how many were listed already
+        dots = [(FUSE_ROOT_ID, b".", stat.S_IFDIR), (FUSE_ROOT_ID, b"..", stat.S_IFDIR)]
+        files = [(node, name, stat.S_IFREG) for name, node in self.nodes.items()]
+        entries = bytearray()
+        for number, (child, name, kind) in enumerate((dots + files)[done:], done + 1):
+            entry = FUSE_DIRENT.pack(child, number, len(name), kind >> 12) + name
+            entry += bytes(-len(entry) % 8)
+            if len(entries) + len(entry) > size:
+                break
+            entries += entry
+        return [entries]
+
+    def _seek(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        offset, whence = FUSE_READ_IN.unpack_from(body)
+        file = self.files[node]
+        data = whence == os.SEEK_DATA
+        if not data and whence != os.SEEK_HOLE:
+            return errno.EINVAL
+        found = file.seek(offset, data) if offset < file.size else file.size
+        if offset >= file.size or (data and found == file.size):
+            return errno.ENXIO
+        return [FUSE_LSEEK_OUT.pack(found)]
+
+    def _get_status(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
+        counts = blocks, 0, 0, len(self.files), 0
+        return [FUSE_STATFS_OUT.pack(*counts, BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE)]
+
+
+class MountPoint:
+    """A directory to mount on: by system calls as root, else by fusermount, which is setuid."""
+
+    def __init__(self, directory: str, source: str, options: Collection[str]) -> None:
+        self.path = os.path.realpath(directory)
+        self.name = escape(directory)
+        self.source = source
+        self.options = options
+        self.is_root = os.geteuid() == 0
+        with os_errors_as(self.name):
+            if not stat.S_ISDIR(os.stat(self.path).st_mode):
+                raise os_error(self.name, errno.ENOTDIR)
+
+    def mount(self) -> int:
+        """Mount; return the descriptor of /dev/fuse through which the requests come."""
+        return self._mount_as_root() if self.is_root else self._mount_as_user()
+
+    def set_read_ahead(self) -> None:
+        """Make the kernel read ahead more than 128 KiB, when the mount is ready."""
+        with suppress(OSError):  # only root may
+            device = os.stat(self.path).st_dev
+            name = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+            with open(name, "w", encoding="ascii") as file:
+                file.write(str(FUSE_READ_AHEAD >> 10))
+
+    def _mount_as_root(self) -> int:
+        with os_errors_as("/dev/fuse"):
+            fd = os.open("/dev/fuse", os.O_RDWR)
+        flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+        for option in self.options:
+            flags |= MOUNT_OPTIONS[option]
+        # The kernel looks at modes and owners only if it is told to.
+        data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+        data += ",default_permissions" + ",allow_other" * ("allow_other" in self.options)
+        with ExitStack() as undo, os_errors_as(self.name):
+            undo.callback(os.close, fd)
+            self._call("mount", self.source, self.path, "fuse.vma-tool", flags, data)
+            undo.pop_all()
+        return fd
+
+    def _mount_as_user(self) -> int:
+        import socket
+
+        # In an option's value, a comma would begin the next option.
+        source = self.source.replace("\\", "\\\\").replace(",", "\\,")
+        options = ["ro", "nosuid", "nodev", "default_permissions", *self.options]
+        options += ["subtype=vma-tool", f"fsname={source}"]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            comm = theirs.fileno()
+            failure = self._fusermount("-o", ",".join(options), "--", self.path, comm=comm)
+            theirs.close()  # so that there is an end if nothing was sent
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not fds:
+            raise VmaError(failure or "fusermount gave no descriptor of /dev/fuse")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def unmount(self) -> bool:
+        """Unmount; return False if it is in use and was only detached from the directory."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not self._unmount(lazy=False):
+            if time.monotonic() > deadline:
+                self._unmount(lazy=True)
+                return False
+            time.sleep(BUSY_SECONDS / 20)
+        return True
+
+    def _unmount(self, lazy: bool) -> bool:
+        """Unmount; return False if it is in use."""
+        if not self.is_root:
+            failure = self._fusermount("-u", *["-z"] * lazy, "--", self.path)
+            return not failure or not os.path.ismount(self.path)
+        try:
+            self._call("umount2", self.path, MNT_DETACH * lazy)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else was faster
+                raise VmaError(f"{self.name}: {system_message(error)}") from error
+        return True
+
+    @staticmethod
+    def _call(function: str, *args: str | int) -> None:
+        """Call a function of the C library; raises OSError."""
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        plain = [ctypes.c_ulong(a) if isinstance(a, int) else os.fsencode(a) for a in args]
+        if libc[function](*plain):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def _fusermount(*args: str, comm: int | None = None) -> str:
+        """Run fusermount; return the last line of its messages if it failed, else nothing."""
+        import shutil
+        import subprocess
+
+        program = shutil.which("fusermount3") or shutil.which("fusermount")
+        if program is None:
+            raise VmaError("only root mounts without fusermount3 (Debian package: fuse3)")
+        environment = {**os.environ, "LC_ALL": "C"}
+        if comm is not None:
+            environment["_FUSE_COMMFD"] = str(comm)
+        answer = subprocess.run(
+            [program, *args],
+            env=environment,
+            pass_fds=[] if comm is None else [comm],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        if not answer.returncode:
+            return ""
+        message = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return escape(message) or f"{program}: exit status {answer.returncode}"
+
+
+@contextmanager
+def waiting_signals() -> Iterator[set[signal.Signals]]:
+    """Let the signals that end a mount wait for `sigwait`; yields them.
+
+    SIGCHLD is among them: it says that the command or a thread has ended, and else does nothing.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What the caller ignores (nohup) stays ignored.
+    numbers = {n for n in ending if signal.getsignal(n) is not signal.SIG_IGN} | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield numbers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -> None:
+    """Serve until the directory is unmounted; a signal unmounts it."""
+    caller = threading.get_ident()
+    ended: list[None] = []
+
+    def work() -> None:
+        try:
+            server.serve()
+        finally:
+            ended.append(None)
+            signal.pthread_kill(caller, signal.SIGCHLD)
+
+    for _ in range(FUSE_THREADS):
+        start_thread(work)
+    point.set_read_ahead()
+    detached = False
+    while len(ended) < FUSE_THREADS:
+        if signal.sigwait(signals) == signal.SIGCHLD:
+            continue
+        if detached:
+            return
+        detached = not point.unmount()
+        if detached:
+            server.log(f"{point.name}: {STILL_IN_USE}, or until another signal")
+
+
+def start_server(
+    server: FuseServer, point: MountPoint, signals: set[signal.Signals], keep_stderr: bool
+) -> int:
+    """Serve in a child process; return its process id when the mount is ready."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            leave_caller(keep_stderr)
+            serve(server, point, signals)
+        except Exception as error:  # noqa: BLE001 - the child must not go on as the parent does
+            server.log(repr(error))
+        finally:
+            os._exit(0)
+    os.close(server.fd)
+    with os_errors_as(point.name):
+        os.statvfs(point.path)  # the child answers, or the kernel if the child has died
+    return pid
+
+
+def leave_caller(keep_stderr: bool) -> None:
+    """Let go of the terminal, the working directory and the files that the caller left open."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(2 if keep_stderr else 3):
+        os.dup2(null, fd)
+    # What is inheritable was inherited: a lock, or a pipe whose reader waits for its end.
+    with suppress(OSError):  # no /proc
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the listing's own descriptor
+                if fd > 2 and os.get_inheritable(fd):
+                    os.close(fd)
+
+
+def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
+    """Run a command; return its exit status as a shell has it."""
+    with os_errors_as(escape(command[0])):
+        pid = os.posix_spawnp(
+            command[0],
+            list(command),
+            os.environ,
+            setsigmask=signal.pthread_sigmask(signal.SIG_BLOCK, ()) - signals,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+        )
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        number = signal.sigwait(signals)
+        if number in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C goes to the command anyway
+            os.kill(pid, number)
+
+
+def log_to_syslog(text: str) -> None:
+    import syslog
+
+    syslog.openlog("vma-tool", syslog.LOG_PID, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_ERR, text)
+
+
+# ---------------------------------------------------------------------------------------------
 # Commands: each takes the parsed command line and returns the exit status
 
 EXIT_USAGE = 2
@@ -5060,7 +5692,7 @@ def describe(
             table = tables[device.dev_id]
             item.update(table=table.kind, faults=table.faults)
             item["partitions"] = [
-                {**partition._asdict(), "mount": mount_command(device, partition)}
+                {**partition._asdict(), **access_commands(device, partition)}
                 for partition in table.partitions
             ]
     result = {
@@ -5087,15 +5719,35 @@ def plain_name(path: str) -> str:
     return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
-def mount_command(device: Device, partition: Partition) -> str | None:
-    """Return how to mount a file system of an extracted disk, None for one that does not mount."""
-    if not partition.mountable:
-        return None
+def access_commands(device: Device, partition: Partition) -> dict[str, str | None]:
+    """Return how to get at a partition of the disk that extract writes, and of a mounted archive.
+
+    `mount` is the first of them where it mounts a file system; None where there is no way.
+    """
     import shlex
 
-    options = f"ro,loop,offset={partition.start},sizelimit={partition.size}"
-    # The name comes from the archive, and this line is made to be pasted into a root shell.
-    return f"mount -o {options} {shlex.quote(escape(disk_file_name(device)))} /mnt"
+    def quoted(name: str) -> str:
+        # It comes from the archive, and these lines are made to be pasted into a root shell.
+        return shlex.quote(escape(name))
+
+    file_system = partition.file_system
+    disk, part = disk_file_name(device), partition_file_name(device, partition)
+    extracted, mounted = quoted(disk), quoted(f"{MOUNT_EXAMPLE}/{disk}")
+    command = OPEN_COMMANDS.get(file_system)
+    if partition.mountable:
+        # A journal must not be replayed, as nothing can be written.
+        options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
+        place = f",offset={partition.start},sizelimit={partition.size}"
+        extracted = f"mount -o {options}{place} {extracted} /mnt"
+        mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
+    elif command:
+        number = f"p{partition.number}" if partition.number else ""
+        extracted = command.format(file=extracted, part=number)
+        mounted = command.format(file=mounted, part=number)
+    else:
+        return {"mount": None, "extracted": None, "mounted": None}
+    mount = extracted if partition.mountable else None
+    return {"mount": mount, "extracted": extracted, "mounted": mounted}
 
 
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
@@ -5135,8 +5787,9 @@ def print_table(device: Mapping[str, Any]) -> None:
         what = ", ".join(filter(None, kinds))
         place = f"{device['table']} {part['number']}" if part["number"] else "whole disk"
         print(f"             {place}: {part['start']} + {format_size(part['size'])}  {what}")
-        if part["mount"]:
-            print(f"               {part['mount']}")
+        for way in ("extracted", "mounted"):
+            if part[way]:
+                print(f"               {way + ':':<10} {part[way]}")
 
 
 def cmd_verify(args: Namespace) -> int:
@@ -5453,6 +6106,69 @@ def open_destinations(
         if write_zeros:
             zeros.add(device.dev_id)
     return targets, zeros
+
+
+def cmd_mount(args: Namespace) -> int:
+    """Mount an archive; serve it in the background, or as long as a command runs."""
+    if sys.platform != "linux":
+        raise VmaError("mount speaks to the Linux kernel: on other systems, extract the disks")
+    if args.command == []:
+        raise UsageError("no command after --")
+    options = sorted({option for options in args.options for option in options})
+    point = MountPoint(args.directory, escape(args.archive), options)
+    with open_archive(args.archive, args.base) as contents:
+        for path, source in zip(paths_read(args), contents.inputs):
+            if source.size is None:
+                raise VmaError(
+                    f"{source.name}: mount reads at any place, which this archive does not allow; "
+                    f"make one that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
+                )
+            if isinstance(source, FramesInput):
+                source.cached_frames = MOUNT_FRAMES
+        with progress_of(args, *contents.inputs) as progress:
+            size = sum(source.size or 0 for source in contents.inputs)
+            progress.begin(
+                "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
+            )
+            contents.complete(progress.tick)
+            if isinstance(contents, Overlay):
+                contents.check_base(progress)
+            files = mounted_files(contents)
+            contents.check_unchanged()
+        in_background = not (args.foreground or args.command)
+        log = log_to_syslog if in_background else print_error
+        readers = contents.readers
+        mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
+        server = FuseServer(files, mode, contents.header.ctime, log)
+        with waiting_signals() as signals:
+            server.fd = point.mount()
+            if args.foreground and not args.command:
+                notice(args, f"{point.name}: mounted, until it is unmounted or Ctrl-C")
+                serve(server, point, signals)
+                return 0
+            return mount_and_leave(args, server, point, signals)
+
+
+def mount_and_leave(
+    args: Namespace, server: FuseServer, point: MountPoint, signals: set[signal.Signals]
+) -> int:
+    """Let a child process serve; run the command if there is one, and unmount."""
+    with ExitStack() as undo:
+
+        def unmount() -> None:
+            if point.unmount():
+                os.waitpid(child, 0)  # then nothing is in use any more
+            else:
+                print_error(f"{point.name}: {STILL_IN_USE}")
+
+        undo.callback(point.unmount)
+        child = start_server(server, point, signals, keep_stderr=bool(args.command))
+        undo.pop_all()
+        if not args.command:
+            return 0
+        undo.callback(unmount)
+        return run_command(args.command, signals)
 
 
 def cmd_unpack(args: Namespace) -> int:
@@ -5841,6 +6557,15 @@ def parse_memory(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
 
 
+def parse_mount_options(text: str) -> list[str]:
+    options = text.split(",")
+    unknown = [quote(option) for option in options if option not in MOUNT_OPTIONS]
+    if unknown:
+        known = ", ".join(MOUNT_OPTIONS)
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {known}")
+    return options
+
+
 def parse_compression(text: str) -> int:
     """Return the zstd level, 0 for none."""
     match = re.fullmatch(r"zstd(?::([0-9]{1,2}))?", text)
@@ -5963,6 +6688,25 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
+    text = "show configs, disks and partitions as files in a directory, read-only"
+    arg = add(
+        cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
+    )
+    arg("--base", **BASE)
+    arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
+    text = "for mount: allow_other, noexec, noatime"
+    arg(
+        "-o",
+        dest="options",
+        metavar="OPTION[,OPTION]",
+        type=parse_mount_options,
+        **SEVERAL,
+        help=text,
+    )
+    arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
+    text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
+    arg("directory", metavar="DIRECTORY", help=text)
+
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
     arg("--base", **BASE)
     arg("--force", **FLAG, help="replace files that exist")
@@ -6022,12 +6766,16 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
+    command = None
     if "--" in words:
-        # The parser of all commands would take it away from that of the command.
         end = words.index("--")
+        if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
+            words, command = words[:end], words[end + 1 :]
+            end = len(words)
+        # The parser of all commands would take it away from that of the command.
         names = words[end + 1 :]
         words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
-    return parser.parse_args(words)
+    return parser.parse_args(words, Namespace(command=command))
 
 
 def cmd_completion(args: Namespace) -> int:
