@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar, Union
 
@@ -2241,7 +2241,7 @@ class Directory:
 
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
-                    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+                    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
                     fd = os.open(self.at(name), flags, dir_fd=self.fd)
                     try:
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -2352,10 +2352,10 @@ class PartialFile(Target):
         Only where the file system does that without writing.
         """
         self.truncate(size)  # too large a file is an error here, on any file system
-        if not size or not hasattr(os, "posix_fallocate") or not allocates_cheaply(self.fd):
-            return self.truncate(0)
         with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
-            os.posix_fallocate(self.fd, 0, size)
+            if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
+                return os.posix_fallocate(self.fd, 0, size)
+        self.truncate(0)
 
     def read_back(self, zstd: Zstd | None) -> FileInput:
         """Return the archive that was written, as an input; `zstd` if it is compressed."""
@@ -3035,6 +3035,8 @@ class Contents(Producer):
         return self.index.digest.digest()
 
     def _read_extent(self) -> bool:
+        if Progress.current:  # one part of a disordered stream may need all of it
+            Progress.current.tick()
         extent = next(self._extents, None)
         if extent is None:
             self.index.finish()
@@ -3618,6 +3620,8 @@ def pump(
         failures.insert(0, error)
         raise
     finally:
+        if isinstance(items, Generator):
+            items.close()  # not when the garbage is collected: it may have files open
         for _ in range(threads):
             todo.put(None)
         for waiting in ordered:
@@ -3713,14 +3717,16 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
-    header = read_header(written, whole=False)
+    header_md5 = b""
+    with suppress(FormatError):  # what is wrong with it does not matter
+        header_md5 = read_header(written, whole=False).md5
     whole = True
     while whole and (data := written.read(EXTENT_HEADER_SIZE)):
         whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
         digest.update(data[EXTENT_MD5])
         size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
         whole = whole and written.skip(size) == size
-    if not whole or (header.md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+    if not whole or (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
@@ -4761,6 +4767,11 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
 Packing = tuple[Header, Mapping[str, str]]
 
 
+def require_name(value: object) -> str:
+    """Return a name as an archive would have it; other texts may stand for the same bytes."""
+    return encode_name(require(value, str)).decode("utf-8", "surrogateescape")
+
+
 def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     """Return a regular file's contents of up to limit bytes."""
     # Without O_NONBLOCK, a FIFO of that name would keep us waiting.
@@ -4772,6 +4783,14 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     if len(data) > limit:
         raise VmaError(f"{escape(path)}: more than the {limit} bytes that it may have")
     return data
+
+
+def require_names(header: Header) -> None:
+    """Raise VmaError, as `check_names` does, for names that an archive to be made cannot have."""
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, as there is none yet
+        raise VmaError(str(error)) from error
 
 
 def read_described(directory: str) -> Packing:
@@ -4786,9 +4805,9 @@ def read_described(directory: str) -> Packing:
         if value["format"] != DESCRIPTION_FORMAT:
             raise VmaError(f"{where}: format {value['format']!r} is not supported")
         ctime = require(value["ctime"], int)
-        names = [require(name, str) for name in value["configs"]]
+        names = [require_name(name) for name in value["configs"]]
         devices = tuple(
-            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
+            Device(require(d["dev_id"], int), require_name(d["name"]), require(d["size"], int))
             for d in value["devices"]
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -4805,7 +4824,7 @@ def read_described(directory: str) -> Packing:
                 f"{SECTOR_SIZE}"
             )
     # Names are checked before they are opened: vma.json may come from anywhere.
-    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
     extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
@@ -6202,7 +6221,10 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 directory.require_empty()
 
             def create(name: str) -> PartialFile:
-                return directory.create(name, replaces=directory.state(name) is not None)
+                # A symbolic link, or what else is no file, has nothing that its successor keeps.
+                state = directory.state(name)
+                replaces = state is not None and stat.S_ISREG(state.st_mode)
+                return directory.create(name, replaces)
 
             for config in header.configs:
                 create(config.name).append([config.data])
@@ -6231,20 +6253,10 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    try:
-        check_names(header)
-    except FormatError as error:  # no archive is bad, what one is to be made of is refused
-        raise VmaError(str(error)) from error
+    require_names(header)
     level = compression_level(args, args.output)
     if args.map is not None:
         header = add_device_map(header, args.map)
-    missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
-    if missing:
-        notice(
-            args,
-            f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-            "--map STORAGE adds it",
-        )
     with ExitStack() as stack:
         disks = [
             open_disk(stack, device, paths[device.name], exact)
@@ -6259,6 +6271,13 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
                 )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
+        missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
+        if missing:
+            notice(
+                args,
+                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
+                "--map STORAGE adds it",
+            )
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
         progress.begin(
             "reading",
