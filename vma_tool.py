@@ -1327,7 +1327,8 @@ class Cleanup:
         for child in list(cls.children):
             with suppress(OSError):
                 child.kill()
-                child.wait()
+                # Not child.wait(): the signal may have come in the middle of one, which has a lock.
+                os.waitpid(child.pid, 0)
         for directory, name in list(cls.files):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)

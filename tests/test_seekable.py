@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
