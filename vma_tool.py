@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar, Union
 
@@ -3621,8 +3621,8 @@ def pump(
         failures.insert(0, error)
         raise
     finally:
-        if isinstance(items, Generator):
-            items.close()  # not when the garbage is collected: it may have files open
+        # A generator's own `finally` is not left to the garbage collector: it may close files.
+        getattr(items, "close", lambda: None)()
         for _ in range(threads):
             todo.put(None)
         for waiting in ordered:
