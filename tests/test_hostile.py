@@ -33,6 +33,7 @@ from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
     ALL,
     BAD,
+    FEW,
     STEP,
     Answer,
     Argument,
@@ -460,13 +461,13 @@ class Announced(ToolTest):
             (["optimize", "-", self.directory / "b.vma"], whole),
             (["unpack", "-", self.directory / "new"], whole),
         ]
-        for args, stream in tries:
+        for args, stream in tries[:: 1 if ALL else 2]:
             with self.subTest(what, args=args[:2], stream=stream is not None):
                 answer, memory = run_measured(*args, input=stream)
                 self.check_error(answer, status=BAD)
                 self.assertLess(memory, usual_memory() + 64 * MIB)
         found = {path.name for path in self.directory.iterdir()}
-        self.assertEqual(found, {"a.vma", "a.vma.gz"})
+        self.assertLessEqual(found, {"a.vma", "a.vma.gz"})
 
     def headers(self) -> Iterator[tuple[str, bytes]]:
         data = golden("odd-size")
@@ -480,8 +481,45 @@ class Announced(ToolTest):
                 archives.edit(data, 4096 + 32 + 8, struct.pack(">Q", size)),
             )
 
+    def headers_alone(self) -> Iterator[tuple[str, bytes]]:
+        """Yield some kilobytes without a cluster."""
+        disks = [Device(n, f"drive-scsi{n}", b"", 1 << 48) for n in range(1, 255)]
+        far = Archive(disks[:1])
+        last = archives.extent_bytes(far.uuid, [(0, 1, 0xFFFFFFFF)], [])
+        yield "device of 256 TiB", archives.header_bytes(far)
+        yield "its last cluster only", archives.header_bytes(far) + last
+        yield "254 devices of 256 TiB", archives.header_bytes(Archive(disks))
+        for name, size in (
+            ("drive-scsi0", 1 << 40),
+            ("drive-scsi0", 1 << 62),
+            ("vmstate", (1 << 64) - 512),
+        ):
+            archive = Archive([Device(1, name, b"", size)])
+            yield f"{name} of {size} bytes", archives.header_bytes(archive)
+        data = archives.header_bytes(Archive())
+        for size in (0xFFFFFE00, 17 * MIB):
+            yield f"header of {size} bytes", data[:56] + struct.pack(">I", size) + data[60:]
+
+    def test_headers_alone(self) -> None:
+        """No command trips over them, and nothing is written."""
+        for number, (what, data) in enumerate(self.headers_alone()):
+            path = self.file("a.vma", data)
+            self.assertLess(len(data), 30000)
+            for command in ("verify", "extract", "unpack", "optimize"):
+                more = [self.directory / "out"] if command != "verify" else []
+                with self.subTest(what, command=command):
+                    self.bad(command, path, *more)
+                    self.bad(command, "-", *more, input=data)
+                    self.assertEqual(os.listdir(self.directory), ["a.vma"])
+            for args, stream in ((["verify", path], None), (["verify", "-"], data)):
+                if ALL or number % 3 == 0:
+                    with self.subTest(what, args=args):
+                        answer, peak = run_measured(*args, timeout=10, input=stream)
+                        self.check_error(answer, status=BAD)
+                        self.assertLess(peak, 64 * MIB)
+
     def test_headers(self) -> None:
-        for what, data in list(self.headers())[:: 1 if ALL else 2]:
+        for what, data in list(self.headers())[::FEW]:
             self.check_refused(what, data)
 
     def test_clusters(self) -> None:

@@ -184,7 +184,7 @@ class Oracle(ToolTest):
 
     def test_random_archives(self) -> None:
         """Any devices, in any order, cut into any extents, with any zero blocks stored."""
-        for seed in range(40):
+        for seed in range(0, 40, FEW):
             rng = random.Random(seed)
             archive = small_archive(rng)
             order = rng.choice(

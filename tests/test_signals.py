@@ -407,7 +407,9 @@ class RandomMoments(RoadTest, ProcessTest):
             self.skipTest("needs /proc to know when the tool is at work")
         rng = random.Random(SEED)
         source = (self.directory / "in.vma").read_bytes()
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] + [signal.SIGKILL] * 3
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] + [signal.SIGKILL] * (
+            3 if ALL else 1
+        )
         for args in self.ROADS[::FEW]:
             tool = self.set_off(args)
             self.wait_until_ready(tool)
