@@ -3590,6 +3590,7 @@ def pump(
         while (job := todo.get()) is not None:
             job.value = unless_failed(job.work, job.value, job.buffer)
             job.lock.release()
+        todo.put(None)  # for the next one
 
     def deliver_all(number: int) -> None:
         while (job := ordered[number].get()) is not None:
@@ -3622,9 +3623,7 @@ def pump(
     finally:
         if isinstance(items, Generator):
             items.close()  # not when the garbage is collected: it may have files open
-        for _ in range(threads):
-            todo.put(None)
-        for waiting in ordered:
+        for waiting in (todo, *ordered):
             waiting.put(None)
         for deliverer in deliverers:
             if failures:
@@ -4020,7 +4019,7 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
         plans = pair_plans(
             both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
         )
-        return filter(pair_has_data, ticking(plans, progress))
+        yield from filter(pair_has_data, ticking(plans, progress))
 
     def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
         return read_pair(both, pair, buffer, ordered=True)
