@@ -3518,8 +3518,8 @@ def parse_map(lines: Iterable[str]) -> Map:
 
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
-RESCUE_WINDOW_SIZE = 16 << 20
-READ_SIZE = 2 << 20
+RESCUE_WINDOW_SIZE = 12 << 20
+READ_SIZE = 1 << 20
 PATTERN_MAX_SIZE = 32  # what `Window.search` looks for is shorter
 PAGE_SIZE = 4096  # as much of a file cannot be read around one bad sector
 # What a damaged disk or file system answers. After any other error, nothing can be read any more.
@@ -3616,7 +3616,7 @@ class Window:
 
         self.source = source
         self.end = 0  # of the bytes that have been read
-        self._view = memoryview(bytearray(size))
+        self._view = new_buffer(size)
         self._base = 0  # offset of the view's first byte
         self._kept = 0  # what is before may go
         self._ended = False
@@ -3697,7 +3697,7 @@ class Window:
         if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
             kept = self._view[self._kept - self._base : self.end - self._base]
             if end - self._kept + READ_SIZE > len(self._view):
-                self._view = memoryview(bytearray(end - self._kept + READ_SIZE))
+                self._view = new_buffer(end - self._kept + READ_SIZE)
             self._view[: len(kept)] = kept
             self._base = self._kept
             room = len(self._view) - len(kept)
