@@ -3777,6 +3777,7 @@ class Rescue:
         self._offset = 0  # where the next extent is expected
         self._full = False  # the last extent, so that another one may have followed
         self._chains: list[Chain] = []
+        self._headers: set[bytes] = set()  # MD5s of all extents found
 
     def run(self) -> None:
         """Read the archive to its end; raises FormatError if it is none."""
@@ -3939,11 +3940,13 @@ class Rescue:
             if proven:
                 fitting = next((found for found in extents if self._fits(found, True)), None)
                 start = offsets[-1] + 1
-            elif through is None and all(self._fits(found, False) for found in extents):
-                fitting = extents[0]
             else:
+                # A part of the archive may be there twice.
+                new = [found for found in extents if found.extent.md5 not in self._headers]
                 nested.update(offsets)
-                continue
+                if through is not None or not all(self._fits(found, False) for found in new):
+                    continue
+                fitting = new[0] if new else None
             if fitting:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
                 return self._begin(fitting.extent.offset, proven, cut and not proven)
@@ -4094,11 +4097,14 @@ class Rescue:
             disk.end = max(disk.end, first + count)
             entries = disk.entries
             for held in set(entries[first : first + count].tolist()) - {0}:
-                self._chains[held >> 2].dropped = True
+                holder = self._chains[held >> 2]
+                # The same header again is only a part of the archive that is there twice.
+                holder.dropped = holder.dropped or found.extent.md5 not in self._headers
                 disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
             state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
             entry = chain.number << 2 | state
             entries[first : first + count] = array.array("I", [entry]) * count
+        self._headers.add(found.extent.md5)
         if found.extent.block_count:
             for info in found.extent.blockinfo:
                 if info >> 48 and info >> 32 & 0xFF:
