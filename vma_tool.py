@@ -2282,17 +2282,20 @@ class Directory:
             while self._files:
                 file = self._files[0]
                 undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
+                old, new = self.at(file.temporary), self.at(file.final)
+                file.close()
                 exists = self.state(file.final) is not None
                 if exists and not replace:
                     raise os_error(file.name, errno.EEXIST)
-                old, new = self.at(file.temporary), self.at(file.final)
-                file.close()
                 last_look()
-                os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                Cleanup.files.discard((self.fd, old))
-                self._files.pop(0)
+                if exists or not self._link(old, new):
+                    os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
+                with suppress(FileNotFoundError):  # where it was renamed
+                    os.unlink(old, dir_fd=self.fd)
+                Cleanup.files.discard((self.fd, old))
+                self._files.pop(0)
             if self.fd is not None:
                 where = escape(self.path)
                 undo.enter_context(
@@ -2300,6 +2303,17 @@ class Directory:
                 )
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
+
+    def _link(self, old: bytes, new: bytes) -> bool:
+        """Give a file a second name that nobody else has; False where there are no such links."""
+        try:
+            # Unlike a rename, this never replaces what somebody else has just put there.
+            os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except (AttributeError, NotImplementedError, OSError):
+            return False
+        return True
 
 
 class PartialFile(Target):
@@ -2328,10 +2342,7 @@ class PartialFile(Target):
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
             super().__init__(fd, directory.full(final), seekable=True)
-            with suppress(ImportError, OSError):
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `Directory.leftovers` looks at it
+            lock_partial(fd)
             if directory.readers and not replaces and hasattr(os, "fchmod"):
                 # An access list here was inherited from the directory; a group bit would put it
                 # in force.
@@ -2391,6 +2402,18 @@ class PartialFile(Target):
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
+
+
+def lock_partial(fd: int) -> None:
+    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        for _ in range(5):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another run looks at it just now
+                time.sleep(0.01)
 
 
 def keep_attributes(old: int, new: int, name: str) -> None:
@@ -2515,7 +2538,12 @@ def open_destination(
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
     # Linux refuses O_EXCL for a block device that is mounted, or in use otherwise.
-    fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    try:
+        fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    except VmaError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EBUSY:
+            raise VmaError(f"{error}: it is mounted, or in use otherwise") from error
+        raise
     try:
         with os_errors_as(name):
             if not is_disk(os.fstat(fd).st_mode):
