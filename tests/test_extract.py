@@ -168,7 +168,6 @@ class ExtractOne(ToolTest):
     def test_what_is_refused(self) -> None:
         """Nothing appears, and what was there stays."""
         path = self.file("a.vma", good())
-        self.file("disk.raw", b"old")
         before = snapshot(self.directory)
         for names, says in (
             ("nope", "no device 'nope', there are 'drive-efidisk0', 'drive-scsi0', 'vmstate'"),

@@ -51,6 +51,10 @@ class Listing(ToolTest):
                                 {"dev_id": d["dev_id"], "name": d["name"], "size": d["size"]}
                                 for d in want["devices"]
                             ],
+                            "compression": None,
+                            "compressed_size": None,
+                            "seekable": args != ["-"],
+                            "frames": None,
                         },
                     )
 
