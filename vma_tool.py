@@ -3350,14 +3350,16 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
-    header = read_header(written)
+    header_md5 = b""
+    with suppress(FormatError):  # what is wrong with it does not matter
+        header_md5 = read_header(written).md5
     whole = True
     while whole and (data := written.read(EXTENT_HEADER_SIZE)):
         whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
         digest.update(data[EXTENT_MD5])
         size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
         whole = whole and written.skip(size) == size
-    if not whole or (header.md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+    if not whole or (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
@@ -3962,6 +3964,14 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     return data
 
 
+def require_names(header: Header) -> None:
+    """Raise VmaError, as `check_names` does, for names that an archive to be made cannot have."""
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, as there is none yet
+        raise VmaError(str(error)) from error
+
+
 def read_described(directory: str) -> Packing:
     """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
     import json
@@ -3993,7 +4003,7 @@ def read_described(directory: str) -> Packing:
                 f"{SECTOR_SIZE}"
             )
     # Names are checked before they are opened: vma.json may come from anywhere.
-    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
     extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
@@ -4657,7 +4667,10 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 directory.require_empty()
 
             def create(name: str) -> PartialFile:
-                return directory.create(name, replaces=directory.state(name) is not None)
+                # A symbolic link, or what else is no file, has nothing that its successor keeps.
+                state = directory.state(name)
+                replaces = state is not None and stat.S_ISREG(state.st_mode)
+                return directory.create(name, replaces)
 
             for config in header.configs:
                 create(config.name).append([config.data])
@@ -4685,17 +4698,10 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    check_names(header)
+    require_names(header)
     level = compression_level(args, args.output)
     if args.map is not None:
         header = add_device_map(header, args.map)
-    missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
-    if missing:
-        notice(
-            args,
-            f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-            "--map STORAGE adds it",
-        )
     with ExitStack() as stack:
         disks = [
             open_disk(stack, device, paths[device.name], exact)
@@ -4710,6 +4716,13 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
                 )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
+        missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
+        if missing:
+            notice(
+                args,
+                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
+                "--map STORAGE adds it",
+            )
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
         progress.begin(
             "reading",

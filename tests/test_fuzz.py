@@ -13,12 +13,13 @@ from pathlib import Path
 from unittest import mock
 
 import vma_tool
-from tests import archives, fuzz
+from tests import archives
 from tests.archives import BLOCK, HEADER, Archive, Device
 from tests.damage import damages, good
 from tests.faults import memory_directory
-from tests.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 from tests.support import STEP, ToolTest, golden, manifest, sha256
+from tests.tools import fuzz
+from tests.tools.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 
 CASES = 2000 // STEP
 SEED = 20251120
@@ -167,7 +168,7 @@ class Regressions(ToolTest):
         ),
         (
             "canonical, one byte",
-            lambda: archives.canonical(Archive([Device(1, "drive-scsi1", b"a")]), 4096),
+            lambda: archives.canonical(Archive([Device(1, "drive-scsi1", b"a" * 512)]), 4096),
         ),
         # names that look like options
         ("a dash", lambda: named(b"-rf")),
@@ -185,8 +186,8 @@ class Regressions(ToolTest):
 
 def named(name: bytes) -> bytes:
     """Return an archive whose device and config have that name."""
-    archive = Archive([Device(1, name, b"x" * 5000)], [(name + b"-", b"y")])
-    return archives.build(archive, archives.in_order(archive))
+    archive = Archive([Device(1, name, b"x" * 5120)], [(name + b"-", b"y")])
+    return archives.build(archive)
 
 
 class Fuzzing(ToolTest):
@@ -201,7 +202,8 @@ class Fuzzing(ToolTest):
             try:
                 sandbox.check(case.data, commands, number)
             except FindingError as finding:
-                self.fail(f"python3 tests/fuzz.py --case {SEED}:{number} ({case.what}): {finding}")
+                again = f"python3 tests/tools/fuzz.py --case {SEED}:{number}"
+                self.fail(f"{again} ({case.what}): {finding}")
             good += sandbox.judgement.contents is not None
         # A fuzzer that makes only good archives, or only bad ones, shows little.
         self.assertGreater(good, CASES // 4)

@@ -14,7 +14,7 @@ from typing import Any
 from tests import archives
 from tests.archives import Archive, Device
 from tests.damage import device_damages, extents, good, good_archive, header_damages
-from tests.support import ToolTest, call_tool, golden, manifest, run_tool
+from tests.support import BAD, ToolTest, call_tool, golden, manifest, run_tool
 
 
 def with_uuid(data: bytes, uuid: bytes) -> bytes:
@@ -136,7 +136,7 @@ class Listing(ToolTest):
         for what, data in (("cut", header), ("damaged", header + b"no extent" * 1000)):
             with self.subTest(what):
                 self.assertEqual(self.ok("list", self.file("a.vma", data)), want)
-                self.refused("list", "--scan", self.directory / "a.vma")
+                self.bad("list", "--scan", self.directory / "a.vma")
         endless = itertools.chain([header], itertools.repeat(bytes(1 << 16)))
         self.assertEqual(len(self.json("-", input=endless)["devices"]), 3)
 
@@ -172,10 +172,10 @@ class BadArchives(ToolTest):
             offset = "" if damage.offset is None else f": offset 0x{damage.offset:x}: "
             for args in ([path], ["--json", path], ["--scan", path]):
                 with self.subTest(damage.name, args=args):
-                    line = self.refused("list", *args, says=[str(path), offset])
+                    line = self.bad("list", *args, says=[str(path), offset])
                     self.assertRegex(line, damage.says)
             with self.subTest(damage.name, args="-"):
-                line = self.refused("list", "-", input=damage.data, says=["standard input: "])
+                line = self.bad("list", "-", input=damage.data, says=["standard input: "])
                 self.assertRegex(line, damage.says)
 
     def test_impossible_devices(self) -> None:
@@ -184,7 +184,7 @@ class BadArchives(ToolTest):
             with self.subTest(damage.name):
                 path = self.file("bad.vma", damage.data)
                 self.ok("list", path)
-                self.refused("list", "--scan", path, says=[str(path)])
+                self.bad("list", "--scan", path, says=[str(path)])
 
     def test_names(self) -> None:
         """Bad names are shown escaped, and are an error all the same."""
@@ -198,13 +198,13 @@ class BadArchives(ToolTest):
                 with self.subTest(what, name=name):
                     path = self.file("a.vma", archives.header_bytes(archive))
                     answer = call_tool("list", path)
-                    self.check_error(answer, f"{what} name '{shown}'")
+                    self.check_error(answer, f"{what} name '{shown}'", status=BAD)
                     self.assertIn(f"  {shown}  ", answer.stdout.decode())
                     self.assertEqual(
                         re.findall(rb"[\x00-\x09\x0b-\x1f\x7f\x9b]", answer.stdout), []
                     )
                     answer = call_tool("list", "--json", path)
-                    self.check_error(answer)
+                    self.check_error(answer, status=BAD)
                     found = json.loads(answer.stdout)
                     self.assertEqual(found[f"{what}s"][0]["name"], name.decode())
 
@@ -224,12 +224,12 @@ class BadArchives(ToolTest):
             Archive(configs=[("a.conf", b"1"), ("a.conf", b"2")]),
         ):
             path = self.file("a.vma", archives.header_bytes(archive))
-            self.check_error(call_tool("list", path), "occurs twice")
+            self.check_error(call_tool("list", path), "occurs twice", status=BAD)
 
     def test_bad_name_with_its_archive(self) -> None:
         """The message says in which archive the name is."""
         path = self.file("a.vma", archives.header_bytes(Archive(configs=[("../x", b"")])))
-        self.check_error(call_tool("list", path), f"{path}: config name '../x'")
+        self.check_error(call_tool("list", path), f"{path}: config name '../x'", status=BAD)
 
     def test_random_headers(self) -> None:
         """Whatever a header holds, the answer is a list or one line."""
@@ -247,7 +247,7 @@ class BadArchives(ToolTest):
             with self.subTest(seed=seed):
                 answer = call_tool("list", self.file("a.vma", bytes(data)))
                 if answer.returncode:
-                    self.check_error(answer)
+                    self.check_error(answer, status=BAD)
 
 
 class OtherInput(ToolTest):

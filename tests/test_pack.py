@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import archives
-from tests.archives import CLUSTER, Archive, Device
+from tests.archives import CLUSTER, MIB, Archive, Device
+from tests.faults import forked
 from tests.support import (
     Argument,
     ToolTest,
@@ -20,12 +22,10 @@ from tests.support import (
     loop_device,
     manifest,
     run_measured,
-    run_tool,
     sha256,
     snapshot,
 )
 
-MIB = 1 << 20
 CONF = "qemu-server.conf"
 
 
@@ -51,7 +51,8 @@ class PackTest(ToolTest):
     def refuse(self, *says: str, args: list[str] | None = None) -> None:
         """Check that the directory is not packed, with one line that says all of this."""
         before = snapshot(self.directory)
-        self.refused("pack", *(args or []), self.source, self.output, says=says)
+        line = self.refused("pack", *(args or []), self.source, self.output, says=says)
+        self.assertTrue(line.rstrip("\n").isprintable(), line)
         self.assertEqual(snapshot(self.directory), before)
 
 
@@ -96,14 +97,14 @@ class WithDescription(PackTest):
         for seed in range(15):
             rng = random.Random(seed)
             ids = rng.sample(range(1, 255), 4)
-            sizes = [1, 512, 4095, 4097, CLUSTER, 59 * CLUSTER, rng.randrange(1, 40 * CLUSTER)]
+            sizes = [512, 3584, 4608, CLUSTER, 59 * CLUSTER, rng.randrange(512, 40 * CLUSTER, 512)]
             disks = [
                 Device(dev_id, f"drive-scsi{dev_id}", archives.disk(rng, rng.choice(sizes)))
                 for dev_id in sorted(ids[:3])
             ]
             vmstate = archives.disk(rng, rng.randint(1, 3) * CLUSTER, "sparse")
             devices = sorted(
-                [*disks, Device(ids[3], "vmstate", vmstate, rng.randint(1, CLUSTER))],
+                [*disks, Device(ids[3], "vmstate", vmstate, rng.randrange(512, CLUSTER, 512))],
                 key=lambda device: device.dev_id,
             )
             archive = Archive(devices, [("b.conf", b"\0"), ("a.conf", b"")], ctime=-seed)
@@ -212,6 +213,8 @@ class WithDescription(PackTest):
             "a size that is no integer": {"devices": [{**disk, "size": 1024.0}]},
             "a device name that no file has": {"devices": [{**disk, "name": "\udfff"}]},
             "a device name that is too long": {"devices": [{**disk, "name": "x" * 256}]},
+            "a device that is a list": {"devices": [[1, 2, 3]]},
+            "a format for a terminal": {"format": "\x1b[2J"},
         }
         for what, changes in table.items():
             with self.subTest(what):
@@ -237,12 +240,31 @@ class WithDescription(PackTest):
             "null": b"null",
             "no UTF-8": b'{"format": "\xff"}',
             "deep": b"[" * 100000,
+            "deep objects": b'{"a":' * 100000,
+            "NaN": b'{"format": NaN}',
+            "large": b" " * (64 * MIB),
             "long number": b"1" * 5000,
         }.items():
             with self.subTest(what):
                 self.describe()
                 self.put(vma__json=text)
                 self.refuse("vma.json")
+
+    def test_names_that_meet(self) -> None:
+        """What pack takes, unpack takes."""
+        self.put(same=b"x" * 512)
+        (self.source / "é.conf").write_bytes(b"x")
+        # Two texts for the same bytes
+        other = "é.conf".encode().decode("ascii", "surrogateescape")
+        device = {"dev_id": 1, "name": "same", "size": 512}
+        for configs, devices, says in (
+            (["é.conf", other], [], "occurs twice"),
+            (["same"], [device], "two files would be called 'same'"),
+            (["vma.json"], [device], "two files would be called 'vma.json'"),
+        ):
+            value = {"format": 1, "ctime": 5, "configs": configs, "devices": devices}
+            (self.source / "vma.json").write_text(json.dumps(value))
+            self.refuse(says)
 
 
 class WithoutDescription(PackTest):
@@ -467,31 +489,33 @@ class Files(PackTest):
         self.put(vma__json=json.dumps(described).encode())
         self.assertEqual(sha256(self.pack().disks["drive-scsi0"]), sha256(content))
 
-    def make_odd(self, name: str, kind: str) -> Path:
-        """Put something that is no file into a fresh directory, and return its path."""
-        shutil.rmtree(self.source)
-        self.source.mkdir()
-        self.put(drive_scsi1=b"x" * 512)
-        path = self.source / name
+    def make_odd(self, path: Path, kind: str) -> None:
+        """Put something that is no file under a path."""
+        path.unlink(missing_ok=True)
         if kind == "directory":
             path.mkdir()
         elif kind == "FIFO":
             os.mkfifo(path)
-        elif kind == "character device":
-            path.symlink_to("/dev/zero")
         else:
-            path.symlink_to("missing")
-        return path
+            path.symlink_to(path if kind == "loop" else kind)
 
     def test_what_is_no_file(self) -> None:
-        """A FIFO is refused at once, where it could keep the tool waiting for good."""
-        for name in ("drive-scsi0", CONF, "vma.json"):
-            for kind in ("directory", "character device", "dangling link", "FIFO"):
-                with self.subTest(name, kind=kind):
-                    path = self.make_odd(name, kind)
-                    answer = run_tool("pack", self.source, self.output, timeout=5)
-                    self.check_error(answer, str(path))
-                    self.assertFalse(self.output.exists())
+        """It is refused at once, where it could keep the tool waiting for good."""
+        archive = self.file("a.vma", golden("three-disks"))
+        for described in (False, True):
+            for name in ("drive-scsi0", CONF, "vma.json"):
+                for kind in ("directory", "FIFO", "/dev/zero", "/dev/tty", "loop", "missing"):
+                    with self.subTest(name, kind=kind, described=described):
+                        shutil.rmtree(self.source)
+                        self.ok("unpack" if described else "extract", archive, self.source)
+                        path = self.source / name
+                        self.make_odd(path, kind)
+                        # in a child, which a hang ends
+                        answer = forked(
+                            functools.partial(call_tool, "pack", self.source, self.output)
+                        )
+                        self.check_error(answer, *([] if kind == "loop" else [str(path)]))
+                        self.assertFalse(self.output.exists())
 
     def test_existing_output(self) -> None:
         """It is replaced by a complete archive, and only by one."""
@@ -601,3 +625,9 @@ class Options(PackTest):
                 self.assertEqual(answer.returncode, 2)
                 self.assertFalse(self.output.exists())
         self.assertEqual(call_tool("pack", self.source).returncode, 2)
+
+    def test_set_twice(self) -> None:
+        """Of two equal lines the last one counts, so that none may stay."""
+        text = b"name: a\ncores: 2\nname: b\n[snap]\nname: c\n"
+        want = b"name: web\ncores: 2\n[snap]\nname: c\n"
+        self.assertEqual(self.changed(text, "name=web"), want)

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 from tests import archives
-from tests.archives import BLOCK, CLUSTER, Archive, Device
+from tests.archives import BLOCK, CLUSTER, KIB, MIB, Archive, Device
 from tests.support import ToolTest, loop_device, require_program, require_root
 
-KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
 Content = Union[bytes, Path]
 

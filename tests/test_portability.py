@@ -98,7 +98,7 @@ class HiddenCalls(ToolTest):
 
         with mock.patch.object(vma_tool, "os", OsProxy(["preadv"])):
             result = unittest.TestResult()
-            test_api.Reading("test_several_threads").run(result)
+            test_api.Ranges("test_several_threads").run(result)
         self.assertEqual((result.testsRun, result.failures, result.errors), (1, [], []))
 
 

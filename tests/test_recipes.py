@@ -28,13 +28,13 @@ from tests.support import (
     TOOL,
     Answer,
     ToolTest,
+    command_lines,
     golden,
     manifest,
     require_program,
     sha256,
     snapshot,
 )
-from tests.test_commands import command_lines
 
 # What vzdump gives to a hook, whatever the administrator's shell has.
 VZDUMP_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"

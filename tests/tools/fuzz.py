@@ -5,8 +5,8 @@ extent, with the MD5s put right (mostly). `judge` reads it as FORMAT says, naive
 vma_tool, and tells whether it restores completely, and to what. `Sandbox.check` gives it to the
 commands and compares: verdict, written bytes, one clear line, nothing left, time and memory.
 
-    python3 tests/fuzz.py --seconds 3600 --seed 1     # a long run, all commands for each archive
-    python3 tests/fuzz.py --case 1:4711               # one archive of it again
+    python3 tests/tools/fuzz.py --seconds 3600 --seed 1  # a long run, all commands for each archive
+    python3 tests/tools/fuzz.py --case 1:4711  # one archive of it again
 
 A finding prints the case that made it, and leaves its archive in the current directory.
 """
@@ -33,7 +33,7 @@ from typing import NamedTuple, NoReturn
 from unittest import mock
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import vma_tool
 from tests import archives
