@@ -1514,7 +1514,7 @@ class FramesInput(FileInput):
         """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
         super().__init__(name, file)
         self.zstd = zstd
-        self._last = threading.local()  # the last frame of each thread, and its number
+        self._mine = threading.local()  # each thread's buffers
         self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
         table_size = parse_seek_footer(tail) or 0
@@ -1592,18 +1592,23 @@ class FramesInput(FileInput):
 
     def _frame(self, number: int) -> memoryview:
         """Return what a frame holds, until this thread asks for another one."""
-        last = self._last
-        if getattr(last, "number", None) != number:
+        mine = self._mine
+        if getattr(mine, "number", None) != number:
             start, end = self.table.offsets[number : number + 2]
-            last.number = None
-            last.data = memoryview(bytearray(end - start))
-            self._decompress(number, last.data)
-            last.number = number
-        data: memoryview = last.data
+            mine.number = None
+            mine.data = memoryview(bytearray(end - start))
+            self._decompress(number, mine.data)
+            mine.number = number
+        data: memoryview = mine.data
         return data
 
     def _decompress(self, number: int, view: memoryview) -> None:
-        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        start, end = self.table.compressed_offsets[number : number + 2]
+        frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
+        if len(frame) < end - start:
+            frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
+        frame = frame[: end - start]
+        super()._fill([frame], start)
         try:
             self.zstd.decompress_into(frame, view)
         except FormatError as error:
