@@ -312,7 +312,7 @@ def there(files: tuple[str, ...], directory: str) -> tuple[str, ...]:
 WRITING = (
     Road("optimize", ("optimize", "in.vma", "out.vma"), OPTIMIZED),
     Road("optimize --check", ("optimize", "--check", "in.vma", "out.vma"), OPTIMIZED),
-    Road("optimize over another", ("optimize", "in.vma", "old.vma"), ("old.vma",)),
+    Road("optimize over another", ("optimize", "--force", "in.vma", "old.vma"), ("old.vma",)),
     Road("optimize in place", ("optimize", "in.vma"), ("in.vma",)),
     Road("optimize in place unchecked", ("optimize", "--no-check", "in.vma"), ("in.vma",)),
     Road("optimize a stream", ("optimize", "--memory=0", "-", "out.vma"), OPTIMIZED, "-"),

@@ -54,7 +54,8 @@ class Create(ToolTest):
         return configs, specs
 
     def created(self, *args: str | Path, notice: str = "") -> bytes:
-        self.ok("create", "--force", *args, notice=notice)
+        quiet = [] if notice else ["-q"]
+        self.ok("create", *quiet, "--force", *args, notice=notice)
         return self.output.read_bytes()
 
     def test_same_bytes_as_optimize(self) -> None:
@@ -65,7 +66,7 @@ class Create(ToolTest):
             with self.subTest(align=align):
                 found = self.created("--align", align, *options, "new.vma", *specs)
                 self.assertEqual(sha256(found), sha256(archives.canonical(guest(), size)))
-        answer = call_tool("create", *options, "-", *specs)
+        answer = call_tool("create", "-q", *options, "-", *specs)
         self.assertEqual(sha256(answer.stdout), sha256(archives.canonical(guest())))
 
     def test_the_order_decides(self) -> None:
@@ -106,9 +107,8 @@ class Create(ToolTest):
                 data = b"\1" + rng.randbytes(size - 1)
                 self.file("odd", data)
                 rounded = -(-size // 512) * 512
-                notice = (
-                    f"odd: {size} bytes, rounded up to {rounded}, as disks have whole sectors\n"
-                )
+                text = f"{size} bytes, rounded up to {rounded}, as disks have whole sectors"
+                notice = f"vma-tool: odd: {text}\n"
                 found = self.created("new.vma", "a=odd", notice=notice if size % 512 else "")
                 device = Device(1, "a", data.ljust(rounded, b"\0"))
                 self.assertEqual(found, archives.canonical(Archive([device], ctime=NOW)))

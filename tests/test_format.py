@@ -57,7 +57,9 @@ class HeaderCodec(unittest.TestCase):
             "256 configs": archives.Archive(configs=[(f"{n}.conf", b"%d" % n) for n in range(256)]),
             "254 devices": archives.Archive(disks),
             "devices 1 and 254": archives.Archive([disks[0], disks[-1]]),
-            "device of 2^64 - 1 bytes": archives.Archive([replace(disks[0], size=(1 << 64) - 1)]),
+            "device of 2^64 - 512 bytes": archives.Archive(
+                [replace(disks[0], size=(1 << 64) - 512)]
+            ),
             "first ctime": archives.Archive(ctime=-(1 << 63)),
             "last ctime": archives.Archive(ctime=(1 << 63) - 1),
             "name of UTF-8": archives.Archive(configs=[("müll.conf", b"")]),
@@ -249,6 +251,13 @@ STORED: dict[tuple[str, int], list[tuple[int, int, int]]] = {
         (10, 0xFC00, 0x35400), (11, 0xFFFF, 0x3B400), (12, 0xFFFF, 0x4B400),
         (13, 0xFFFF, 0x5B400), (14, 0xFFFF, 0x7B400), (15, 0x001F, 0x9B400),
     ],
+    ("full-mask", 1): [(0, 0x001D, 0x3400), (2, 0x0002, 0x9400), (8, 0xFFFF, 0xA400)],
+    ("full-mask", 2): [
+        (0, 0x0001, 0x7400), (16, 0xFFFF, 0x1E400), (17, 0xFFFF, 0x2E400),
+        (18, 0xFFFF, 0x3E400), (19, 0xFFFF, 0x4E400), (20, 0x0001, 0x5E400),
+        (48, 0x0003, 0x5F600), (50, 0x0020, 0x61800), (95, 0x8000, 0x62800),
+    ],
+    ("full-mask", 3): [(0, 0x0001, 0x8400), (16, 0x000F, 0x1A400)],
     ("odd-size", 1): [(0, 0x0001, 0x3400), (16, 0x0001, 0x4400)],
     ("no-config", 1): [(0, 0x0001, 0x3400), (16, 0x000F, 0x4400)],
     ("live-order", 1): [(0, 0x001D, 0x4400), (2, 0x0002, 0x3400), (8, 0x0008, 0x8400)],
@@ -415,7 +424,7 @@ class Names(unittest.TestCase):
     def test_name_fault(self) -> None:
         for name, fault in (
             ("qemu-server.conf", None), ("drive-scsi0", None), ("ü", None), ("a b", None),
-            ("...", None), (".x", None), ("-rf", None), ("x" * 255, None), ("\udcff", None),
+            ("...", None), (".x", None), ("-rf", None), ("x" * 242, None), ("\udcff", None),
             ("", "is not a file name"), (".", "is not a file name"), ("..", "is not a file name"),
             *((name, "holds a slash, a backslash or a control character") for name in (
                 "../x", "/x", "a/b", "a/", "..\\x", "C:\\x", "a\nb", "a\0b", "\x1b[31m", "\x7f",

@@ -76,13 +76,26 @@ class Help(ToolTest):
             ["pack", "dir"], ["unpack", "a.vma"], ["list", "--nonsense", "a.vma"],
             ["optimize", "--align", "2K", "a.vma"], ["optimize", "--memory", "much", "a.vma"],
             ["pack", "-u", "name", "dir", "a.vma"],
-            ["verify", "--digest", "--against", "a", "b"], ["list", "a.vma", "b.vma"],
+            ["list", "a.vma", "b.vma"],
         ):  # fmt: skip
             with self.subTest(args=args):
                 answer = call_tool(*args)
                 self.assertEqual((answer.returncode, answer.stdout), (2, b""))
                 self.assertIn(b"usage: vma-tool", answer.stderr)
                 self.assertNotIn(b"Traceback", answer.stderr)
+
+    def test_options_that_do_not_go_together(self) -> None:
+        """Exit status 2 and one line that says which."""
+        for args in (
+            ["verify", "--digest", "--against", "a", "b"], ["verify", "--quick", "--digest", "a"],
+            ["verify", "--ignore-ctime", "a"], ["extract", "-o", "a", "b"], ["extract", "a"],
+            ["extract", "-d", "a", "-r", "b", "c", "d"], ["optimize", "-"],
+            ["optimize", "--check", "a", "-"],
+        ):  # fmt: skip
+            with self.subTest(args=args):
+                answer = call_tool(*args)
+                self.assertEqual((answer.returncode, answer.stdout), (2, b""))
+                self.assertRegex(answer.stderr.decode(), rf"\Avma-tool: {args[0]}: [^\n]+\n\Z")
 
     def test_runs_as_it_is(self) -> None:
         """The file itself can be executed; with Python -I and -S too."""

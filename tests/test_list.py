@@ -14,7 +14,7 @@ from typing import Any
 from tests import archives
 from tests.archives import Archive, Device
 from tests.damage import device_damages, extents, good, good_archive, header_damages
-from tests.support import BAD, ToolTest, call_tool, golden, manifest, run_tool
+from tests.support import BAD, FEW, ToolTest, call_tool, golden, manifest, run_tool
 
 
 def with_uuid(data: bytes, uuid: bytes) -> bytes:
@@ -51,6 +51,10 @@ class Listing(ToolTest):
                                 {"dev_id": d["dev_id"], "name": d["name"], "size": d["size"]}
                                 for d in want["devices"]
                             ],
+                            "compression": None,
+                            "compressed_size": None,
+                            "seekable": args != ["-"],
+                            "frames": None,
                         },
                     )
 
@@ -150,16 +154,16 @@ class Listing(ToolTest):
                 self.assertEqual(len(self.json("--scan", path)["devices"]), 3)
 
     def test_limits(self) -> None:
-        """254 devices, 256 configs of 65535 bytes, and devices of up to 2^64 - 1 bytes."""
+        """254 devices, 256 configs of 65535 bytes, and devices of up to 2^64 - 512 bytes."""
         names = [f"drive-scsi{n}" for n in range(1, 255)]
-        disks = [Device(n, name, b"", (1 << 64) - n) for n, name in enumerate(names, 1)]
+        disks = [Device(n, name, b"", (1 << 64) - 512 * n) for n, name in enumerate(names, 1)]
         configs = [(f"{n}.conf", b"#" * 65535) for n in range(256)]
         path = self.file("a.vma", archives.header_bytes(Archive(disks, list(configs))))
         found = self.json(path)
         self.assertEqual([device["name"] for device in found["devices"]], names)
-        self.assertEqual(found["devices"][-1]["size"], (1 << 64) - 254)
+        self.assertEqual(found["devices"][-1]["size"], (1 << 64) - 512 * 254)
         self.assertEqual({config["size"] for config in found["configs"]}, {65535})
-        self.assertIn("16.0 EiB, 18446744073709551615 bytes", self.ok("list", path))
+        self.assertIn("16.0 EiB, 18446744073709551104 bytes", self.ok("list", path))
 
 
 class BadArchives(ToolTest):
@@ -235,7 +239,7 @@ class BadArchives(ToolTest):
         """Whatever a header holds, the answer is a list or one line."""
         rng = random.Random(5)
         header = archives.header_bytes(good_archive())
-        for seed in range(300):
+        for seed in range(0, 300, FEW):
             data = bytearray(header)
             for _ in range(rng.randint(1, 4)):
                 offset = rng.choice([rng.randrange(60), rng.randrange(2044, len(data))])

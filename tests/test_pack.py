@@ -15,6 +15,7 @@ from tests import archives
 from tests.archives import CLUSTER, MIB, Archive, Device
 from tests.faults import forked
 from tests.support import (
+    FEW,
     Argument,
     ToolTest,
     call_tool,
@@ -45,7 +46,9 @@ class PackTest(ToolTest):
 
     def pack(self, *args: Argument, notice: str = "") -> archives.Parsed:
         """Pack the directory, and return what an independent reader finds in the archive."""
-        self.assertEqual(self.ok("pack", *args, self.source, self.output, notice=notice), "")
+        quiet = [] if notice else ["-q"]
+        args = (*quiet, "--force", *args, self.source, self.output)
+        self.assertEqual(self.ok("pack", *args, notice=notice), "")
         return archives.parse(self.output.read_bytes())
 
     def refuse(self, *says: str, args: list[str] | None = None) -> None:
@@ -83,18 +86,19 @@ class WithDescription(PackTest):
             self.ok("unpack", archive, target)
             for align, digest in want["optimized_sha256"].items():
                 with self.subTest(archive=name, align=align):
-                    self.ok("pack", "--align", align, target, self.output)
+                    self.ok("pack", "-q", "--force", "--align", align, target, self.output)
                     data = self.output.read_bytes()
-                    self.assertEqual(sha256(data) == digest, name != "legal-oddities")
+                    if name not in ("legal-oddities", "full-mask"):
+                        self.assertEqual(sha256(data), digest)
                     archive_again = archives.parse(golden(name)).archive
                     size = archives.ALIGNS[align]
                     self.assertEqual(sha256(data), sha256(archives.canonical(archive_again, size)))
-                    self.check_ok(answer := call_tool("pack", "--align", align, target, "-"))
+                    self.check_ok(answer := call_tool("pack", "-q", "--align", align, target, "-"))
                     self.assertEqual(answer.stdout, data)
 
     def test_random_archives(self) -> None:
         """Any disks, with any dev_ids, and a vmstate that is longer than its size."""
-        for seed in range(15):
+        for seed in range(0, 15, FEW):
             rng = random.Random(seed)
             ids = rng.sample(range(1, 255), 4)
             sizes = [512, 3584, 4608, CLUSTER, 59 * CLUSTER, rng.randrange(512, 40 * CLUSTER, 512)]
@@ -113,7 +117,7 @@ class WithDescription(PackTest):
                 data = archives.build(archive, archives.shuffled(archive, rng))
                 target = self.directory / f"{seed}"
                 self.ok("unpack", self.file("a.vma", data), target)
-                self.ok("pack", "--align", align, target, self.output)
+                self.ok("pack", "-q", "--force", "--align", align, target, self.output)
                 want = archives.canonical(archive, archives.ALIGNS[align])
                 self.assertEqual(sha256(self.output), sha256(want))
 
@@ -138,14 +142,14 @@ class WithDescription(PackTest):
             with self.subTest(size=size):
                 self.describe()
                 self.put(drive_scsi0=b"x" * size)
-                self.refuse("drive-scsi0", f"{size} bytes, expected the 1024")
+                self.refuse("drive-scsi0", f"{size} bytes, expected 1024 as")
 
     def test_vmstate_of_another_size(self) -> None:
         """A vmstate may be longer than its size says, if it is whole clusters."""
-        devices = [{"dev_id": 1, "name": "vmstate", "size": 1000}]
+        devices = [{"dev_id": 1, "name": "vmstate", "size": 1024}]
         for size, good in (
-            (1000, True), (CLUSTER, True), (2 * CLUSTER, True), (0, False), (999, False),
-            (1001, False), (CLUSTER + 512, False),
+            (1024, True), (CLUSTER, True), (2 * CLUSTER, True), (0, False), (512, False),
+            (1025, False), (CLUSTER + 512, False),
         ):  # fmt: skip
             with self.subTest(size=size):
                 self.describe(devices=devices)
@@ -153,11 +157,11 @@ class WithDescription(PackTest):
                 self.put(vmstate=b"x" * size)
                 if good:
                     parsed = self.pack()
-                    self.assertEqual(parsed.archive.devices[0].size, 1000)
+                    self.assertEqual(parsed.archive.devices[0].size, 1024)
                     self.assertEqual(parsed.disks["vmstate"].rstrip(b"\0"), b"x" * size)
                     self.output.unlink()
                 else:
-                    self.refuse("vmstate", f"{size} bytes, expected the 1000")
+                    self.refuse("vmstate", f"{size} bytes, expected 1024 as")
 
     def test_file_that_is_not_listed(self) -> None:
         """A file that vma.json does not list is not silently left out."""
@@ -252,8 +256,6 @@ class WithDescription(PackTest):
 
     def test_names_that_meet(self) -> None:
         """What pack takes, unpack takes."""
-        self.put(same=b"x" * 512)
-        (self.source / "é.conf").write_bytes(b"x")
         # Two texts for the same bytes
         other = "é.conf".encode().decode("ascii", "surrogateescape")
         device = {"dev_id": 1, "name": "same", "size": 512}
@@ -262,6 +264,8 @@ class WithDescription(PackTest):
             (["same"], [device], "two files would be called 'same'"),
             (["vma.json"], [device], "two files would be called 'vma.json'"),
         ):
+            for name in configs or ["same"]:
+                (self.source / name).write_bytes(b"x" * 512)
             value = {"format": 1, "ctime": 5, "configs": configs, "devices": devices}
             (self.source / "vma.json").write_text(json.dumps(value))
             self.refuse(says)
@@ -352,9 +356,8 @@ class WithoutDescription(PackTest):
             with self.subTest(size=size):
                 self.put(drive_scsi0=b"x" * size)
                 path = self.source / "drive-scsi0"
-                notice = (
-                    f"{path}: {size} bytes, rounded up to {rounded}, as disks have whole sectors\n"
-                )
+                text = f"{size} bytes, rounded up to {rounded}, as disks have whole sectors"
+                notice = f"vma-tool: {path}: {text}\n"
                 parsed = self.pack(notice=notice)
                 self.assertEqual(parsed.disks["drive-scsi0"], (b"x" * size).ljust(rounded, b"\0"))
                 self.pack("-q")
@@ -518,11 +521,12 @@ class Files(PackTest):
                         self.assertFalse(self.output.exists())
 
     def test_existing_output(self) -> None:
-        """It is replaced by a complete archive, and only by one."""
+        """With --force it is replaced by a complete archive, and only by one."""
         self.put(drive_scsi0=b"x" * 512)
         self.output.write_bytes(b"old")
+        self.refuse("out.vma: File exists: --force")
         self.put(notes__txt=b"")
-        self.refuse("notes.txt")
+        self.refuse("notes.txt", args=["--force"])
         self.assertEqual(self.output.read_bytes(), b"old")
         (self.source / "notes.txt").unlink()
         self.assertEqual(self.pack().disks, {"drive-scsi0": b"x" * 512})
@@ -603,7 +607,7 @@ class Options(PackTest):
     def test_too_long(self) -> None:
         """A configuration that outgrows the format is an error."""
         self.put(qemu_server__conf=b"#" * 65530 + b"\n", drive_scsi0=b"x" * 512)
-        self.refuse(args=["-u", "a=123456"])
+        self.refuse(args=["-q", "-u", "a=123456"])
 
     def test_usage(self) -> None:
         """What is not KEY=VALUE on one line is wrong usage."""

@@ -52,7 +52,7 @@ class System(SurroundingsTest):
         made = [self.directory / "b.vma", self.directory / "disk", self.source]
         with intercepted(look):
             self.ok("optimize", self.source, made[0])
-            self.ok("optimize", self.source, public)
+            self.ok("optimize", "--force", self.source, public)
             self.ok("optimize", self.source)
         self.assertEqual(modes, {0o600})
         self.assertEqual(stat.S_IMODE(public.stat().st_mode), 0o644)
@@ -111,8 +111,8 @@ class System(SurroundingsTest):
             if not os.path.exists(path):
                 self.skipTest("needs /dev/fd")
             before = snapshot(self.directory)
-            self.refused("optimize", self.source, path, says=[path, "no name"])
-            disk = "extract", "-d", "drive-scsi0", "-o"
+            self.refused("optimize", "--force", self.source, path, says=[path, "no name"])
+            disk = "extract", "--force", "-d", "drive-scsi0", "-o"
             self.refused(*disk, path, self.source, says=[path, "no name"])
         self.assertEqual(snapshot(self.directory), before)
 
