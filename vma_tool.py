@@ -1644,6 +1644,7 @@ class FramesInput(FileInput):
         """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
         super().__init__(name, file)
         self.zstd = zstd
+        self._mine = threading.local()  # each thread's buffer for a compressed frame
         self.cached_frames = 2 * processor_count()
         # The frames used last, the latest one at the end, each with a lock for who decompresses it.
         self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
@@ -1743,7 +1744,12 @@ class FramesInput(FileInput):
             return found[0]
 
     def _decompress(self, number: int, view: memoryview) -> None:
-        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        start, end = self.table.compressed_offsets[number : number + 2]
+        frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
+        if len(frame) < end - start:
+            frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
+        frame = frame[: end - start]
+        super()._fill([frame], start)
         try:
             self.zstd.decompress_into(frame, view)
         except FormatError as error:

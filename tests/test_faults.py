@@ -46,6 +46,7 @@ from tests.faults import (
     Workshop,
     become_nobody,
     digests,
+    in_frames,
     forked,
     has_child,
     open_files,
@@ -372,11 +373,14 @@ class ChangingArchives(RoadTest):
     def test_while_it_is_read(self) -> None:
         """Whatever is said of an archive is said of one that did not change meanwhile."""
         (self.directory / "same.vma.gz").write_bytes(gzip.compress(self.workshop.canonical, 1))
+        (self.directory / "same.vma.zst").write_bytes(in_frames(self.workshop.data))
         commands: list[tuple[str, ...]] = [
             ("optimize", "same.vma"),
             ("list", "--partitions", "same.vma"),
+            ("optimize", "same.vma.zst"),
+            ("list", "--partitions", "same.vma.zst"),
         ]
-        for name in ("same.vma", "same.vma.gz"):
+        for name in ("same.vma", "same.vma.gz", "same.vma.zst"):
             commands += [("verify", name), ("list", "--scan", name), ("unpack", name, "new"),
                          ("optimize", name, "out.vma")]  # fmt: skip
         roads = [Road(" ".join(args), args) for args in commands]
