@@ -45,9 +45,9 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 - says so in one line where Python 3.8 starts this
     sys.exit(f"vma-tool: needs Python 3.9 or later, this is {sys.version.split()[0]}")
@@ -59,6 +59,7 @@ __version__ = "2.0.0"
 
 EXIT_FAILED = 1
 EXIT_BAD = 3
+T = TypeVar("T")
 
 
 class VmaError(Exception):
@@ -163,6 +164,19 @@ def parse_size(text: str) -> int:
     unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
+
+
+def to_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
+
+
+def require(value: object, kind: type[T]) -> T:
+    """Return a value that was read from JSON; raises TypeError if it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def print_error(error: object) -> None:
@@ -299,6 +313,9 @@ ZERO_BLOCK = bytes(BLOCK_SIZE)
 # header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
+# Begins a difference: an archive without the clusters that its base has. No other program takes it
+# for a backup; Proxmox's verify would pass an archive from which clusters are missing.
+DIFFERENCE_MAGIC = b"VMAD"
 HEADER_FIXED_SIZE = 12288
 HEADER_MD5 = slice(32, 48)
 CONFIG_COUNT = 256
@@ -380,7 +397,8 @@ class Device(NamedTuple):
 class Header(NamedTuple):
     """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
 
-    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them.
+    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them. `magic`
+    tells an archive from a difference.
     """
 
     uuid: bytes
@@ -389,6 +407,7 @@ class Header(NamedTuple):
     devices: tuple[Device, ...]
     size: int = 0
     md5: bytes = b""
+    magic: bytes = HEADER_MAGIC
 
 
 class Extent(NamedTuple):
@@ -460,7 +479,7 @@ def parse_header_size(start: Buffer) -> int:
 
     Raises FormatError if these cannot be the beginning of a supported header.
     """
-    if start[:4] != HEADER_MAGIC:
+    if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
         raise FormatError("not a VMA archive")
     if len(start) < HEADER_FIXED_SIZE:
         raise FormatError(f"the archive ends inside its header, after {len(start)} bytes")
@@ -482,7 +501,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     """
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
-    _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
+    magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
     if check_md5 and md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
     if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
@@ -521,7 +540,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
                 DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
             )
         devices.append(device)
-    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
+    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
 
 
 def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
@@ -586,7 +605,7 @@ def pack_header(header: Header) -> bytearray:
     blob_size = len(data) - HEADER_FIXED_SIZE
     data.extend(bytes(max(header.size - len(data), 0)))
     HEADER.pack_into(
-        data, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
+        data, 0, header.magic, 1, header.uuid, header.ctime, bytes(16),
         HEADER_FIXED_SIZE, blob_size, len(data),
     )  # fmt: skip
     data[HEADER_MD5] = md5_without(data, HEADER_MD5)
@@ -766,6 +785,507 @@ def fill_up(
     return filled, block_count - wanted
 
 
+DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
+DIFFERENCE_FORMAT = 1
+
+
+class Origin(NamedTuple):
+    """One of the two archives that a difference was made of; name as it was then, digests in hex.
+
+    `layout` identifies its header and extents (`layout_digest`), `content` the contents of its
+    disks (`ContentDigest`).
+    """
+
+    name: str
+    ctime: int
+    layout: str
+    content: str
+
+    @property
+    def title(self) -> str:
+        """Name, time and content digest for messages."""
+        created = format_time(self.ctime)
+        return f"{quote(self.name)}, created {created}, content digest {self.content}"
+
+
+class Difference(NamedTuple):
+    """What vma-tool.json says: `new` is `base` with the clusters in this file.
+
+    `disks` are the digests of new's devices in canonical order, of which new's content digest is
+    made; `extents` is the SHA-256 of the MD5s of this file's extents. All in hex.
+    """
+
+    base: Origin
+    new: Origin
+    disks: tuple[str, ...]
+    extents: str
+
+
+def pack_difference(difference: Difference) -> bytes:
+    """Return vma-tool.json."""
+    value = difference._asdict()
+    value.update(base=difference.base._asdict(), new=difference.new._asdict())
+    return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
+
+
+def parse_difference(header: Header) -> Difference:
+    """Return what the first config of a difference says; raises FormatError."""
+    import json
+
+    def digest(value: object) -> str:
+        if not re.fullmatch("[0-9a-f]{64}", text := require(value, str)):
+            raise ValueError(f"{text!r} is no SHA-256")
+        return text
+
+    def origin(value: Any) -> Origin:
+        name, ctime = require(value["name"], str), require(value["ctime"], int)
+        return Origin(name, ctime, digest(value["layout"]), digest(value["content"]))
+
+    config, *_ = [*header.configs, Config("", b"")]
+    if config.name != DIFFERENCE_CONFIG:
+        raise FormatError(f"a difference, but its first config is not {DIFFERENCE_CONFIG}")
+    try:
+        value = json.loads(config.data)
+        if value["format"] != DIFFERENCE_FORMAT:
+            raise FormatError(f"a difference of format {value['format']!r}, which is not supported")
+        disks = tuple(map(digest, require(value["disks"], list)))
+        new = origin(value["new"])
+        if len(disks) != len(header.devices) or combine_digests(disks) != new.content:
+            raise ValueError("the digests contradict each other")
+        return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = escape(repr(error))[:200]
+        raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
+
+
+def whole_header(header: Header) -> Header:
+    """Return the header of the archive that a difference makes; any other one as it is."""
+    if header.magic != DIFFERENCE_MAGIC:
+        return header
+    return header._replace(magic=HEADER_MAGIC, configs=header.configs[1:], size=0, md5=b"")
+
+
+def combine_digests(disks: Iterable[str]) -> str:
+    """Return the content digest of an archive, from those of its devices in canonical order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# zstd frames: the compressed canonical archive. Pieces of the plain archive are a zstd frame each;
+# an index and a seek table follow in skippable frames. All numbers are little-endian.
+# Sources: RFC 8878, cited as "RFC"; zstd's contrib/seekable_format for the seek table.
+
+FRAME_MAGIC = 0xFD2FB528
+FRAME_BLOCK_MAX = 128 << 10  # bytes in one block of a frame
+SKIPPABLE = struct.Struct("<II")  # RFC 3.1.2: Magic_Number, Frame_Size
+SKIPPABLE_MAGICS = range(0x184D2A50, 0x184D2A60)
+INDEX_MAGIC = 0x184D2A5D
+INDEX_NAME = b"VMAINDEX"
+SEEK_TABLE_MAGIC = 0x184D2A5E
+# Number_Of_Frames, Seek_Table_Descriptor, Seekable_Magic_Number
+SEEK_FOOTER = struct.Struct("<IBI")
+SEEKABLE_MAGIC = 0x8F92EAB1
+SEEK_ENTRY_SIZE = 8  # Compressed_Size, Decompressed_Size
+FRAME_MAX_SIZE = 8 << 20  # what a frame may hold if it is read at any place
+PIECE_SIZE = 1 << 20  # at most so much goes into a frame of ours
+PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
+RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
+COMPRESSION_LEVELS = range(1, 23)
+DEFAULT_LEVEL = 3  # vzdump's
+# Clusters of a whole extent, by the smallest align with so many
+EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
+
+
+class Zstd:
+    """The zstd library, for whole frames. Threads may call it at the same time."""
+
+    @staticmethod
+    @functools.cache
+    def load() -> Zstd | None:
+        """Return Python's own zstd, else the system's library; None where there is neither."""
+        # Both only set level and checksum, so one version of the library gives the same bytes.
+        try:
+            return ModuleZstd(importlib.import_module("compression.zstd"))
+        except ImportError:  # before Python 3.14, or built without it
+            return LibraryZstd.load_library()
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        """Return data as one frame, with its content size and a checksum."""
+        raise NotImplementedError
+
+    def decompress_into(self, frame: Buffer, view: memoryview) -> None:
+        """Decompress one frame that fills view exactly; raises FormatError."""
+        found = parse_frame(frame)
+        if found.size != len(frame):
+            raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
+        if found.content_size not in (None, len(view)):
+            raise FormatError(f"the zstd frame holds {found.content_size} bytes, not {len(view)}")
+        try:
+            size = self._decompress(frame, view)
+        except FormatError as error:
+            raise FormatError(f"the zstd frame is damaged: {error}") from None
+        if size != len(view):
+            raise FormatError(f"the zstd frame holds {size} bytes, expected {len(view)}")
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
+        raise NotImplementedError
+
+
+class ModuleZstd(Zstd):
+    """zstd by Python's compression.zstd, or by backports.zstd, which has the same interface."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._idle: dict[int, list[Any]] = {}  # compressors by level
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        idle = self._idle.setdefault(level, [])
+        try:
+            compressor = idle.pop()
+        except IndexError:
+            names = self.module.CompressionParameter
+            options = {names.compression_level: level, names.checksum_flag: 1}
+            compressor = self.module.ZstdCompressor(options=options)
+        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
+        idle.append(compressor)
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            # One byte more than expected: the frame's end is only read with room left.
+            data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        if len(data) > len(view):
+            raise FormatError(f"it holds more than {len(view)} bytes")
+        view[: len(data)] = data
+        return len(data)
+
+
+class LibraryZstd(Zstd):
+    """zstd by the system's library. Debian always has it: dpkg needs it."""
+
+    NAMES = (
+        "libzstd.so.1",
+        "libzstd.1.dylib",
+        "/opt/homebrew/lib/libzstd.1.dylib",
+        "/usr/local/lib/libzstd.1.dylib",
+    )
+    MIN_VERSION = 10400  # 1.4.0: from there on, everything called here is stable
+    PARAMETERS = (100, 201)  # ZSTD_c_compressionLevel, ZSTD_c_checksumFlag
+
+    def __init__(self, library: Any) -> None:
+        """Declare the functions that are called; raises AttributeError if one is missing."""
+        import ctypes
+
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+        for name, result, arguments in (
+            ("versionNumber", ctypes.c_uint, []),
+            ("isError", ctypes.c_uint, [size]),
+            ("getErrorName", ctypes.c_char_p, [size]),
+            ("compressBound", size, [size]),
+            ("createCCtx", address, []),
+            ("createDCtx", address, []),
+            ("CCtx_setParameter", size, [address, ctypes.c_int, ctypes.c_int]),
+            ("compress2", size, [address, address, size, address, size]),
+            ("decompressDCtx", size, [address, address, size, address, size]),
+        ):
+            function = getattr(library, f"ZSTD_{name}")
+            function.restype = result
+            function.argtypes = arguments
+        self.library = library
+        # Idle contexts, the compressing ones with their output buffers. There are never more than
+        # threads that worked at the same time, so none is ever freed.
+        self._compressors: list[tuple[Any, bytearray]] = []
+        self._decompressors: list[Any] = []
+
+    @classmethod
+    def load_library(cls) -> LibraryZstd | None:
+        """Return the first library found that is new enough."""
+        try:
+            import ctypes
+        except ImportError:  # a Python built without it
+            return None
+        for name in cls.NAMES:
+            with suppress(OSError, AttributeError):
+                found = cls(ctypes.CDLL(name))
+                if found.library.ZSTD_versionNumber() >= cls.MIN_VERSION:
+                    return found
+        return None
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        library = self.library
+        bound = library.ZSTD_compressBound(len(data))
+        try:
+            context, buffer = self._compressors.pop()
+        except IndexError:
+            context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
+        if len(buffer) < bound:
+            buffer = bytearray(bound)
+        for parameter, value in zip(self.PARAMETERS, (level, 1)):
+            self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
+        target, source = address_of(buffer), address_of(data)
+        size = library.ZSTD_compress2(context, target, len(buffer), source, len(data))
+        with memoryview(buffer) as view:
+            frame = bytes(view[: self._checked(size)])
+        self._compressors.append((context, buffer))
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        try:
+            context = self._decompressors.pop()
+        except IndexError:
+            context = self._created(self.library.ZSTD_createDCtx())
+        target, source = address_of(view), address_of(frame)
+        size = self.library.ZSTD_decompressDCtx(context, target, len(view), source, len(frame))
+        self._decompressors.append(context)  # the next frame begins anew, also after an error
+        return self._checked(size)
+
+    def _created(self, context: Any) -> Any:
+        if not context:
+            raise VmaError("no memory for zstd")
+        return context
+
+    def _checked(self, size: int) -> int:
+        """Return a size; raises FormatError if it is an error's code."""
+        if self.library.ZSTD_isError(size):
+            raise FormatError(self.library.ZSTD_getErrorName(size).decode().lower())
+        return size
+
+
+def address_of(data: Buffer) -> Any:
+    """Return data as a C function's argument, copied only if it is a read-only view."""
+    import ctypes
+
+    if isinstance(data, bytes):
+        return data
+    try:
+        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
+    except TypeError:  # read-only
+        return bytes(data)
+
+
+class Frame(NamedTuple):
+    """A zstd frame as its headers describe it, or a skippable one, which has no content.
+
+    Sizes are in bytes; `content_size` is None if the frame does not say it.
+    """
+
+    size: int
+    content_size: int | None
+    has_checksum: bool
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+
+    def number(start: int, size: int) -> int:
+        field = bytes(data[start : start + size])
+        if len(field) < size:
+            raise FormatError("the zstd frame is cut off")
+        return int.from_bytes(field, "little")
+
+    magic = number(offset, 4)
+    if magic in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + number(offset + 4, 4)
+        if size > len(data) - offset:
+            raise FormatError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    if magic != FRAME_MAGIC:
+        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
+    descriptor = number(offset + 4, 1)
+    single_segment = descriptor >> 5 & 1
+    if descriptor & 8:
+        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
+    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
+    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    content_size = number(position, size) + (256 if size == 2 else 0) if size else None
+    position += size
+    last = 0
+    while not last:
+        block = number(position, 3)
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
+            at = position - offset
+            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
+        position += 3 + (1 if kind == 1 else size)
+    position += 4 * (descriptor >> 2 & 1)
+    if position > len(data):
+        raise FormatError("the zstd frame is cut off")
+    return Frame(position - offset, content_size, bool(descriptor & 4))
+
+
+class SeekTable(NamedTuple):
+    """Where the frames of a seekable file begin, and behind them their end: 16 bytes a frame."""
+
+    offsets: array.array[int]  # in the plain archive
+    compressed_offsets: array.array[int]  # in the file
+
+
+def native(numbers: array.array[int]) -> array.array[int]:
+    """Turn little-endian numbers into the machine's, or back; in place."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def pack_seek_table(sizes: array.array[int]) -> bytes:
+    """Return the seek table in its frame, of each frame's size compressed and decompressed."""
+    data = native(array.array("I", sizes)).tobytes()
+    footer = SEEK_FOOTER.pack(len(sizes) // 2, 0, SEEKABLE_MAGIC)
+    return SKIPPABLE.pack(SEEK_TABLE_MAGIC, len(data) + len(footer)) + data + footer
+
+
+def parse_seek_footer(tail: Buffer) -> int | None:
+    """Return the size of the seek table, with its frame, that ends a file; None if none does."""
+    if len(tail) < SEEK_FOOTER.size:
+        return None
+    count, descriptor, magic = SEEK_FOOTER.unpack_from(tail, len(tail) - SEEK_FOOTER.size)
+    # A descriptor with bits set: another program's table, with checksums.
+    if magic != SEEKABLE_MAGIC or descriptor or not count:
+        return None
+    return SKIPPABLE.size + SEEK_ENTRY_SIZE * int(count) + SEEK_FOOTER.size
+
+
+def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
+    """Return the seek table in its frame; raises FormatError if it cannot be that of the file."""
+    magic, size = SKIPPABLE.unpack_from(data)
+    if magic != SEEK_TABLE_MAGIC or size != len(data) - SKIPPABLE.size:
+        raise FormatError("the seek table has no skippable frame of its size")
+    sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
+    compressed, plain = sizes[0::2], sizes[1::2]
+    if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
+        raise FormatError(
+            f"the seek table has frames of {min(plain)} to {max(plain)} bytes, "
+            f"expected 1 to {FRAME_MAX_SIZE}"
+        )
+    table = SeekTable(
+        array.array("Q", itertools.accumulate(plain, initial=0)),
+        array.array("Q", itertools.accumulate(compressed, initial=0)),
+    )
+    if table.compressed_offsets[-1] > file_size - len(data):
+        raise FormatError("the seek table has more frames than the file")
+    return table
+
+
+def pack_index(zstd: Zstd, masks: array.array[int], level: int) -> bytes:
+    """Return the index in its frame, of all clusters' masks in the archive's order."""
+    frame = zstd.compress(native(array.array("H", masks)).tobytes(), level)
+    return SKIPPABLE.pack(INDEX_MAGIC, len(INDEX_NAME) + len(frame)) + INDEX_NAME + frame
+
+
+def parse_index(zstd: Zstd, data: Buffer, max_count: int) -> array.array[int]:
+    """Return up to max_count masks from the index in its frame; raises FormatError."""
+    start = SKIPPABLE.size + len(INDEX_NAME)
+    if len(data) < start or data[SKIPPABLE.size : start] != INDEX_NAME:
+        raise FormatError("there is no index in front of the seek table")
+    if SKIPPABLE.unpack_from(data) != (INDEX_MAGIC, len(data) - SKIPPABLE.size):
+        raise FormatError("the index has no skippable frame of its size")
+    frame = data[start:]
+    size = parse_frame(frame).content_size
+    if size is None or size % 2 or size > 2 * max_count:
+        raise FormatError(f"the index holds {size} bytes, expected at most {2 * max_count}")
+    masks = array.array("H", bytes(size))
+    with memoryview(masks).cast("B") as view:
+        zstd.decompress_into(frame, view)
+    return native(masks)
+
+
+def header_pieces(size: int) -> list[int]:
+    """Return the sizes of the pieces of an archive's header."""
+    return [min(PIECE_SIZE, size - start) for start in range(0, size, PIECE_SIZE)]
+
+
+def payload_pieces(masks: Sequence[int]) -> list[int]:
+    """Return the sizes of the pieces of an extent's stored blocks; if none is stored, none."""
+    groups = (masks[i : i + PIECE_CLUSTERS] for i in range(0, len(masks), PIECE_CLUSTERS))
+    return [size for group in groups if (size := sum(map(mask_size, group)))]
+
+
+class ArchiveIndex(NamedTuple):
+    """What an index says: each device's entries as in DeviceIndex, by dev_id."""
+
+    cluster_count: int  # of a whole extent
+    entries: dict[int, array.array[int]]
+
+
+def index_archive(
+    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
+) -> list[ArchiveIndex]:
+    """Return what the masks in an index mean; devices are in canonical order.
+
+    That the frames are cut as the masks demand proves all offsets; raises FormatError otherwise.
+    Rarely two results fit: they differ in extents that store nothing.
+    """
+    counts = [device.cluster_count for device in devices]
+    if devices and devices[-1].is_vmstate:
+        # A vmstate has as many clusters as are left, whatever its size is.
+        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
+    if sum(counts) != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
+        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+            raise FormatError(f"the index has blocks behind the end of {device.title}")
+    found = []
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            if offsets == table.offsets:
+                found.append(index)
+    if not found:
+        raise FormatError("the index and the seek table contradict each other")
+    return found
+
+
+def lay_out_frames(
+    header_size: int,
+    devices: Sequence[Device],
+    counts: Sequence[int],
+    masks: array.array[int],
+    cluster_count: int,
+) -> tuple[ArchiveIndex, array.array[int]]:
+    """Return the index of a canonical archive with these masks, and all frames' offsets."""
+    zeros = array.array("H", bytes(2 * cluster_count))
+    full = array.array("H", [FULL_MASK] * cluster_count)
+    full_pieces = payload_pieces(full)
+    step = CLUSTER_SIZE << 16  # from one entry to the next, if all blocks are stored
+    sizes = header_pieces(header_size)
+    offset = header_size
+    first = run = 0  # run: bytes of headers that share a frame
+    index = ArchiveIndex(cluster_count, {})
+    for device, count in zip(devices, counts):
+        entries = index.entries[device.dev_id] = array.array("Q")
+        for number, start in enumerate(range(first, first + count, cluster_count)):
+            chunk = masks[start : min(start + cluster_count, first + count)]
+            offset += EXTENT_HEADER_SIZE
+            base = offset << 16
+            stores = chunk != zeros and any(chunk)
+            if run and (stores or number % RUN_EXTENTS == 0):
+                sizes.append(run)
+                run = 0
+            # Nearly all extents store nothing or everything: those go fast.
+            if not stores:
+                run += EXTENT_HEADER_SIZE
+                entries.extend(array.array("Q", (base,)) * len(chunk))
+                continue
+            if chunk == full:
+                pieces = full_pieces
+                base |= FULL_MASK
+                entries.extend(array.array("Q", range(base, base + step * cluster_count, step)))
+            else:
+                pieces = payload_pieces(chunk)
+                places = itertools.accumulate(map(mask_size, chunk), initial=offset)
+                entries.extend(array.array("Q", [at << 16 | m for at, m in zip(places, chunk)]))
+            sizes += [EXTENT_HEADER_SIZE, *pieces]
+            offset += sum(pieces)
+        first += count
+    if run or not devices:  # without devices, there is one extent all the same
+        sizes.append(run or EXTENT_HEADER_SIZE)
+    return index, array.array("Q", itertools.accumulate(sizes, initial=0))
+
+
 # ---------------------------------------------------------------------------------------------
 # Stopping and cleaning up
 
@@ -860,6 +1380,7 @@ def start_thread(target: Callable[[], None]) -> threading.Thread:
 
 WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
 PIPE_SIZE = 1 << 20
+TAIL_SIZE = 64 << 10  # what is read first of a file that may end in a seek table
 SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
@@ -871,6 +1392,11 @@ class Readers(NamedTuple):
     gid: int
     has_acl: bool
 
+    def mode_for(self, gid: int) -> int:
+        """Return a mode for a file of group gid that lets nobody read who cannot read this one."""
+        private = self.has_acl or gid != self.gid
+        return 0o600 if private else 0o600 | self.mode & 0o666
+
 
 class Input:
     """An archive's bytes in their order, as a pipe or a decompressor gives them: a stream.
@@ -881,6 +1407,7 @@ class Input:
 
     size: int | None = None
     compression = ""
+    note = ""  # why a seekable archive is read as a stream
     raw: io.FileIO | None = None  # the file itself, also if it is compressed
     state: os.stat_result | None = None  # of that when it was opened, None for a pipe
     raw_size = 0  # of that, 0 for a pipe
@@ -967,6 +1494,17 @@ class Input:
 
 # mtime can be set back, ctime cannot.
 file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+
+def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
+    """Return who may read all of some files; pipes do not count."""
+    known = list(filter(None, sources))
+    if not known:
+        return None
+    mode = functools.reduce(operator.and_, (readers.mode for readers in known))
+    shared = len({readers.gid for readers in known}) == 1
+    has_acl = any(readers.has_acl for readers in known)
+    return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
 
 
 def has_acl(fd: int) -> bool:
@@ -1084,6 +1622,143 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     if count:
         left[0] = left[0][count:]
     return left
+
+
+class SeekableError(FormatError):
+    """What only reading at any place has found; as a stream the archive may be good."""
+
+
+class FramesInput(FileInput):
+    """A compressed canonical archive, read at any place by its seek table.
+
+    `size` and all offsets are those of the plain archive. `index` is there after `read_index`,
+    except that of a difference, which has none.
+    """
+
+    compression = "zstd"
+    has_index = False
+    index: ArchiveIndex
+
+    def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
+        """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
+        super().__init__(name, file)
+        self.zstd = zstd
+        self.cached_frames = 2 * processor_count()
+        # The frames used last, the latest one at the end, each with a lock for who decompresses it.
+        self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
+        self._devices: dict[int, Device] = {}
+        tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
+        table_size = parse_seek_footer(tail) or 0
+        end = self.size - table_size
+        if not table_size:
+            raise FormatError("")  # nothing is wrong: most files have none
+        if end < 0:
+            raise FormatError("the seek table has more frames than the file")
+        if table_size > len(tail):
+            tail = self._stored(end, self.size)
+        self.table = parse_seek_table(tail[-table_size:], self.size)
+        self._index_data = self._stored(self.table.compressed_offsets[-1], end)
+        self.size = self.table.offsets[-1]
+        is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
+        if is_difference and self._index_data:
+            raise FormatError("the seek table has fewer frames than the file")
+        if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
+            raise FormatError("there is no index in front of the seek table")
+
+    def read_index(self) -> None:
+        """Read the index; raises FormatError unless header and seek table agree with it."""
+        if not self._index_data:
+            return
+        header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
+        header = parse_header(self._plain(0, min(header_size, self.size)))
+        if header.uuid != CANONICAL_UUID:
+            raise FormatError("the archive is not canonical")
+        # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
+        masks = parse_index(self.zstd, self._index_data, 4 * self.raw_size)
+        devices = canonical_order(header.devices)
+        found = index_archive(header_size, devices, masks, self.table)
+        self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
+        self._devices = {device.dev_id: device for device in devices}
+        self.has_index = True
+        self._index_data.clear()
+
+    def _fits(self, index: ArchiveIndex) -> bool:
+        """Say whether each device's first extent has as many clusters as an index says."""
+        for entries in filter(None, index.entries.values()):
+            data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
+            slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
+            if slots != min(index.cluster_count, len(entries)):
+                return False
+        return True
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.table.offsets) - 1
+
+    def read(self, size: int) -> bytes:
+        data = self._plain(self.offset, min(size, self.size - self.offset))
+        self.offset += len(data)
+        return data
+
+    def _plain(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        self._fill([memoryview(data)], offset)
+        return bytes(data)
+
+    def _stored(self, start: int, end: int) -> bytearray:
+        """Return bytes of the file itself."""
+        data = bytearray(end - start)
+        super()._fill([memoryview(data)], start)
+        return data
+
+    def _fill(self, views: Sequence[memoryview], offset: int) -> None:
+        for view in views:
+            done = 0
+            while done < len(view):
+                number = bisect.bisect_right(self.table.offsets, offset) - 1
+                start, end = self.table.offsets[number : number + 2]
+                stop = min(done + end - offset, len(view))
+                if stop - done == end - start:  # a whole frame goes straight to its place
+                    self._decompress(number, view[done:stop])
+                else:
+                    first = offset - start
+                    view[done:stop] = self._frame(number)[first : first + stop - done]
+                offset += stop - done
+                done = stop
+
+    def _frame(self, number: int) -> memoryview:
+        """Return what a frame holds; `cached_frames` of them are kept, of at most 1 MiB."""
+        with self._lock:
+            lock, found = self._frames.pop(number, (threading.Lock(), []))
+            self._frames[number] = lock, found
+            if len(self._frames) > self.cached_frames:
+                del self._frames[next(iter(self._frames))]
+        with lock:
+            if not found:
+                start, end = self.table.offsets[number : number + 2]
+                view = memoryview(bytearray(end - start))
+                self._decompress(number, view)
+                found.append(view)
+            return found[0]
+
+    def _decompress(self, number: int, view: memoryview) -> None:
+        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        try:
+            self.zstd.decompress_into(frame, view)
+        except FormatError as error:
+            start, end = self.table.offsets[number : number + 2]
+            raise SeekableError(f"{self._place(start, end)}{error}", start, self.name) from None
+
+    def _place(self, start: int, end: int) -> str:
+        """Return device and clusters, as far as known, of a frame that holds start to end."""
+        for dev_id, entries in self.index.entries.items() if self._devices else ():
+            first = bisect.bisect_left(entries, start << 16)
+            stop = bisect.bisect_left(entries, end << 16)
+            if first == stop and first < len(entries):  # the header of an extent
+                stop = min(first + self.index.cluster_count, len(entries))
+            if first < stop and start >= (entries[0] >> 16) - EXTENT_HEADER_SIZE:
+                return f"{self._devices[dev_id].title}: clusters {first} to {stop - 1}: "
+        return ""
 
 
 class Codec(NamedTuple):
@@ -1300,10 +1975,11 @@ def widen_pipe(fd: int) -> None:
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[Input]:
+def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
     """Open an archive, plain or compressed, from a path or (`-`) standard input.
 
-    A plain regular file or block device can be read at any place; everything else is a stream.
+    A plain regular file or block device can be read at any place, and a compressed canonical
+    archive, whose index is read if `index` says so. Everything else is a stream.
     """
     name = display_name(path, "input")
     with ExitStack() as undo:
@@ -1313,7 +1989,11 @@ def open_input(path: str) -> Iterator[Input]:
             state = os.fstat(raw.fileno())
         codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
         if codec is not None:
-            source = open_codec(name, codec, raw, seekable=size is not None)
+            frames, note = None, ""
+            if codec.name == "zstd" and stat.S_ISREG(state.st_mode) and size and not as_stream:
+                frames, note = open_frames(name, raw, index)
+            source = frames or open_codec(name, codec, raw, seekable=size is not None)
+            source.note = note
             if size is not None:
                 source.state, source.raw_size = state, size
         elif size is not None:
@@ -1323,6 +2003,20 @@ def open_input(path: str) -> Iterator[Input]:
         undo.pop_all()  # the input closes it
     with source:
         yield source
+
+
+def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
+    """Return an input that is read at any place; or None, and what is wrong, "" for nothing."""
+    zstd = Zstd.load()
+    if zstd is None:
+        return None, ""  # the zstd program reads it, as a stream
+    try:
+        source = FramesInput(name, raw, zstd)
+        if index:
+            source.read_index()
+        return source, ""
+    except FormatError as error:
+        return None, str(error)
 
 
 def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
@@ -1547,7 +2241,7 @@ class Directory:
 
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
-                    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+                    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
                     fd = os.open(self.at(name), flags, dir_fd=self.fd)
                     try:
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1588,17 +2282,20 @@ class Directory:
             while self._files:
                 file = self._files[0]
                 undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
+                old, new = self.at(file.temporary), self.at(file.final)
+                file.close()
                 exists = self.state(file.final) is not None
                 if exists and not replace:
                     raise os_error(file.name, errno.EEXIST)
-                old, new = self.at(file.temporary), self.at(file.final)
-                file.close()
                 last_look()
-                os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                Cleanup.files.discard((self.fd, old))
-                self._files.pop(0)
+                if exists or not self._link(old, new):
+                    os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
+                with suppress(FileNotFoundError):  # where it was renamed
+                    os.unlink(old, dir_fd=self.fd)
+                Cleanup.files.discard((self.fd, old))
+                self._files.pop(0)
             if self.fd is not None:
                 where = escape(self.path)
                 undo.enter_context(
@@ -1606,6 +2303,17 @@ class Directory:
                 )
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
+
+    def _link(self, old: bytes, new: bytes) -> bool:
+        """Give a file a second name that nobody else has; False where there are no such links."""
+        try:
+            # Unlike a rename, this never replaces what somebody else has just put there.
+            os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except (AttributeError, NotImplementedError, OSError):
+            return False
+        return True
 
 
 class PartialFile(Target):
@@ -1634,23 +2342,15 @@ class PartialFile(Target):
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
             super().__init__(fd, directory.full(final), seekable=True)
-            with suppress(ImportError, OSError):
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `Directory.leftovers` looks at it
+            lock_partial(fd)
             if directory.readers and not replaces and hasattr(os, "fchmod"):
-                os.fchmod(fd, self._shared_mode(directory.readers))
+                # An access list here was inherited from the directory; a group bit would put it
+                # in force.
+                mode = 0o600 if has_acl(fd) else directory.readers.mode_for(os.fstat(fd).st_gid)
+                umask = os.umask(0o077)
+                os.umask(umask)
+                os.fchmod(fd, mode & ~umask)
             undo.pop_all()
-
-    def _shared_mode(self, readers: Readers) -> int:
-        """Return a mode that lets nobody read who cannot read the source."""
-        state = os.fstat(self.fd)
-        # An access list here was inherited from the directory; a group bit would put it in force.
-        if readers.has_acl or readers.gid != state.st_gid or has_acl(self.fd):
-            return 0o600
-        umask = os.umask(0o077)
-        os.umask(umask)
-        return (0o600 | readers.mode & 0o666) & ~umask
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
@@ -1663,15 +2363,26 @@ class PartialFile(Target):
         Only where the file system does that without writing.
         """
         self.truncate(size)  # too large a file is an error here, on any file system
-        if not size or not hasattr(os, "posix_fallocate") or not allocates_cheaply(self.fd):
-            return self.truncate(0)
         with os_errors_as(f"{self.name}: cannot reserve {format_size(size)}"):
-            os.posix_fallocate(self.fd, 0, size)
+            if size and hasattr(os, "posix_fallocate") and allocates_cheaply(self.fd):
+                return os.posix_fallocate(self.fd, 0, size)
+        self.truncate(0)
 
-    def read_back(self) -> FileInput:
-        """Return what was written, as an input."""
+    def read_back(self, zstd: Zstd | None) -> FileInput:
+        """Return the archive that was written, as an input; `zstd` if it is compressed."""
         with os_errors_as(self.name):
-            return FileInput(self.name, io.FileIO(os.dup(self.fd)))
+            file = io.FileIO(os.dup(self.fd))
+        if zstd is None:
+            return FileInput(self.name, file)
+        try:
+            source = FramesInput(self.name, file, zstd)
+            source.read_index()
+        except FormatError as error:
+            file.close()
+            raise VmaError(
+                f"{self.name}: what was written reads back as something else: {error}"
+            ) from error
+        return source
 
     def sync(self) -> None:
         if self._old >= 0:
@@ -1691,6 +2402,18 @@ class PartialFile(Target):
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
+
+
+def lock_partial(fd: int) -> None:
+    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        for _ in range(5):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another run looks at it just now
+                time.sleep(0.01)
 
 
 def keep_attributes(old: int, new: int, name: str) -> None:
@@ -1815,7 +2538,12 @@ def open_destination(
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
     # Linux refuses O_EXCL for a block device that is mounted, or in use otherwise.
-    fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    try:
+        fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    except VmaError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EBUSY:
+            raise VmaError(f"{error}: it is mounted, or in use otherwise") from error
+        raise
     try:
         with os_errors_as(name):
             if not is_disk(os.fstat(fd).st_mode):
@@ -1864,11 +2592,14 @@ def refuse_same(paths: Iterable[str], output: str) -> None:
 # Extents and index: where every cluster of an archive is
 
 
-def read_header(source: Input) -> Header:
-    """Read the header at the beginning of an archive; raises FormatError."""
+def read_header(source: Input, whole: bool = True) -> Header:
+    """Read the header at the beginning of an archive; raises FormatError.
+
+    Also for a difference, unless `whole` is False.
+    """
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
-        if start[:4] != HEADER_MAGIC:
+        if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
             more = (
                 source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
             )
@@ -1877,7 +2608,12 @@ def read_header(source: Input) -> Header:
         data = memoryview(bytearray(parse_header_size(start)))
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
-        return parse_header(data[: HEADER_FIXED_SIZE + count])
+        header = parse_header(data[: HEADER_FIXED_SIZE + count])
+        if header.magic == DIFFERENCE_MAGIC:
+            base = parse_difference(header).base.title
+            if whole:
+                raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+        return header
 
 
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
@@ -1984,9 +2720,12 @@ class Index:
         self.extent_count = 0
         self.devices: dict[int, DeviceIndex] = {}
         self._slots = self._most_slots = 0  # used ones of the last extent, and of the fullest
+        self.difference: Difference | None = None  # clusters may be missing
         with in_archive(self.name):
+            if header.magic == DIFFERENCE_MAGIC:
+                self.difference = parse_difference(header)
             clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
-            if source.size is not None:
+            if source.size is not None and not self.difference:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
                 if clusters > room:
                     raise FormatError(
@@ -2097,8 +2836,33 @@ class Index:
     def _fail(self, message: str, offset: int | None = None) -> NoReturn:
         raise FormatError(message, offset, self.name)
 
+    def adopt(self, archive: ArchiveIndex, end: int) -> None:
+        """Take over the index of a canonical archive of `end` bytes; raises FormatError."""
+        for dev_id, entries in reversed(archive.entries.items()):
+            index = self.devices[dev_id]
+            index.entries = entries
+            index.seen = len(entries)
+            count = -(-len(entries) // archive.cluster_count)
+            start = (entries[0] >> 16) - EXTENT_HEADER_SIZE if entries else end
+            index.stored_size = end - start - EXTENT_HEADER_SIZE * count
+            end = start
+            self.extent_count += count
+            most = min(len(entries), archive.cluster_count)
+            self._most_slots = max(self._most_slots, most)
+            if not self._slots and entries:  # the archive's last extent
+                self._slots = (len(entries) - 1) % archive.cluster_count + 1
+        self.extent_count = max(self.extent_count, 1)
+        self.finish()
+
     def finish(self) -> None:
-        """Raise FormatError unless every cluster of every device was there."""
+        """Raise FormatError unless every cluster of every device was there.
+
+        Of a difference, unless its extents are those that were written.
+        """
+        if self.difference:
+            if self.digest.hexdigest() != self.difference.extents:
+                self._fail("the difference is cut short, or its extents were changed")
+            return
         # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
         # that was cut between two extents ends with a full one, and must not pass.
         cut = self._slots in (self._most_slots, *map(clusters_per_extent, ALIGNS.values()))
@@ -2122,8 +2886,6 @@ DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 COMPARED_CLUSTERS = 14  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
-
-T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -2149,6 +2911,13 @@ class Part(NamedTuple):
     def size(self) -> int:
         """Bytes of the disk: fewer than the clusters have at the device's end."""
         return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
+
+    def clusters(self, start: int, end: int) -> Part:
+        """Return some of the clusters, counted from the part's first one."""
+        image = self.image
+        if image is not None:
+            image = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+        return Part(self.device, self.first + start, self.masks[start:end], image)
 
     def filled(self, masks: Sequence[int]) -> list[memoryview]:
         """Return the blocks in masks that have all stored blocks, and more as zeros."""
@@ -2238,6 +3007,10 @@ class Producer:
     ordered = False
     parallel = False
 
+    def check(self) -> Consumer | None:
+        """Return who gets all parts as well, and whose `finish` raises if they are not right."""
+        return None
+
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield parts of `count` clusters of all devices, or of the chosen dev_ids."""
         raise NotImplementedError
@@ -2251,14 +3024,35 @@ class Contents(Producer):
     """An archive that can be read at any place: its header, and the extents read so far.
 
     Extents are read when somebody needs them. Raises FormatError for an archive that Proxmox would
-    not restore completely, at the latest when all have been read.
+    not restore completely, at the latest when all have been read. A difference is taken only if
+    `whole` is False.
     """
 
-    def __init__(self, source: Input) -> None:
+    def __init__(self, source: Input, whole: bool = True) -> None:
         self.source = source
-        self.header = read_header(source)
+        self.header = read_header(source, whole)
         self.index = Index(self.header, source)
+        self.parallel = isinstance(source, FramesInput)  # there is something to decompress
         self._extents = read_extents(source, self.header)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Return all that is read."""
+        return (self.source,)
+
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        """Return where the clusters are that are missing here; None for an archive."""
+        return None
+
+    @property
+    def readers(self) -> Readers | None:
+        """Who may read everything that is read here, None for a pipe."""
+        return common_readers(each.readers for each in self.inputs)
+
+    def check_unchanged(self, path: str | None = None) -> None:
+        """Do so for all that is read; path is that of the archive."""
+        for each in self.inputs:
+            each.check_unchanged(path if each is self.source else None)
 
     def extents(self) -> Iterator[Extent]:
         """Yield and check the extents not read yet, in the archive's order."""
@@ -2267,12 +3061,19 @@ class Contents(Producer):
             yield extent
         self.index.finish()
 
-    def complete(self) -> None:
-        """Read and check all extents not read yet."""
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Read and check all extents not read yet; calls tick after each."""
         while self._read_extent():
-            pass
+            tick()
+
+    def extents_digest(self) -> bytes:
+        """Return the SHA-256 over the MD5s of all extents."""
+        self.complete()
+        return self.index.digest.digest()
 
     def _read_extent(self) -> bool:
+        if Progress.current:  # one part of a disordered stream may need all of it
+            Progress.current.tick()
         extent = next(self._extents, None)
         if extent is None:
             self.index.finish()
@@ -2306,13 +3107,21 @@ class Contents(Producer):
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         for device in canonical_order(self.header.devices, chosen):
             first = 0
-            while entries := self._entries(device, first, count):
-                has_data = any(entry & FULL_MASK for entry in entries)
-                yield Plan(device, first, len(entries), entries, has_data)
-                first += len(entries)
+            while plan := self.next_plan(device, first, count):
+                yield plan
+                first += plan.cluster_count
         self.complete()
 
-    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+        """Return the plan of up to count clusters, None behind the device's end.
+
+        Devices and clusters must come in canonical order.
+        """
+        entries = self.entries(device, first, count)
+        has_data = any(entry & FULL_MASK for entry in entries)
+        return Plan(device, first, len(entries), entries, has_data) if entries else None
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
         index = self.index.devices[device.dev_id]
         while True:
@@ -2322,13 +3131,35 @@ class Contents(Producer):
             if known or not self._read_extent():
                 return entries
 
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
+        """Keep the data of the chosen devices until it is read, where that is needed."""
+        yield
+
     def read(self, plan: Plan, buffer: memoryview) -> Part:
         masks = [entry & FULL_MASK for entry in plan.where]
         image = None
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
             self.source.read_at(scatter(plan.where, image))
+            self._check_tail(plan.device, plan.first, masks, image)
         return make_part(plan.device, plan.first, masks, image)
+
+    def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
+        """Raise FormatError if a difference has more than zeros behind the device's end."""
+        # Of any other archive they are dropped; but here, each changed byte is to be seen.
+        end = device.max_size - first * CLUSTER_SIZE
+        if self.index.difference and end < len(image):
+            last = masks[-1] >> (end % CLUSTER_SIZE) // BLOCK_SIZE & 1
+            if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
+                raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        """Return the plan of clusters at any place, after `complete`."""
+        index = self.index.devices[dev_id]
+        entries = index.slice(first, count)
+        has_data = any(entry & FULL_MASK for entry in entries)
+        return Plan(index.device, first, len(entries), entries, has_data)
 
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
@@ -2339,11 +3170,9 @@ class Contents(Producer):
         at = offset
         while at < end:
             first = at // CLUSTER_SIZE
-            entries = index.slice(first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
-            has_data = any(entry & FULL_MASK for entry in entries)
-            plan = Plan(index.device, first, len(entries), entries, has_data)
+            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
             image = self.read(plan, buffer).whole()
-            stop = min((first + len(entries)) * CLUSTER_SIZE, end)
+            stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
                 start = first * CLUSTER_SIZE
                 data[at - offset : stop - offset] = image[at - start : stop - start]
@@ -2351,13 +3180,121 @@ class Contents(Producer):
         return bytes(data)
 
 
+class IndexedContents(Contents):
+    """A compressed canonical archive: its index says where every cluster is.
+
+    Before plans of a device are read, the extents' headers are held against the index.
+    """
+
+    source: FramesInput
+
+    def __init__(self, source: FramesInput) -> None:
+        super().__init__(source)
+        self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
+        self._extents_checked: set[tuple[int, int]] = set()  # dev_id, first cluster; by `plan`
+        self.cluster_count = source.index.cluster_count
+        self.index.adopt(source.index, source.size)
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield the extents not read yet; raises FormatError if one is not as the index says."""
+        for device in canonical_order(self.header.devices):
+            while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
+                yield self._check_next(device)
+
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Do nothing: the index is complete."""
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
+        entries = self.index.devices[device.dev_id].slice(first, count)
+        while self._checked[device.dev_id] < first + len(entries):
+            self._check_next(device)
+        return entries
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        start = first // self.cluster_count * self.cluster_count
+        for extent in range(start, first + count, self.cluster_count):
+            if (dev_id, extent) not in self._extents_checked:
+                self._check_extent(self.index.devices[dev_id].device, extent)
+                self._extents_checked.add((dev_id, extent))
+        return super().plan(dev_id, first, count)
+
+    def extents_digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for device in canonical_order(self.header.devices):
+            for first in range(
+                0, len(self.index.devices[device.dev_id].entries), self.cluster_count
+            ):
+                digest.update(self._extent(device, first).md5)
+        if not self.header.devices:
+            digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
+        return digest.digest()
+
+    def _check_next(self, device: Device) -> Extent:
+        """Read a device's next extent header."""
+        extent = self._check_extent(device, self._checked[device.dev_id])
+        self._checked[device.dev_id] += len(extent.blockinfo)
+        self.source.offset = extent.payload_offset + extent.payload_size
+        return extent
+
+    def _extent(self, device: Device, first: int) -> Extent:
+        """Return the header of the extent that begins with a device's cluster, by the index."""
+        entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
+        payload_offset, last = entries[0] >> 16, entries[-1]
+        info = device.dev_id << 32 | first
+        blockinfo: Sequence[int] = range(info, info + len(entries))
+        size = (last >> 16) + mask_size(last & FULL_MASK) - payload_offset
+        if size:
+            blockinfo = [(e & FULL_MASK) << 48 | i for e, i in zip(entries, blockinfo)]
+        data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
+        offset = payload_offset - EXTENT_HEADER_SIZE
+        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+
+    def _check_extent(self, device: Device, first: int) -> Extent:
+        """Read the header of the extent that begins with a device's cluster."""
+        extent = self._extent(device, first)
+        count = len(extent.blockinfo)
+        found = bytearray(EXTENT_HEADER_SIZE)
+        self.source.read_at([(extent.offset, memoryview(found))])
+        if found != pack_extent(CANONICAL_UUID, extent.block_count, extent.blockinfo):
+            clusters = f"clusters {first} to {first + count - 1}"
+            raise SeekableError(
+                f"{device.title}: {clusters}: the extent header and the index contradict each "
+                "other; without the index: zstd -dc FILE | vma-tool COMMAND -",
+                extent.offset,
+                self.source.name,
+            )
+        return extent
+
+    def is_canonical(self, align: int) -> bool:
+        """Say whether the extents are laid out as optimize does with this align."""
+        count = clusters_per_extent(align)
+        for index in self.index.devices.values():
+            unit = 1 if index.device.is_vmstate else align // BLOCK_SIZE
+            for first in range(0, len(index.entries), count):
+                entries = index.slice(first, count)
+                if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
+                    continue  # stores nothing
+                masks = [entry & FULL_MASK for entry in entries]
+                if fill_up(index.device, first, masks, unit)[0] != masks:
+                    return False
+            if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):
+                return False
+        return True
+
+
 class Stream(Contents):
     """An archive that is read once: early clusters wait, in memory or a temporary file."""
 
     ordered = True
 
-    def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
-        super().__init__(source)
+    def __init__(
+        self,
+        source: Input,
+        memory: int = DEFAULT_MEMORY,
+        directory: str = "",
+        whole: bool = True,
+    ) -> None:
+        super().__init__(source, whole)
         self.memory = memory
         self.directory = directory
         self._held: dict[int, dict[int, bytes]] = {}  # by dev_id, in canonical order
@@ -2367,10 +3304,15 @@ class Stream(Contents):
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield as `Contents.plans` does, but only once; what is not chosen is gone."""
+        with self.holding(chosen):
+            yield from super().plans(count, chosen)
+
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
         order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in order}
         try:
-            yield from super().plans(count, chosen)
+            yield
         finally:
             if self._spool is not None:
                 self._spool.source.close()
@@ -2425,6 +3367,7 @@ class Stream(Contents):
                 at += size
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
+        self._check_tail(device, first, masks, image)
         return make_part(device, first, masks, image)
 
 
@@ -2444,11 +3387,26 @@ class Spool(Target):
         super().__init__(self.source.fd, name, seekable=True)
 
 
-def load(source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> Contents:
-    """Return the contents of an archive, of which the header has been read and checked."""
-    contents = Contents(source) if source.size is not None else Stream(source, memory, directory)
+def contents_of(source: Input, whole: bool = True) -> Contents:
+    """Return the contents of an archive that can be read at any place."""
+    if isinstance(source, FramesInput) and source.has_index:
+        return IndexedContents(source)
+    return Contents(source, whole)
+
+
+def load(
+    source: Input, memory: int = DEFAULT_MEMORY, directory: str = "", whole: bool = True
+) -> Contents:
+    """Return the contents of an archive, of which the header has been read and checked.
+
+    A difference is taken only if `whole` is False.
+    """
+    if source.size is None:
+        contents: Contents = Stream(source, memory, directory, whole)
+    else:
+        contents = contents_of(source, whole)
     with in_archive(source.name):
-        check_names(contents.header)
+        check_names(whole_header(contents.header))
     return contents
 
 
@@ -2557,7 +3515,10 @@ class Consumer:
         return part
 
     def deliver(self, prepared: Sequence[Any]) -> None:
-        raise NotImplementedError
+        """Take what was prepared; here, nothing is done with it."""
+
+    def finish(self) -> None:
+        """Do what is left after the last part."""
 
 
 def copy_parts(
@@ -2568,65 +3529,91 @@ def copy_parts(
     chosen: Collection[int] | None = None,
 ) -> None:
     """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
-
-    def batches() -> Iterator[list[Plan]]:
-        batch: list[Plan] = []
-        for plan in producer.plans(count, chosen):
-            batch.append(plan)
-            if plan.has_data or len(batch) == MAX_PARTS:
-                yield batch
-                progress.tick()
-                batch = []
-        yield batch
+    check = producer.check()
+    consumers = [consumer, *filter(None, [check])]
 
     def read(batch: list[Plan], buffer: memoryview) -> list[Part]:
         return [producer.read(plan, buffer) for plan in batch]
 
-    def prepare(parts: list[Part], _buffer: memoryview) -> list[Any]:
-        return [consumer.prepare(part) for part in parts]
+    def prepare(parts: list[Part], _buffer: memoryview) -> list[list[Any]]:
+        return [[each.prepare(part) for part in parts] for each in consumers]
 
-    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[Any]:
+    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[list[Any]]:
         return prepare(read(batch, buffer), buffer)
 
+    def delivery(number: int) -> Callable[[list[list[Any]]], None]:
+        return lambda prepared: consumers[number].deliver(prepared[number])
+
+    deliver = [delivery(number) for number in range(len(consumers))]
+    batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
     if not (producer.parallel or consumer.parallel):
-        pump(batches(), read_and_prepare, consumer.deliver)
+        pump(batches, read_and_prepare, deliver)
     elif producer.ordered:
-        pump(batches(), read, consumer.deliver, prepare)
+        pump(batches, read, deliver, prepare)
     else:
-        pump(batches(), lambda batch, _: batch, consumer.deliver, read_and_prepare)
+        pump(batches, lambda batch, _: batch, deliver, read_and_prepare)
+    for each in reversed(consumers):  # the check first: a bad archive is not to be completed
+        each.finish()
+
+
+def in_batches(
+    items: Iterable[T], has_data: Callable[[T], bool], progress: Progress
+) -> Iterator[list[T]]:
+    """Yield items in lists, of which only the last one has data; show the progress."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if has_data(item) or len(batch) == MAX_PARTS:
+            yield batch
+            progress.tick()
+            batch = []
+    yield batch
 
 
 class Job:
     """What the threads of a pump hand on to one another."""
 
-    __slots__ = ("buffer", "ready", "value", "work")
+    __slots__ = ("buffer", "lock", "pending", "value", "work")
 
-    def __init__(self, buffer: memoryview, value: Any, work: Any) -> None:
+    def __init__(self, buffer: memoryview, value: Any, work: Any, pending: int) -> None:
         self.buffer = buffer
         self.value = value
         self.work = work
-        self.ready = threading.Lock()  # held until the work is done
+        self.pending = pending  # how many it is still to be delivered to
+        self.lock = threading.Lock()  # held until the work is done
+
+    def result(self) -> Any:
+        """Wait for the work, and return what came of it."""
+        with self.lock:
+            return self.value
+
+    def is_delivered(self) -> bool:
+        """Count one delivery; say whether it was the last one."""
+        with self.lock:
+            self.pending -= 1
+            return not self.pending
 
 
 def pump(
     items: Iterable[T],
     read: Callable[[T, memoryview], Any],
-    deliver: Callable[[Any], None],
+    deliver: Sequence[Callable[[Any], None]],
     work: Callable[[Any, memoryview], Any] | None = None,
     buffer_size: int = BUFFER_SIZE,
 ) -> None:
-    """Read here, `work` on several processors if given, deliver in one more thread, in order.
+    """Read here, `work` on several processors if given, deliver in more threads, in order.
 
-    `read` gets each item and a buffer, and may return views of the buffer. Reading and writing
-    release the interpreter's lock, so one processor reads while the other one writes. Two threads
-    that both write are slower: the kernel lets only one at a time into a file.
+    `read` gets each item and a buffer, and may return views of the buffer. Reading, writing and
+    hashing release the interpreter's lock, so one processor reads while the other one writes. Each
+    of `deliver` has a thread, and gets everything. Two threads that both write are slower: the
+    kernel lets only one at a time into a file.
     """
     import queue
 
     threads = processor_count() if work else 0
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    ordered: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    ordered: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in deliver]
     finished: queue.SimpleQueue[None] = queue.SimpleQueue()
     failures: list[BaseException] = []
 
@@ -2639,41 +3626,47 @@ def pump(
     def work_on_all() -> None:
         while (job := todo.get()) is not None:
             job.value = unless_failed(job.work, job.value, job.buffer)
-            job.ready.release()
+            job.lock.release()
+        todo.put(None)  # for the next one
 
-    def deliver_all() -> None:
-        while (job := ordered.get()) is not None:
-            with job.ready:
-                unless_failed(deliver, job.value)
-            free.put(job.buffer)
+    def deliver_all(number: int) -> None:
+        while (job := ordered[number].get()) is not None:
+            unless_failed(deliver[number], job.result())
+            if job.is_delivered():
+                free.put(job.buffer)
         finished.put(None)
 
     for _ in range(threads + BUFFER_COUNT):
         free.put(new_buffer(buffer_size))
-    deliverer = start_thread(deliver_all)
+    deliverers: list[threading.Thread] = []
     try:
+        for number in range(len(deliver)):
+            deliverers.append(start_thread(functools.partial(deliver_all, number)))
         for _ in range(threads):
             start_thread(work_on_all)
         for item in items:
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), work)
+            job = Job(buffer, read(item, buffer), work, len(deliver))
             if work:
-                job.ready.acquire()
+                job.lock.acquire()
                 todo.put(job)
-            ordered.put(job)
+            for waiting in ordered:
+                waiting.put(job)
     except BaseException as error:
         failures.insert(0, error)
         raise
     finally:
-        for _ in range(threads):
-            todo.put(None)
-        ordered.put(None)
-        if failures:
-            deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
-        else:
-            finished.get()  # unlike join, it lets signals through on every Python
+        if isinstance(items, Generator):
+            items.close()  # not when the garbage is collected: it may have files open
+        for waiting in (todo, *ordered):
+            waiting.put(None)
+        for deliverer in deliverers:
+            if failures:
+                deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
+            else:
+                finished.get()  # unlike join, it lets signals through on every Python
     if failures:
         raise failures[0]
 
@@ -2706,20 +3699,47 @@ class CanonicalWriter(Consumer):
     `digest` grows with the extents; at the end it is that of the `Index` of what was written.
     """
 
-    def __init__(self, header: Header, align: int, target: Target) -> None:
+    zstd: Zstd | None = None  # what compresses it
+
+    def __init__(self, align: int, target: Target) -> None:
         self.align = align
         self.cluster_count = clusters_per_extent(align)
         self.target = target
         self.digest = hashlib.sha256()
-        data = lay_out_header(header, align)
-        self.header_md5 = bytes(data[HEADER_MD5])
-        target.append([data])
-        if not header.devices:
-            # As Proxmox writes an archive that has only configs.
-            self.deliver([[pack_extent(CANONICAL_UUID, 0, ())]])
+        self.header_md5 = b""
 
-    def prepare(self, part: Part) -> list[Buffer]:
+    def begin(self, header: Header) -> None:
+        """Write the header."""
+        data = bytes(lay_out_header(header, self.align))
+        self.header_md5 = data[HEADER_MD5]
+        self._write_header(data)
+        if not header.devices and header.magic == HEADER_MAGIC:
+            # As Proxmox writes an archive that has only configs.
+            self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        """Write the extents that another writer wrote into a temporary file, and finish."""
+        self.digest = body.digest
+        buffer = memoryview(bytearray(SPILL_SIZE))
+        for start in range(0, spool.position, SPILL_SIZE):
+            view = buffer[: spool.position - start]
+            spool.source.read_at([(start, view)])
+            self.target.append([view])
+
+    def _write_header(self, header: bytes) -> None:
+        self.target.append([header])
+
+    def _write_empty(self, extent: bytes) -> None:
+        self.deliver([[extent]])
+
+    def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
+        return self.assemble(part, header, masks, range(len(masks)))
+
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> Any:
+        """Return an extent to deliver: of the part's clusters those in slots, with these masks."""
         return [header, *part.filled(masks)]
 
     def deliver(self, prepared: Sequence[Any]) -> None:
@@ -2733,15 +3753,113 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
     # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
     # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
     digest = hashlib.sha256()
-    header = read_header(written)
+    header_md5 = b""
+    with suppress(FormatError):  # what is wrong with it does not matter
+        header_md5 = read_header(written, whole=False).md5
     whole = True
     while whole and (data := written.read(EXTENT_HEADER_SIZE)):
         whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
         digest.update(data[EXTENT_MD5])
         size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
         whole = whole and written.skip(size) == size
-    if not whole or (header.md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+    if not whole or (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
+
+
+class CompressedWriter(CanonicalWriter):
+    """Writes the compressed canonical archive, its frames made on all processors."""
+
+    parallel = True
+    zstd: Zstd
+
+    def __init__(self, align: int, target: Target, level: int) -> None:
+        super().__init__(align, target)
+        self.zstd = require_zstd()
+        self.level = level
+        self._sizes = array.array("I")  # of the frames, compressed and not, in turn
+        self._masks = array.array("H")
+        self._run: list[bytes] = []  # headers that will share a frame
+        self._place = (0, 0)  # of the last extent: dev_id, number of its run
+        self._counts: dict[int, int] = collections.defaultdict(int)  # extents by dev_id
+
+    def _write_header(self, header: bytes) -> None:
+        start = 0
+        for size in header_pieces(len(header)):
+            self.target.append([self._add(self._compress([header[start : start + size]]))])
+            start += size
+
+    def _write_empty(self, extent: bytes) -> None:
+        self.deliver([(extent, (), 0, ())])
+
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> tuple[Any, ...]:
+        pieces = []
+        if any(masks):
+            pieces.append(self._compress([header]))
+            for number in range(0, len(slots), PIECE_CLUSTERS):
+                group = slots[number : number + PIECE_CLUSTERS]
+                views = part.clusters(group[0], group[-1] + 1).filled(
+                    masks[group[0] : group[-1] + 1]
+                )
+                if views:
+                    pieces.append(self._compress(views))
+        return header, [masks[slot] for slot in slots], part.device.dev_id, pieces
+
+    def deliver(self, prepared: Sequence[Any]) -> None:
+        output = []
+        for header, masks, dev_id, pieces in prepared:
+            self.digest.update(header[EXTENT_MD5])
+            self._masks.extend(masks)
+            place = dev_id, self._counts[dev_id] // RUN_EXTENTS
+            self._counts[dev_id] += 1
+            if pieces or place != self._place:
+                output += self._end_run()
+            self._place = place
+            if not pieces:
+                self._run.append(header)
+            output += map(self._add, pieces)
+        self.target.append(output)
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        if isinstance(body, CompressedWriter):
+            spool.append(body._end_run())
+            self._sizes.extend(body._sizes)
+        super().take(body, spool)
+        self.target.append([pack_seek_table(self._sizes)])
+
+    def finish(self) -> None:
+        index = pack_index(self.zstd, self._masks, self.level)
+        self.target.append([*self._end_run(), index, pack_seek_table(self._sizes)])
+
+    def _compress(self, views: Sequence[Buffer]) -> tuple[bytes, int]:
+        data = views[0] if len(views) == 1 else b"".join(views)
+        return self.zstd.compress(data, self.level), len(data)
+
+    def _add(self, piece: tuple[bytes, int]) -> bytes:
+        """Enter a frame into the seek table, and return it."""
+        self._sizes.extend((len(piece[0]), piece[1]))
+        return piece[0]
+
+    def _end_run(self) -> list[bytes]:
+        run, self._run = self._run, []
+        return [self._add(self._compress(run))] if run else []
+
+
+def canonical_writer(align: int, target: Target, level: int) -> CanonicalWriter:
+    """Return a writer that compresses with a zstd level, 0 for a plain archive."""
+    return CompressedWriter(align, target, level) if level else CanonicalWriter(align, target)
+
+
+def require_zstd() -> Zstd:
+    """Return the zstd library; raises VmaError if there is none."""
+    zstd = Zstd.load()
+    if zstd is None:
+        raise VmaError(
+            "writing zstd needs the library libzstd.so.1: install the package libzstd1, or use "
+            "Python 3.14 or later; --compress none writes a plain archive"
+        )
+    return zstd
 
 
 def find_align(contents: Contents) -> str | None:
@@ -2755,6 +3873,8 @@ def is_canonical(contents: Contents, align: int) -> bool:
     header = contents.header
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
+    if isinstance(contents, IndexedContents):
+        return contents.is_canonical(align) and has_zero_tails(contents)
     contents.complete()
     digest = hashlib.sha256()
     for device in canonical_order(header.devices):
@@ -2830,9 +3950,9 @@ def write_disks(
     for dev_id, file in files.items():
         file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
-    if contents.ordered and all(target.seekable for target in targets.values()):
+    if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
-        pump(extents, contents.read_extent, writer.deliver)
+        pump(extents, contents.read_extent, [writer.deliver])
     else:
         copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
     for dev_id, file in files.items():
@@ -2874,6 +3994,52 @@ def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> l
     return found
 
 
+# The same clusters of two archives; None where one of them has no such clusters
+Pair = tuple[Optional[Plan], Optional[Plan]]
+
+
+def pair_plans(
+    both: Sequence[Contents],
+    count: int,
+    key: Callable[[Device], tuple[Any, ...]],
+    chosen: Collection[int] | None = None,
+) -> Iterator[Pair]:
+    """Yield the plans of two archives side by side, both in canonical order.
+
+    Devices with the same key are paired; it begins with what canonical_order sorts by.
+    """
+    groups = [
+        itertools.groupby(contents.plans(count, chosen), lambda plan: key(plan.device))
+        for contents in both
+    ]
+    heads = [next(group, None) for group in groups]
+    while any(heads):
+        first = min(head[0] for head in heads if head)
+        now = [head is not None and head[0] == first for head in heads]
+        plans = [head[1] if head and is_now else () for head, is_now in zip(heads, now)]
+        yield from itertools.zip_longest(*plans)
+        heads = [
+            next(group, None) if is_now else head for group, head, is_now in zip(groups, heads, now)
+        ]
+
+
+def pair_has_data(pair: Pair) -> bool:
+    return any(plan is not None and plan.has_data for plan in pair)
+
+
+def read_pair(
+    both: Sequence[Contents], pair: Sequence[Any], buffer: memoryview, ordered: bool
+) -> list[Any]:
+    """Read the plans of a pair whose contents are to be read in order, or the others."""
+    size = len(buffer) // 2
+    return [
+        contents.read(plan, buffer[i * size : (i + 1) * size])
+        if isinstance(plan, Plan) and contents.ordered == ordered
+        else plan
+        for i, (plan, contents) in enumerate(zip(pair, both))
+    ]
+
+
 def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[str]:
     """Return how the contents differ of those devices that both archives have.
 
@@ -2884,56 +4050,44 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
     both = one, other
-    parallel = one.parallel or other.parallel
-    size = COMPARED_CLUSTERS * CLUSTER_SIZE
+    size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
-    def pairs() -> Iterator[tuple[Plan | None, ...]]:
-        groups = (
-            itertools.groupby(c.plans(COMPARED_CLUSTERS, set(common)), lambda p: p.device[0])
-            for c in both
+    def pairs() -> Iterator[Pair]:
+        plans = pair_plans(
+            both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
         )
-        for (_, ours), (_, theirs) in zip(*groups):
-            for pair in itertools.zip_longest(ours, theirs):
-                if any(plan and plan.has_data for plan in pair):
-                    yield pair
-                progress.tick()
-        one.complete()
-        other.complete()
-
-    def read(pair: Sequence[Any], buffer: memoryview, ordered: bool) -> list[Any]:
-        """Read the plans of a pair whose contents are to be read in order, or the others."""
-        return [
-            contents.read(plan, buffer[i * size : (i + 1) * size])
-            if isinstance(plan, Plan) and contents.ordered == ordered
-            else plan
-            for i, (plan, contents) in enumerate(zip(pair, both))
-        ]
+        yield from filter(pair_has_data, ticking(plans, progress))
 
     def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        parts = read(pair, buffer, ordered=True)
-        return parts if parallel else read(parts, buffer, ordered=False)
+        return read_pair(both, pair, buffer, ordered=True)
+
+    def read_rest(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
+        return read_pair(both, pair, buffer, ordered=False)
 
     def compare(pair: Sequence[Part | None]) -> None:
-        for dev_id, offset in differing_clusters(*pair):
+        for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
+            dev_id = part.device.dev_id
             counts[dev_id] += 1
-            firsts.setdefault(dev_id, offset)
+            if dev_id not in firsts:
+                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                firsts[dev_id] = part.offset + offset + at
 
-    if parallel:
-        pump(pairs(), read_here, compare, functools.partial(read, ordered=False), 2 * size)
+    if one.parallel or other.parallel:
+        pump(pairs(), read_here, [compare], read_rest, size)
     else:
         # In one buffer, which stays in the processor's cache, one thread is faster than two.
-        buffer = new_buffer(2 * size)
+        buffer = new_buffer(size)
         for pair in pairs():
-            compare(read_here(pair, buffer))
+            compare(read_rest(read_here(pair, buffer), buffer))
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        ours, theirs = (contents.index.devices[dev_id].disk_size for contents in both)
-        if ours != theirs:
-            found.append(f"{device.title}: {ours} bytes, the other {theirs}")
+        one_size, other_size = (c.index.devices[dev_id].disk_size for c in both)
+        if one_size != other_size:
+            found.append(f"{device.title}: {one_size} bytes, the other {other_size}")
     return found
 
 
@@ -2952,26 +4106,395 @@ def same_data(one: Part, other: Part) -> bool:
     return True
 
 
-def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[int, int]]:
-    """Yield (dev_id, offset of the first differing byte on the disk) of each cluster that differs.
+def differing_runs(
+    one: Part | None, other: Part | None, size: int | None = None
+) -> Iterator[tuple[Part, int, Buffer, Buffer]]:
+    """Yield of each cluster that differs the first run of blocks that does, up to size bytes.
 
-    Only clusters that both have are compared.
+    As (one, offset of the run in the part, the run in both). Only clusters that both have are
+    compared, by default only their bytes before the ends of both devices.
     """
     if one is None or other is None or same_data(one, other):
         return
-    both = one, other
+    size = min(one.size, other.size) if size is None else size
     for i, masks in enumerate(zip(one.masks, other.masks)):
         base = i * CLUSTER_SIZE
-        end = min(one.size, other.size) - base
-        for start, size in block_runs(masks[0] | masks[1]) if end > 0 else ():
+        for start, length in block_runs(masks[0] | masks[1]):
             # What only one of them stores may be zeros.
-            ours, theirs = (
-                part.filled_run(base, start, max(min(size, end - start), 0)) for part in both
-            )
+            length = max(min(length, size - base - start), 0)  # noqa: PLW2901 - of what counts
+            ours, theirs = (part.filled_run(base, start, length) for part in (one, other))
             if bytearray(ours) != theirs:
-                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                yield one.device.dev_id, one.offset + base + start + at
+                yield one, base + start, ours, theirs
                 break
+
+
+# ---------------------------------------------------------------------------------------------
+# Differences: the clusters in which an archive differs from its base, and the archive that a
+# difference and its base make. The file is a canonical archive (--align 4K) with another magic and
+# a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
+
+DIFFERENCE_ALIGN = "4K"
+
+
+class ContentDigest(Consumer):
+    """The content digest of an archive: the same for every layout and compression of its disks.
+
+    It is the SHA-256 over the digests, 32 bytes each, of the devices in canonical order. The digest
+    of a device is the SHA-256 over
+        its name in UTF-8, and a zero byte;
+        each cluster that is not all zeros, ascending: 65536 bytes, zeros behind the device's end;
+        the SHA-256 over the numbers of these clusters, 8 bytes each;
+        the size of the restored device in bytes, 8 bytes.
+    All numbers are big-endian.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._digests = {
+            device.dev_id: (hashlib.sha256(encode_name(device.name) + b"\0"), hashlib.sha256())
+            for device in canonical_order(header.devices)
+        }
+
+    def prepare(self, part: Part) -> tuple[int, list[memoryview], bytes]:
+        """Return dev_id, what is hashed of a part, and the numbers of these clusters."""
+        masks = data_masks(part)
+        numbers = [number for number, mask in enumerate(masks, part.first) if mask]
+        views = part.filled([FULL_MASK if mask else 0 for mask in masks])
+        return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
+
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
+        for dev_id, views, packed in prepared:
+            data, numbers = self._digests[dev_id]
+            for view in views:
+                data.update(view)
+            numbers.update(packed)
+
+    def disks(self, index: Index) -> dict[int, str]:
+        """Return the devices' digests in hex by dev_id, in canonical order."""
+        found = {}
+        for dev_id, (data, numbers) in self._digests.items():
+            digest = data.copy()
+            digest.update(numbers.digest())
+            digest.update(struct.pack(">Q", index.devices[dev_id].disk_size))
+            found[dev_id] = digest.hexdigest()
+        return found
+
+
+def content_digest(contents: Contents, progress: Progress) -> str:
+    """Read an archive, and return its content digest in hex."""
+    digest = ContentDigest(contents.header)
+    copy_parts(contents, digest, CANONICAL_MAX_CLUSTERS, progress)
+    return combine_digests(digest.disks(contents.index).values())
+
+
+def layout_digest(contents: Contents) -> str:
+    """Return the SHA-256 over the header's MD5 and the SHA-256 of the extents' MD5s, in hex."""
+    return hashlib.sha256(contents.header.md5 + contents.extents_digest()).hexdigest()
+
+
+def data_masks(part: Part) -> list[int]:
+    """Return the masks of the blocks that are not all zeros."""
+    if part.image is None:
+        return list(part.masks)
+    return find_data(part.image, block_spans(part.masks), len(part.masks))
+
+
+class DifferenceWriter:
+    """Compares two archives, and writes the clusters in which the second one differs."""
+
+    def __init__(self, base: Contents, new: Contents, spool: Spool, level: int) -> None:
+        for contents in (base, new):
+            require_full(contents)
+        if len(new.header.configs) == CONFIG_COUNT:
+            raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
+        self.both = base, new
+        self.spool = spool
+        self.level = level
+        # The header is written first, but has the digests of all that follows.
+        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], spool, level)
+        self.digests = ContentDigest(base.header), ContentDigest(new.header)
+
+    def write_extents(self, progress: Progress) -> None:
+        """Read both archives, and write the extents of the difference."""
+
+        def matters(pair: Pair) -> bool:
+            """Leave out zeros that both have: of most disks, that is nearly everything."""
+            base, new = pair
+            if pair_has_data(pair) or new is None:
+                return pair_has_data(pair)
+            return base is None or base.cluster_count < new.cluster_count or new.device.is_vmstate
+
+        def read(batch: Sequence[Any], buffer: memoryview, ordered: bool) -> list[list[Any]]:
+            return [read_pair(self.both, pair, buffer, ordered) for pair in batch]
+
+        def read_here(batch: list[Pair], buffer: memoryview) -> list[list[Any]]:
+            parts = read(batch, buffer, ordered=True)
+            return parts if parallel else read(parts, buffer, ordered=False)
+
+        def compare(batch: list[Any], buffer: memoryview) -> list[list[Any]]:
+            return [self._compare(*pair) for pair in read(batch, buffer, ordered=False)]
+
+        parallel = any(contents.parallel for contents in self.both)
+        pairs = pair_plans(
+            self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
+        )
+        batches = in_batches(filter(matters, pairs), pair_has_data, progress)
+        hash_base, hash_new = (functools.partial(self._hash, number) for number in range(2))
+        deliver: list[Callable[[Any], None]] = [hash_base, hash_new, self._write]
+        pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
+
+    def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
+        """Return what is hashed of both parts, and the extent that is written."""
+        prepared = [
+            digest.prepare(part) if part else None
+            for digest, part in zip(self.digests, (base, new))
+        ]
+        extent = lay_out_difference(base, new) if new else None
+        return [*prepared, self.body.assemble(*extent) if extent else None]
+
+    def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
+        self.digests[number].deliver([each[number] for each in compared if each[number]])
+
+    def _write(self, compared: Sequence[list[Any]]) -> None:
+        self.body.deliver([extent for _, _, extent in compared if extent])
+
+    def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
+        """Write the difference; names are those of the two archives. Return who wrote it."""
+        disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
+        base, new = (
+            Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
+            for name, c, found in zip(names, self.both, disks)
+        )
+        about = Difference(base, new, tuple(disks[1].values()), self.body.digest.hexdigest())
+        header = self.both[1].header
+        configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
+        writer = canonical_writer(self.body.align, output, self.level)
+        writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
+        writer.take(self.body, self.spool)
+        return writer
+
+
+def lay_out_difference(
+    base: Part | None, new: Part
+) -> tuple[Part, bytes, Sequence[int], Sequence[int]] | None:
+    """Return the extent of the clusters in which new differs, None if there are none.
+
+    That is its header, its clusters (counted from the part's first one) and the masks of all; the
+    part stores no more than these. Blocks of zeros are not stored. Of a vmstate, which Proxmox
+    restores as the blocks are stored, all is kept as it is.
+    """
+    masks = list(new.masks)
+    slots: Sequence[int] = range(len(masks))
+    if not new.device.is_vmstate:
+        if base is not None:
+            differing = differing_runs(base, new, new.size)
+            slots = [offset // CLUSTER_SIZE for _, offset, _, _ in differing]
+            slots += range(len(base.masks), len(masks))
+        for number in set(range(len(masks))).difference(slots):
+            masks[number] = 0
+        masks = data_masks(new._replace(masks=masks))
+    if not slots:
+        return None
+    info = new.device.dev_id << 32 | new.first
+    infos = [masks[slot] << 48 | info + slot for slot in slots]
+    header = pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
+    return new._replace(masks=masks), header, masks, slots
+
+
+class Overlay(Contents):
+    """The archive that a difference and its base make.
+
+    Blocks of zeros count as not stored, so that nothing shows how the base is laid out.
+    """
+
+    def __init__(self, difference: Contents, base: Contents) -> None:
+        if difference.index.difference is None:
+            raise VmaError(
+                f"{difference.source.name}: a full archive, no difference: it needs no --base"
+            )
+        require_full(base)
+        self.difference, self.base = difference, base
+        self.about = difference.index.difference
+        self.source = difference.source
+        self.index = difference.index  # for vmstate's size: that is always stored whole
+        self.header = whole_header(difference.header)
+        self.ordered = difference.ordered or base.ordered
+        self.parallel = difference.parallel or base.parallel
+        known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
+        self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.difference.source, self.base.source
+
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        base = self.bases.get(device.dev_id)
+        return self.base.index.devices[base.dev_id] if base else None
+
+    def extents(self) -> Iterator[Extent]:
+        for contents in (self.difference, self.base):
+            yield from contents.extents()
+        self.complete()
+
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        self.difference.complete(tick)
+        self.base.complete(tick)
+        for device in self.header.devices if not self.ordered else ():
+            # Behind the base's end nothing may be missing: better known before anything is written.
+            base = self.bases.get(device.dev_id)
+            start = base.cluster_count if base else 0
+            index = self.index.devices[device.dev_id]
+            for first in range(start, device.cluster_count, MAX_PARTS):
+                self._require(device, first, index.slice(first, MAX_PARTS))
+
+    def _require(self, device: Device, first: int, entries: Sequence[int]) -> None:
+        """Raise FormatError if one of these clusters is missing, which the base does not have."""
+        if 0 in entries:
+            number = first + entries.index(0)
+            raise FormatError(
+                f"{self.base.source.name}: the wrong base: it has no cluster {number} of "
+                f"{device.title}; {self._needs}"
+            )
+
+    @property
+    def _needs(self) -> str:
+        return f"{self.source.name} needs {self.about.base.title}"
+
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+        entries = self.difference.entries(device, first, count)
+        base = self.bases.get(device.dev_id)
+        base_entries = self.base.entries(base, first, len(entries)) if base else []
+        return self._join(device, first, entries, base_entries) if entries else None
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        device, _, _, entries, _ = self.difference.plan(dev_id, first, count)
+        base = self.bases.get(dev_id)
+        count = min(len(entries), base.cluster_count - first) if base else 0
+        base_entries = self.base.plan(dev_id, first, count).where if count > 0 else []
+        return self._join(device, first, entries, base_entries)
+
+    def _join(
+        self, device: Device, first: int, entries: Sequence[int], base_entries: Sequence[int]
+    ) -> Plan:
+        """Return the plan of clusters whose entries in the difference and the base these are."""
+        base = self.bases.get(device.dev_id)
+        self._require(device, first + len(base_entries), entries[len(base_entries) :])
+        # Runs of clusters from one of the two, as (whose, device, start, end)
+        runs: list[tuple[Contents, Device, int, int]] = []
+        if base and self.base.ordered:  # also what is not needed must be taken out of the stream
+            runs.append((self.base, base, 0, len(base_entries)))
+        start = 0
+        for is_stored, run in itertools.groupby(map(bool, entries)):
+            end = start + len(list(run))
+            if is_stored:
+                runs.append((self.difference, device, start, end))
+            elif base and not self.base.ordered:
+                runs.append((self.base, base, start, end))
+            start = end
+        where = []
+        for contents, owner, start, end in runs:
+            part = (entries if contents is self.difference else base_entries)[start:end]
+            has_data = any(entry & FULL_MASK for entry in part)
+            where.append((contents, Plan(owner, first + start, end - start, part, has_data)))
+        has_data = any(plan.has_data for _, plan in where)
+        return Plan(device, first, len(entries), where, has_data)
+
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        bases = set(self.bases) if chosen is None else set(self.bases) & set(chosen)
+        with self.difference.holding(chosen), self.base.holding(bases):
+            yield from super().plans(count, chosen)
+
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        if not plan.has_data:
+            return Part(plan.device, plan.first, [0] * plan.cluster_count, None)
+        image = buffer[: plan.cluster_count * CLUSTER_SIZE]
+        masks = [0] * plan.cluster_count
+        for contents, part in plan.where:
+            start = part.first - plan.first
+            end = start + part.cluster_count
+            view = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+            masks[start:end] = contents.read(part, view).masks
+        result = make_part(plan.device, plan.first, masks, image)
+        # Of a vmstate, Proxmox restores exactly the blocks that are stored.
+        found = result.masks if plan.device.is_vmstate else data_masks(result)
+        return result._replace(masks=found, image=image if any(found) else None)
+
+    def check(self) -> Consumer:
+        return ContentCheck(self)
+
+    def check_base(self, progress: Progress) -> None:
+        """Raise FormatError unless the base is the one that is needed.
+
+        For those who read only some places: if it has another layout, it is read once.
+        """
+        self.complete()
+        wanted = self.about.base
+        if (
+            layout_digest(self.base) != wanted.layout
+            and content_digest(self.base, progress) != wanted.content
+        ):
+            raise FormatError(f"{self.base.source.name}: the wrong base: {self._needs}")
+
+    def blame(self) -> FormatError:
+        """Return the error for disks that are not what they must be."""
+        base, difference = (source.name for source in reversed(self.inputs))
+        is_same_layout = layout_digest(self.base) == self.about.base.layout
+        if self.ordered:
+            who = "it" if is_same_layout else "the wrong base, or it"
+            return FormatError(f"{base}: {who} or {difference} is damaged: {self._needs}")
+        with Progress(base, quiet=True) as progress:
+            content = content_digest(self.base, progress)
+        if content == self.about.base.content:
+            return FormatError(f"{difference}: damaged: {base} is the right base")
+        if is_same_layout:
+            return FormatError(f"{base}: damaged: the right base, but its disks have changed")
+        return FormatError(f"{base}: the wrong base, or damaged: {self._needs}")
+
+
+def require_full(contents: Contents) -> None:
+    """Raise FormatError if this is a difference itself."""
+    if contents.index.difference:
+        raise FormatError(
+            f"{contents.source.name}: a difference, which cannot be the base of another one: each "
+            f"needs only its full archive, this one {contents.index.difference.base.title}"
+        )
+
+
+@contextmanager
+def open_archive(
+    path: str, base: str | None = None, memory: int = DEFAULT_MEMORY, directory: str = ""
+) -> Iterator[Contents]:
+    """Open an archive, or what a difference and its base make.
+
+    Everything that takes --base opens its archive here.
+    """
+    with ExitStack() as stack:
+        if path == base == "-":
+            raise VmaError("standard input can be only one of two archives")
+        source = stack.enter_context(open_input(path))
+        contents = load(source, memory, directory, whole=base is None)
+        if base is not None:
+            base_source = stack.enter_context(open_input(base))
+            contents = Overlay(contents, load(base_source, memory, directory, whole=False))
+        yield contents
+
+
+class ContentCheck(ContentDigest):
+    """Raises FormatError at the end unless the disks are those that the difference was made of."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay.header)
+        self.overlay = overlay
+        self.seen: set[int] = set()
+
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
+        self.seen.update(dev_id for dev_id, _, _ in prepared)
+        super().deliver(prepared)
+
+    def finish(self) -> None:
+        found = self.disks(self.overlay.index)
+        expected = dict(zip(found, self.overlay.about.disks))
+        if any(found[dev_id] != expected[dev_id] for dev_id in self.seen):
+            raise self.overlay.blame()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3026,6 +4549,9 @@ class FileSystem(NamedTuple):
 FILE_SYSTEMS = (
     FileSystem("LUKS", 0, b"LUKS\xba\xbe", mountable=False),
     FileSystem("LVM", 512, b"LABELONE", mountable=False),
+    # Linux' md superblock, version 1.2 and 1.1
+    FileSystem("RAID", 4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", 4128, 32, mountable=False),
+    FileSystem("RAID", 0, b"\xfc\x4e\x2b\xa9\1\0\0\0", 32, 32, mountable=False),
     FileSystem("xfs", 0, b"XFSB", 108, 12),
     FileSystem("btrfs", 65600, b"_BHRfS_M", 65835, 256),
     FileSystem("NTFS", 3, b"NTFS    "),
@@ -3037,6 +4563,16 @@ FILE_SYSTEMS = (
     FileSystem("ext", 1080, b"\x53\xef", 1144, 16),
 )
 SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
+JOURNAL_OPTIONS = {
+    "ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay",
+}  # fmt: skip
+# How to go on with what is no file system; `part` is empty, or the partition's p and number.
+OPEN_COMMANDS = {
+    "LVM": "losetup -r -P -f --show {file} && vgchange -ay",
+    "RAID": 'mdadm -A -o -R /dev/md/guest "$(losetup -r -P -f --show {file}){part}"',
+    "LUKS": 'cryptsetup open --readonly "$(losetup -r -P -f --show {file}){part}" guest',
+}
+MOUNT_EXAMPLE = "/mnt/backup"
 
 
 class Partition(NamedTuple):
@@ -3206,6 +4742,12 @@ def disk_file_name(device: Device) -> str:
     return "vmstate.bin" if device.is_vmstate else f"disk-{device.name}.raw"
 
 
+def partition_file_name(device: Device, partition: Partition) -> str:
+    """Return the file name of a partition in a mounted archive."""
+    suffix = f"-part{partition.number}.raw" if partition.number else ".raw"
+    return f"disk-{device.name}{suffix}"
+
+
 @contextmanager
 def make_directory(path: str, readers: Readers | None) -> Iterator[Directory]:
     """Open a directory, created if it is not there; one created here goes away on an error."""
@@ -3250,12 +4792,6 @@ def describe_for_pack(header: Header) -> bytes:
     return to_json(value).encode() + b"\n"
 
 
-def to_json(value: object) -> str:
-    import json
-
-    return json.dumps(value, indent=2)
-
-
 def refuse_twice(where: str, files: Sequence[str]) -> None:
     """Raise VmaError if two files of a directory have the same name."""
     for i, name in enumerate(files):
@@ -3267,10 +4803,9 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
 Packing = tuple[Header, Mapping[str, str]]
 
 
-def require(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
+def require_name(value: object) -> str:
+    """Return a name as an archive would have it; other texts may stand for the same bytes."""
+    return encode_name(require(value, str)).decode("utf-8", "surrogateescape")
 
 
 def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
@@ -3286,6 +4821,14 @@ def read_small(path: str, limit: int = BLOB_MAX_SIZE) -> bytes:
     return data
 
 
+def require_names(header: Header) -> None:
+    """Raise VmaError, as `check_names` does, for names that an archive to be made cannot have."""
+    try:
+        check_names(header)
+    except FormatError as error:  # no archive is bad, as there is none yet
+        raise VmaError(str(error)) from error
+
+
 def read_described(directory: str) -> Packing:
     """Read a directory as vma.json describes it; raises VmaError for anything more or less."""
     import json
@@ -3298,9 +4841,9 @@ def read_described(directory: str) -> Packing:
         if value["format"] != DESCRIPTION_FORMAT:
             raise VmaError(f"{where}: format {value['format']!r} is not supported")
         ctime = require(value["ctime"], int)
-        names = [require(name, str) for name in value["configs"]]
+        names = [require_name(name) for name in value["configs"]]
         devices = tuple(
-            Device(require(d["dev_id"], int), require(d["name"], str), require(d["size"], int))
+            Device(require(d["dev_id"], int), require_name(d["name"]), require(d["size"], int))
             for d in value["devices"]
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -3317,7 +4860,7 @@ def read_described(directory: str) -> Packing:
                 f"{SECTOR_SIZE}"
             )
     # Names are checked before they are opened: vma.json may come from anywhere.
-    check_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
     extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
@@ -3510,6 +5053,574 @@ def parse_map(lines: Iterable[str]) -> Map:
             )
         found.places[name] = path, rest[0] == "1"
     return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Mount: configs, disks and partitions as files in a directory, served through /dev/fuse. The
+# protocol is the kernel's (linux/fuse.h, version 7.31), names are those of its structs, and all
+# numbers are in the host's byte order.
+
+FUSE_VERSION = (7, 31)
+FUSE_ROOT_ID = 1
+FUSE_LOOKUP, FUSE_FORGET, FUSE_GETATTR, FUSE_OPEN, FUSE_READ = 1, 2, 3, 14, 15
+FUSE_STATFS, FUSE_RELEASE, FUSE_INIT, FUSE_OPENDIR, FUSE_READDIR = 17, 18, 26, 27, 28
+FUSE_RELEASEDIR, FUSE_INTERRUPT, FUSE_DESTROY, FUSE_BATCH_FORGET, FUSE_LSEEK = 29, 36, 38, 42, 46
+FUSE_ASYNC_READ, FUSE_PARALLEL_DIROPS, FUSE_MAX_PAGES = 1 << 0, 1 << 18, 1 << 22
+FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR = 1 << 1, 1 << 3
+# len, opcode, unique, nodeid, uid, gid, pid; then what the opcode needs
+FUSE_IN_HEADER = struct.Struct("=IIQQIII4x")
+FUSE_OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
+FUSE_INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags
+# major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
+# max_pages
+FUSE_INIT_OUT = struct.Struct("=IIIIHHIIH34x")
+# ino, size, blocks, atime, mtime, ctime, (nanoseconds,) mode, nlink, uid, gid, (rdev,) blksize
+FUSE_ATTR = struct.Struct("=QQQqqq12xIIII4xI4x")
+FUSE_ENTRY_OUT = struct.Struct("=QQQQ8x")  # nodeid, generation, entry_valid, attr_valid; then attr
+FUSE_ATTR_OUT = struct.Struct("=Q8x")  # attr_valid; then attr
+FUSE_OPEN_IN = struct.Struct("=I4x")  # flags
+FUSE_OPEN_OUT = struct.Struct("=QI4x")  # fh, open_flags
+FUSE_READ_IN = struct.Struct("=8xQI")  # offset, size; of a seek: offset, whence
+FUSE_LSEEK_OUT = struct.Struct("=Q")  # offset
+FUSE_DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type; then the name, filled up to 8
+# blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
+FUSE_STATFS_OUT = struct.Struct("=QQQQQIII28x")
+
+FUSE_REQUEST_SIZE = 64 << 10  # the kernel wants at least 8 KiB
+FUSE_MAX_READ = 1 << 20
+FUSE_READ_AHEAD = 4 << 20
+FUSE_THREADS = 4
+FUSE_VALID = 1 << 30  # seconds for which the kernel may remember what never changes
+
+MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MNT_DETACH = 2
+# Options of `mount -o`, and their flags. The first three hold anyway.
+MOUNT_OPTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "allow_other": 0}
+BUSY_SECONDS = 2.0  # a loop device lets go of its file a moment after its own unmount
+STILL_IN_USE = "still in use: detached from the directory, and served until it is released"
+MASK_WORD = 0 if sys.byteorder == "little" else 3  # of the four 16-bit words of an index entry
+SUM_CLUSTERS = 1 << 12
+MOUNT_FRAMES = 64  # decompressed frames that are kept, of 1 MiB
+
+
+class DiskMap:
+    """Where a device stores blocks: found and counted without a loop over them."""
+
+    def __init__(self, index: DeviceIndex, base: DeviceIndex | None = None) -> None:
+        self.index = index
+        self.base = base  # has the clusters that are missing in index
+        self.cluster_count = len(index.entries)
+        self._sums: list[int] = []  # blocks stored before every SUM_CLUSTERS-th cluster
+
+    def _masks(self, first: int, count: int) -> int:
+        """Return the masks of clusters as one number, whose bit 0 is the first block."""
+        entries = memoryview(self.index.entries)[first : first + count]
+        if self.base and 0 in entries:
+            base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
+            entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
+        masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
+        if sys.byteorder == "big":
+            masks.byteswap()
+        return int.from_bytes(masks.tobytes(), "little")
+
+    def find(self, block: int, stored: bool) -> int:
+        """Return the first block from this one on that is stored, or is not; if none, the end."""
+        first, skip = divmod(block, CLUSTER_BLOCKS)
+        count = 64
+        while first < self.cluster_count:
+            count = min(count, self.cluster_count - first)
+            bits = self._masks(first, count)
+            if not stored:
+                bits ^= (1 << count * CLUSTER_BLOCKS) - 1
+            bits = bits >> skip << skip
+            if bits:
+                return first * CLUSTER_BLOCKS + (bits & -bits).bit_length() - 1
+            first += count
+            count, skip = min(count * 8, 1 << 16), 0
+        return self.cluster_count * CLUSTER_BLOCKS
+
+    def stored_before(self, block: int) -> int:
+        """Return how many blocks before this one are stored."""
+
+        def count_stored(first: int, blocks: int) -> int:
+            blocks = min(blocks, (self.cluster_count - first) * CLUSTER_BLOCKS)
+            if not blocks:
+                return 0
+            bits = self._masks(first, -(-blocks // CLUSTER_BLOCKS)) & (1 << blocks) - 1
+            return bin(bits).count("1")
+
+        step = SUM_CLUSTERS * CLUSTER_BLOCKS
+        if not self._sums:  # 16 million clusters take a moment, so only when somebody asks
+            firsts = range(0, self.cluster_count, SUM_CLUSTERS)
+            counts = (count_stored(first, step) for first in firsts)
+            self._sums = list(itertools.accumulate(counts, initial=0))
+        return self._sums[block // step] + count_stored(block // step * SUM_CLUSTERS, block % step)
+
+
+class MountedFile:
+    """A config as a file of the mount. Sizes and offsets are bytes in the file."""
+
+    def __init__(self, name: str, size: int, data: bytes = b"") -> None:
+        self.name = encode_name(name)
+        self.size = size
+        self.data = data
+
+    @property
+    def allocated(self) -> int:
+        return self.size
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
+        """Return exactly so many bytes, perhaps in the buffer: FUSE_MAX_READ and two clusters."""
+        return self.data[offset : offset + size]
+
+    def seek(self, offset: int, data: bool) -> int:
+        """Return where, from offset on, the next data or the next hole begins; size if nowhere."""
+        return offset if data else self.size
+
+
+class MountedDisk(MountedFile):
+    """A disk, or `size` bytes of it from `start` on: a partition."""
+
+    zeros = memoryview(bytes(FUSE_MAX_READ))
+
+    def __init__(
+        self, name: str, contents: Contents, stored: DiskMap, start: int, size: int
+    ) -> None:
+        super().__init__(name, size)
+        self.contents = contents
+        self.stored = stored
+        self.start = start
+
+    @property
+    def allocated(self) -> int:
+        first, end = self.start // BLOCK_SIZE, (self.start + self.size) // BLOCK_SIZE
+        stored = self.stored.stored_before(end) - self.stored.stored_before(first)
+        return stored * BLOCK_SIZE
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
+        at = self.start + offset
+        first = at // CLUSTER_SIZE
+        count = -(-(at + size) // CLUSTER_SIZE) - first
+        plan = self.contents.plan(self.stored.index.device.dev_id, first, count)
+        image = self.contents.read(plan, buffer).whole()
+        self._check_unchanged()
+        start = at - first * CLUSTER_SIZE
+        return self.zeros[:size] if image is None else image[start : start + size]
+
+    def _check_unchanged(self) -> None:
+        """Raise VmaError if the archive was written to since it was opened."""
+        for source in self.contents.inputs:
+            if source.raw is None or source.state is None:
+                continue
+            now = os.fstat(source.raw.fileno())
+            # ctime changes also when another file takes the archive's name. Ours stays as it was.
+            if (now.st_size, now.st_mtime_ns) != (source.state.st_size, source.state.st_mtime_ns):
+                raise VmaError(f"{source.name}: the archive was changed while it was mounted")
+
+    def seek(self, offset: int, data: bool) -> int:
+        block = self.stored.find((self.start + offset) // BLOCK_SIZE, data)
+        return min(max(block * BLOCK_SIZE - self.start, offset), self.size)
+
+
+def mounted_files(contents: Contents) -> list[MountedFile]:
+    """Return the configs, disks and partitions of an archive; raises VmaError for a name twice."""
+    files = [MountedFile(name, len(data), data) for name, data in contents.header.configs]
+    partitions: list[MountedFile] = []
+    for device in contents.header.devices:
+        stored = DiskMap(contents.index.devices[device.dev_id], contents.base_index(device))
+        size = stored.index.disk_size
+        files.append(MountedDisk(disk_file_name(device), contents, stored, 0, size))
+        if not device.is_vmstate:
+            read = functools.partial(contents.read_range, device.dev_id)
+            for part in read_table(read, size).partitions:
+                if part.number:
+                    name = partition_file_name(device, part)
+                    place = part.start, part.size
+                    partitions.append(MountedDisk(name, contents, stored, *place))
+    names = [file.name for file in files]
+    refuse_twice(contents.source.name, list(map(os.fsdecode, names)))
+    # A disk may be called like another one's partition, and is the one that extract writes.
+    free = [p for p in partitions if p.name not in names and len(p.name) <= NAME_MAX_SIZE]
+    return files + free
+
+
+Reply = Union[Sequence[Buffer], int, None]  # data, an errno, or no answer
+
+
+class FuseServer:
+    """Answers the kernel's requests about a directory of files that never change.
+
+    Whatever happens, each request gets an answer: the program that waits for it would hang.
+    """
+
+    def __init__(
+        self, files: Sequence[MountedFile], mode: int, ctime: int, log: Callable[[str], None]
+    ) -> None:
+        self.fd = -1
+        self.files = dict(enumerate(files, FUSE_ROOT_ID + 1))
+        self.nodes = {file.name: node for node, file in self.files.items()}
+        self.mode = mode
+        self.ctime = ctime
+        self.log = log
+        self.handlers: dict[int, Callable[[int, memoryview, memoryview], Reply]] = {
+            FUSE_INIT: self._init,
+            FUSE_LOOKUP: self._lookup,
+            FUSE_GETATTR: self._get_attributes,
+            FUSE_OPEN: self._open,
+            FUSE_OPENDIR: self._open_directory,
+            FUSE_READ: self._read,
+            FUSE_READDIR: self._read_directory,
+            FUSE_LSEEK: self._seek,
+            FUSE_STATFS: self._get_status,
+            FUSE_RELEASE: lambda *_: (),
+            FUSE_RELEASEDIR: lambda *_: (),
+            FUSE_DESTROY: lambda *_: (),
+            FUSE_FORGET: lambda *_: None,
+            FUSE_BATCH_FORGET: lambda *_: None,
+            FUSE_INTERRUPT: lambda *_: None,  # the answer comes soon anyway
+        }
+
+    def serve(self) -> None:
+        """Answer requests until the directory is unmounted; several threads do so at once."""
+        request = memoryview(bytearray(FUSE_REQUEST_SIZE))
+        buffer = new_buffer(FUSE_MAX_READ + 2 * CLUSTER_SIZE)
+        while True:
+            try:
+                size = os.readv(self.fd, [request])
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EAGAIN):  # a request that was taken back
+                    continue
+                if error.errno != errno.ENODEV:  # unmounted
+                    self.log(f"/dev/fuse: {system_message(error)}")
+                return
+            self._answer(request[:size], buffer)
+
+    def _answer(self, request: memoryview, buffer: memoryview) -> None:
+        _, opcode, unique, node, *_ = FUSE_IN_HEADER.unpack_from(request)
+        handler = self.handlers.get(opcode)
+        try:
+            # What is not here, the kernel does without, and mostly never asks for again.
+            body = request[FUSE_IN_HEADER.size :]
+            reply = handler(node, body, buffer) if handler else errno.ENOSYS
+            if reply is not None:
+                self._send(unique, reply)
+        except Exception as error:  # noqa: BLE001 - or the request would stay without an answer
+            name = os.fsdecode(self.files[node].name) if node in self.files else "directory"
+            known = isinstance(error, (VmaError, OSError))
+            self.log(f"{escape(name)}: {error if known else repr(error)}")
+            self._send(unique, errno.EIO)
+
+    def _send(self, unique: int, reply: Sequence[Buffer] | int) -> None:
+        error, data = (-reply, ()) if isinstance(reply, int) else (0, reply)
+        size = FUSE_OUT_HEADER.size + sum(map(len, data))
+        try:
+            os.writev(self.fd, [FUSE_OUT_HEADER.pack(size, error, unique), *data])
+        except OSError as failure:
+            # The program that asked was killed, or the directory was unmounted.
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
+    def _init(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        major, _, _, flags = FUSE_INIT_IN.unpack_from(body)
+        if major < FUSE_VERSION[0]:
+            return errno.EPROTO
+        flags &= FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES
+        background = 16, 12  # requests for which nobody waits, such as reading ahead
+        pages = FUSE_MAX_READ // os.sysconf("SC_PAGE_SIZE")
+        return [
+            FUSE_INIT_OUT.pack(
+                *FUSE_VERSION, FUSE_READ_AHEAD, flags, *background, BLOCK_SIZE, 1, pages
+            )
+        ]
+
+    def _attributes(self, node: int) -> bytes:
+        # Who may read the files may enter the directory.
+        kind, links = stat.S_IFDIR | self.mode | self.mode >> 2, 2
+        size = blocks = 0
+        if node != FUSE_ROOT_ID:
+            file = self.files[node]
+            kind, links = stat.S_IFREG | self.mode, 1
+            size, blocks = file.size, -(-file.allocated // 512)
+        times = [self.ctime] * 3
+        owner = os.getuid(), os.getgid()
+        return FUSE_ATTR.pack(node, size, blocks, *times, kind, links, *owner, CLUSTER_SIZE)
+
+    def _get_attributes(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        return [FUSE_ATTR_OUT.pack(FUSE_VALID) + self._attributes(node)]
+
+    def _lookup(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        found = self.nodes.get(bytes(body).partition(b"\0")[0])
+        if found is None or node != FUSE_ROOT_ID:
+            return errno.ENOENT
+        return [FUSE_ENTRY_OUT.pack(found, 0, FUSE_VALID, FUSE_VALID) + self._attributes(found)]
+
+    def _open(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        (flags,) = FUSE_OPEN_IN.unpack_from(body)
+        if flags & os.O_ACCMODE != os.O_RDONLY:  # root may have remounted the directory
+            return errno.EROFS
+        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE)]
+
+    def _open_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR)]
+
+    def _read(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        offset, size = FUSE_READ_IN.unpack_from(body)
+        file = self.files[node]
+        size = min(size, file.size - offset)
+        return [file.read(offset, size, buffer)] if size > 0 else []
+
+    def _read_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        done, size = FUSE_READ_IN.unpack_from(body)  # done: how many were listed already
+        dots = [(FUSE_ROOT_ID, b".", stat.S_IFDIR), (FUSE_ROOT_ID, b"..", stat.S_IFDIR)]
+        files = [(node, name, stat.S_IFREG) for name, node in self.nodes.items()]
+        entries = bytearray()
+        for number, (child, name, kind) in enumerate((dots + files)[done:], done + 1):
+            entry = FUSE_DIRENT.pack(child, number, len(name), kind >> 12) + name
+            entry += bytes(-len(entry) % 8)
+            if len(entries) + len(entry) > size:
+                break
+            entries += entry
+        return [entries]
+
+    def _seek(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        offset, whence = FUSE_READ_IN.unpack_from(body)
+        file = self.files[node]
+        data = whence == os.SEEK_DATA
+        if not data and whence != os.SEEK_HOLE:
+            return errno.EINVAL
+        found = file.seek(offset, data) if offset < file.size else file.size
+        if offset >= file.size or (data and found == file.size):
+            return errno.ENXIO
+        return [FUSE_LSEEK_OUT.pack(found)]
+
+    def _get_status(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+        blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
+        counts = blocks, 0, 0, len(self.files), 0
+        return [FUSE_STATFS_OUT.pack(*counts, BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE)]
+
+
+class MountPoint:
+    """A directory to mount on: by system calls as root, else by fusermount, which is setuid."""
+
+    def __init__(self, directory: str, source: str, options: Collection[str]) -> None:
+        self.path = os.path.realpath(directory)
+        self.name = escape(directory)
+        self.source = source
+        self.options = options
+        self.is_root = os.geteuid() == 0
+        with os_errors_as(self.name):
+            os.scandir(self.path).close()  # a mount whose server has died still answers stat
+
+    def mount(self) -> int:
+        """Mount; return the descriptor of /dev/fuse through which the requests come."""
+        return self._mount_as_root() if self.is_root else self._mount_as_user()
+
+    def set_read_ahead(self) -> None:
+        """Make the kernel read ahead more than 128 KiB, when the mount is ready."""
+        with suppress(OSError):  # only root may
+            device = os.stat(self.path).st_dev
+            name = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+            with open(name, "w", encoding="ascii") as file:
+                file.write(str(FUSE_READ_AHEAD >> 10))
+
+    def _mount_as_root(self) -> int:
+        with os_errors_as("/dev/fuse"):
+            fd = os.open("/dev/fuse", os.O_RDWR)
+        flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+        for option in self.options:
+            flags |= MOUNT_OPTIONS[option]
+        # The kernel looks at modes and owners only if it is told to.
+        data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+        data += ",default_permissions" + ",allow_other" * ("allow_other" in self.options)
+        with ExitStack() as undo, os_errors_as(self.name):
+            undo.callback(os.close, fd)
+            self._call("mount", self.source, self.path, "fuse.vma-tool", flags, data)
+            undo.pop_all()
+        return fd
+
+    def _mount_as_user(self) -> int:
+        import socket
+
+        # In an option's value, a comma would begin the next option.
+        source = self.source.replace("\\", "\\\\").replace(",", "\\,")
+        options = ["ro", "nosuid", "nodev", "default_permissions", *self.options]
+        options += ["subtype=vma-tool", f"fsname={source}"]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            comm = theirs.fileno()
+            failure = self._fusermount("-o", ",".join(options), "--", self.path, comm=comm)
+            theirs.close()  # so that there is an end if nothing was sent
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if not fds:
+            raise VmaError(failure or "fusermount gave no descriptor of /dev/fuse")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def unmount(self) -> bool:
+        """Unmount; return False if it is in use and was only detached from the directory."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not self._unmount(lazy=False):
+            if time.monotonic() > deadline:
+                self._unmount(lazy=True)
+                return False
+            time.sleep(BUSY_SECONDS / 20)
+        return True
+
+    def _unmount(self, lazy: bool) -> bool:
+        """Unmount; return False if it is in use."""
+        if not self.is_root:
+            failure = self._fusermount("-u", *["-z"] * lazy, "--", self.path)
+            return not failure or not os.path.ismount(self.path)
+        try:
+            self._call("umount2", self.path, MNT_DETACH * lazy)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else was faster
+                raise VmaError(f"{self.name}: {system_message(error)}") from error
+        return True
+
+    @staticmethod
+    def _call(function: str, *args: str | int) -> None:
+        """Call a function of the C library; raises OSError."""
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        plain = [ctypes.c_ulong(a) if isinstance(a, int) else os.fsencode(a) for a in args]
+        if libc[function](*plain):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def _fusermount(*args: str, comm: int | None = None) -> str:
+        """Run fusermount; return the last line of its messages if it failed, else nothing."""
+        import shutil
+        import subprocess
+
+        program = shutil.which("fusermount3") or shutil.which("fusermount")
+        if program is None:
+            raise VmaError("only root mounts without fusermount3 (Debian package: fuse3)")
+        environment = {**os.environ, "LC_ALL": "C"}
+        if comm is not None:
+            environment["_FUSE_COMMFD"] = str(comm)
+        answer = subprocess.run(
+            [program, *args],
+            env=environment,
+            pass_fds=[] if comm is None else [comm],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        if not answer.returncode:
+            return ""
+        message = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return escape(message) or f"{program}: exit status {answer.returncode}"
+
+
+@contextmanager
+def waiting_signals() -> Iterator[set[signal.Signals]]:
+    """Let the signals that end a mount wait for `sigwait`; yields them.
+
+    SIGCHLD is among them: it says that the command or a thread has ended, and else does nothing.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What the caller ignores (nohup) stays ignored.
+    numbers = {n for n in ending if signal.getsignal(n) is not signal.SIG_IGN} | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield numbers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -> None:
+    """Serve until the directory is unmounted; a signal unmounts it."""
+    caller = threading.get_ident()
+    ended: list[None] = []
+
+    def work() -> None:
+        try:
+            server.serve()
+        finally:
+            ended.append(None)
+            signal.pthread_kill(caller, signal.SIGCHLD)
+
+    for _ in range(FUSE_THREADS):
+        start_thread(work)
+    point.set_read_ahead()
+    detached = False
+    while len(ended) < FUSE_THREADS:
+        if signal.sigwait(signals) == signal.SIGCHLD:
+            continue
+        if detached:
+            return
+        detached = not point.unmount()
+        if detached:
+            server.log(f"{point.name}: {STILL_IN_USE}, or until another signal")
+
+
+def start_server(
+    server: FuseServer, point: MountPoint, signals: set[signal.Signals], keep_stderr: bool
+) -> int:
+    """Serve in a child process; return its process id when the mount is ready."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            leave_caller(keep_stderr)
+            serve(server, point, signals)
+        except Exception as error:  # noqa: BLE001 - the child must not go on as the parent does
+            server.log(repr(error))
+        finally:
+            os._exit(0)
+    os.close(server.fd)
+    with os_errors_as(point.name):
+        os.statvfs(point.path)  # the child answers, or the kernel if the child has died
+    return pid
+
+
+def leave_caller(keep_stderr: bool) -> None:
+    """Let go of the terminal, the working directory and the files that the caller left open."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(2 if keep_stderr else 3):
+        os.dup2(null, fd)
+    # What is inheritable was inherited: a lock, or a pipe whose reader waits for its end.
+    with suppress(OSError):  # no /proc
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the listing's own descriptor
+                if fd > 2 and os.get_inheritable(fd):
+                    os.close(fd)
+
+
+def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
+    """Run a command; return its exit status as a shell has it."""
+    with os_errors_as(escape(command[0])):
+        pid = os.posix_spawnp(
+            command[0],
+            list(command),
+            os.environ,
+            setsigmask=signal.pthread_sigmask(signal.SIG_BLOCK, ()) - signals,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+        )
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        number = signal.sigwait(signals)
+        if number in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C goes to the command anyway
+            os.kill(pid, number)
+
+
+def log_to_syslog(text: str) -> None:
+    import syslog
+
+    syslog.openlog("vma-tool", syslog.LOG_PID, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_ERR, text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4284,10 +6395,15 @@ def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
         notice(args, f"{', '.join(paths)}: left by a run that was killed, and may be removed")
 
 
-def progress_of(args: Namespace, source: Input) -> Progress:
-    """Return the progress of reading an archive."""
-    progress = Progress(source.name, args.quiet, args.verbose)
-    progress.begin("reading", source.total, source.position)
+def progress_of(args: Namespace, *sources: Input) -> Progress:
+    """Return the progress of reading archives."""
+    progress = Progress(sources[0].name, args.quiet, args.verbose)
+    totals = [source.total for source in sources]
+    progress.begin(
+        "reading",
+        sum(totals) if all(totals) else 0,
+        lambda: sum(source.position() for source in sources),
+    )
     return progress
 
 
@@ -4297,49 +6413,72 @@ def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
 
     Of a file that is every extent, of a stream the header.
     """
-    with open_input(args.archive) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(args.archive, args.base))
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
         if not contents.ordered:
             contents.complete()
         yield contents, progress
 
 
+def paths_read(args: Namespace) -> list[str]:
+    """Return the paths of an archive and its base."""
+    return [path for path in (args.archive, args.base) if path is not None]
+
+
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
+    if args.base is not None and args.scan:
+        raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
-    with open_input(args.archive) as source:
-        if args.partitions and source.size is None:
-            raise VmaError(
-                f"{source.name}: --partitions reads at any place, which a stream does not allow; "
-                f"make a file that does: vma-tool optimize {escape(args.archive)} "
-                f"{escape(plain_name(args.archive))}"
+    contents: Contents | None = None
+    with ExitStack() as stack:
+        if args.base is not None:
+            contents = stack.enter_context(open_archive(args.archive, args.base))
+            source = contents.source
+        else:
+            source = stack.enter_context(
+                open_input(args.archive, index=args.scan or args.partitions)
             )
-        contents = Contents(source) if args.scan or args.partitions else None
+            contents = contents_of(source) if args.scan or args.partitions else None
+        inputs = contents.inputs if contents else (source,)
+        for path, each in zip(paths_read(args), inputs) if args.partitions else ():
+            if each.size is None:
+                raise VmaError(
+                    f"{each.name}: --partitions reads at any place, which a stream does not allow; "
+                    f"make a file that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
+                )
         if contents:
-            for _ in contents.extents():
-                pass
+            contents.complete()
+            if isinstance(contents, Overlay):
+                progress = stack.enter_context(progress_of(args, contents.base.source))
+                contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
-        header = contents.header if contents else read_header(source)
-        found = describe(header, contents if args.scan else None, tables)
-        source.check_unchanged()
+        header = contents.header if contents else read_header(source, whole=False)
+        found = describe(source, header, contents if args.scan else None, tables)
+        for each in inputs:
+            each.check_unchanged()
     if args.json:
         print(to_json(found))
     else:
         print_listing(source.name, found)
     # The listing shows names that do not restore, but a script must not take this for success.
     with in_archive(source.name):
-        check_names(header)
+        check_names(whole_header(header))
     return 0
 
 
 def describe(
-    header: Header, contents: Contents | None, tables: Mapping[int, Table]
+    source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
     """Return what list --json prints; `contents` adds what only a scan can know."""
+    difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
+    header = whole_header(header)
     devices = [device._asdict() for device in header.devices]
     for device, item in zip(header.devices, devices):
         if contents:
@@ -4349,7 +6488,7 @@ def describe(
             table = tables[device.dev_id]
             item.update(table=table.kind, faults=table.faults)
             item["partitions"] = [
-                {**partition._asdict(), "mount": mount_command(device, partition)}
+                {**partition._asdict(), **access_commands(device, partition)}
                 for partition in table.partitions
             ]
     result = {
@@ -4357,7 +6496,13 @@ def describe(
         "ctime": header.ctime,
         "configs": [{"name": name, "size": len(data)} for name, data in header.configs],
         "devices": devices,
+        "compression": source.compression or None,
+        "compressed_size": source.raw_size or None if source.compression else None,
+        "seekable": source.size is not None,
+        "frames": source.frame_count if isinstance(source, FramesInput) else None,
     }
+    if difference:
+        result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
     if contents:
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
@@ -4370,15 +6515,35 @@ def plain_name(path: str) -> str:
     return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
-def mount_command(device: Device, partition: Partition) -> str | None:
-    """Return how to mount a file system of an extracted disk, None for one that does not mount."""
-    if not partition.mountable:
-        return None
+def access_commands(device: Device, partition: Partition) -> dict[str, str | None]:
+    """Return how to get at a partition of the disk that extract writes, and of a mounted archive.
+
+    `mount` is the first of them where it mounts a file system; None where there is no way.
+    """
     import shlex
 
-    options = f"ro,loop,offset={partition.start},sizelimit={partition.size}"
-    # The name comes from the archive, and this line is made to be pasted into a root shell.
-    return f"mount -o {options} {shlex.quote(escape(disk_file_name(device)))} /mnt"
+    def quoted(name: str) -> str:
+        # It comes from the archive, and these lines are made to be pasted into a root shell.
+        return shlex.quote(escape(name))
+
+    file_system = partition.file_system
+    disk, part = disk_file_name(device), partition_file_name(device, partition)
+    extracted, mounted = quoted(disk), quoted(f"{MOUNT_EXAMPLE}/{disk}")
+    command = OPEN_COMMANDS.get(file_system)
+    if partition.mountable:
+        # A journal must not be replayed, as nothing can be written.
+        options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
+        place = f",offset={partition.start},sizelimit={partition.size}"
+        extracted = f"mount -o {options}{place} {extracted} /mnt"
+        mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
+    elif command:
+        number = f"p{partition.number}" if partition.number else ""
+        extracted = command.format(file=extracted, part=number)
+        mounted = command.format(file=mounted, part=number)
+    else:
+        return {"mount": None, "extracted": None, "mounted": None}
+    mount = extracted if partition.mountable else None
+    return {"mount": mount, "extracted": extracted, "mounted": mounted}
 
 
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
@@ -4386,9 +6551,15 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     print(f"archive  {archive}")
     print(f"uuid     {found['uuid']}")
     print(f"created  {format_time(found['ctime'])}")
+    if "difference" in found:
+        print(f"base     {Origin(**found['difference']['base']).title}")
     if "align" in found:
         align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
+        if found["compression"]:
+            frames = f"{found['frames']} frames" if found["frames"] else "read as a stream"
+            size = format_size(found["compressed_size"] or 0)
+            print(f"stored   {found['compression']}, {frames}, {size}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:
@@ -4412,8 +6583,9 @@ def print_table(device: Mapping[str, Any]) -> None:
         what = ", ".join(filter(None, kinds))
         place = f"{device['table']} {part['number']}" if part["number"] else "whole disk"
         print(f"             {place}: {part['start']} + {format_size(part['size'])}  {what}")
-        if part["mount"]:
-            print(f"               {part['mount']}")
+        for way in ("extracted", "mounted"):
+            if part[way]:
+                print(f"               {way + ':':<10} {part[way]}")
 
 
 def cmd_verify(args: Namespace) -> int:
@@ -4422,11 +6594,15 @@ def cmd_verify(args: Namespace) -> int:
         raise UsageError("verify: --against or --digest, not both")
     if args.quick and (args.against is not None or args.digest):
         raise UsageError("verify: --quick reads the headers only, --against and --digest all")
+    if args.quick and args.base is not None:
+        raise UsageError("verify: --quick reads the headers only, --base all")
     if args.against is None and args.ignore_ctime:
         raise UsageError("verify: --ignore-ctime needs --against")
     if not args.quiet or args.json or args.digest:
         require_report()
-    check = verify_against if args.against is not None else verify_one
+    check = verify_one if args.base is None else verify_difference
+    if args.against is not None or args.digest:
+        check = verify_digest if args.digest else verify_against
     worst = 0
     for argument in args.archive:
         try:
@@ -4437,7 +6613,7 @@ def cmd_verify(args: Namespace) -> int:
             print_error(error)
         for path in paths:
             try:
-                status = (verify_digest if args.digest else check)(args, path)
+                status = check(args, path)
             except VmaError as error:
                 status = error.exit_status
                 print_error(error)
@@ -4449,12 +6625,27 @@ def cmd_verify(args: Namespace) -> int:
 
 def verify_one(args: Namespace, path: str) -> int:
     """Read an archive, and say that it will restore; raises VmaError if not."""
-    with open_input(path) as source, progress_of(args, source) as progress:
+    try:
+        verify_input(args, path)
+    except SeekableError as error:
+        # Proxmox reads it from one end to the other, and that may well succeed.
+        try:
+            verify_input(args, path, str(error.args[0]))
+        except VmaError:
+            raise error from None
+    return 0
+
+
+def verify_input(args: Namespace, path: str, fault: str = "") -> None:
+    """Verify an archive; one with a fault of its seek table or index is read as a stream."""
+    with open_input(path, as_stream=bool(fault)) as source, progress_of(args, source) as progress:
         if args.quick:
             progress.begin("reading headers", source.size or source.total, lambda: source.offset)
+        elif isinstance(source, FramesInput):
+            check_frames(source, progress)
         elif isinstance(source, FileInput):
             source.read_all = True  # a sector that cannot be read must not pass
-        contents = Contents(source)
+        contents = contents_of(source)
         with in_archive(source.name):
             check_names(contents.header)
         for _ in ticking(contents.extents(), progress):
@@ -4462,26 +6653,71 @@ def verify_one(args: Namespace, path: str) -> int:
         progress.finish()
         source.check_unchanged()
         what = "headers only" if args.quick and source.size is not None else "all data read"
+        if source.note or fault:
+            what += f", as a stream: {source.note or fault}"
         if args.json:
             description = {"archive": path, "ok": True, "checked": what}
-            description.update(describe(contents.header, contents, {}))
+            description.update(describe(source, contents.header, contents, {}))
             print(to_json(description), flush=True)
         elif not args.quiet:
             print_report(f"{summary(contents)}, {what}")
             print_totals(args, contents.index)
+
+
+def check_frames(source: FramesInput, progress: Progress) -> None:
+    """Decompress all frames, and so check their checksums."""
+
+    def ranges() -> Iterator[tuple[int, int]]:
+        start = 0
+        for i in range(1, source.frame_count + 1):
+            if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
+                yield start, source.table.offsets[i]
+                progress.tick()
+                start = source.table.offsets[i]
+
+    def work(place: tuple[int, int], buffer: memoryview) -> None:
+        start, end = place
+        source.read_at([(start, buffer[: end - start])])
+
+    pump(ranges(), lambda place, _: place, [lambda _: None], work)
+
+
+def verify_difference(args: Namespace, path: str) -> int:
+    """Read a difference and its base, and say that the archive they make will restore."""
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(path, args.base))
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
+        devices = contents.header.devices
+    if args.json:
+        description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
+        print(
+            to_json({**description, **describe(contents.source, contents.header, None, {})}),
+            flush=True,
+        )
+    elif not args.quiet:
+        source, base = contents.inputs
+        size = format_size(sum(device.size for device in devices))
+        print(
+            f"{source.name}: OK, a difference from {base.name}, {plural(len(devices), 'device')}, "
+            f"{size}, all data read",
+            flush=True,
+        )
     return 0
 
 
 def verify_against(args: Namespace, path: str) -> int:
     """Compare with another archive, and say how they differ."""
-    with open_input(path) as source, open_input(args.against) as other:
-        with progress_of(args, source) as progress:
-            ours, theirs = load(source), load(other)
+    with open_archive(path, args.base) as ours, open_archive(args.against) as theirs:
+        source, other = ours.source, theirs.source
+        with progress_of(args, *ours.inputs) as progress:
             found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
             found += compare_disks(ours, theirs, progress)
             progress.finish()
-        source.check_unchanged()
-        other.check_unchanged()
+        ours.check_unchanged()
+        theirs.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
         print(to_json({**result, "differences": found}), flush=True)
@@ -4494,12 +6730,12 @@ def verify_against(args: Namespace, path: str) -> int:
 
 def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
-    with open_input(path) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
-        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
-        progress.finish()
-        source.check_unchanged()
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
     files: list[dict[str, Any]] = []
     for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
@@ -4527,8 +6763,11 @@ def summary(contents: Contents) -> str:
 
 
 def print_totals(args: Namespace, index: Index) -> None:
-    """With -v, print the closing line of Proxmox's own program."""
-    if args.verbose:
+    """With -v, print the closing line of Proxmox's own program.
+
+    Of a difference, nobody has counted the zeros.
+    """
+    if args.verbose and not index.difference:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
@@ -4565,20 +6804,19 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
-    refuse_same([args.archive], args.output)
+    refuse_same(paths_read(args), args.output)
     refuse_existing(args.output, args.force)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        readers = contents.source.readers
-        with open_output(args.output, args.force, readers, device) as output:
+        with open_output(args.output, args.force, contents.readers, device) as output:
             if isinstance(output, PartialFile):
                 warn_of_leftovers(args, output.directory)
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
-            output.commit(contents.source.check_unchanged)
+            output.commit(contents.check_unchanged)
     return 0
 
 
@@ -4597,7 +6835,7 @@ def extract_mapped(args: Namespace) -> int:
         header = contents.header
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
-        directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
+        directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
         warn_of_leftovers(args, directory)
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
@@ -4619,7 +6857,7 @@ def extract_mapped(args: Namespace) -> int:
         write_disks(contents, targets, progress, zeros)
         for target in targets.values():
             finish_writing(target.sync, progress)
-        contents.source.check_unchanged()
+        contents.check_unchanged()
         print_totals(args, contents.index)
         directory.commit(replace=False)
         undo.pop_all()
@@ -4656,7 +6894,7 @@ def open_destinations(
         if place is None:
             continue
         path, write_zeros = place
-        refuse_same([args.archive], path)
+        refuse_same(paths_read(args), path)
         if any(is_same_file(other, path) for other in used):
             raise VmaError(f"{escape(path)}: two disks are to go there")
         used.append(path)
@@ -4664,6 +6902,69 @@ def open_destinations(
         if write_zeros:
             zeros.add(device.dev_id)
     return targets, zeros
+
+
+def cmd_mount(args: Namespace) -> int:
+    """Mount an archive; serve it in the background, or as long as a command runs."""
+    if sys.platform != "linux":
+        raise VmaError("mount speaks to the Linux kernel: on other systems, extract the disks")
+    if args.command == []:
+        raise UsageError("no command after --")
+    options = sorted({option for options in args.options for option in options})
+    point = MountPoint(args.directory, escape(args.archive), options)
+    with open_archive(args.archive, args.base) as contents:
+        for path, source in zip(paths_read(args), contents.inputs):
+            if source.size is None:
+                raise VmaError(
+                    f"{source.name}: mount reads at any place, which this archive does not allow; "
+                    f"make one that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
+                )
+            if isinstance(source, FramesInput):
+                source.cached_frames = MOUNT_FRAMES
+        with progress_of(args, *contents.inputs) as progress:
+            size = sum(source.size or 0 for source in contents.inputs)
+            progress.begin(
+                "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
+            )
+            contents.complete(progress.tick)
+            if isinstance(contents, Overlay):
+                contents.check_base(progress)
+            files = mounted_files(contents)
+            contents.check_unchanged()
+        in_background = not (args.foreground or args.command)
+        log = log_to_syslog if in_background else print_error
+        readers = contents.readers
+        mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
+        server = FuseServer(files, mode, contents.header.ctime, log)
+        with waiting_signals() as signals:
+            server.fd = point.mount()
+            if args.foreground and not args.command:
+                notice(args, f"{point.name}: mounted, until it is unmounted or Ctrl-C")
+                serve(server, point, signals)
+                return 0
+            return mount_and_leave(args, server, point, signals)
+
+
+def mount_and_leave(
+    args: Namespace, server: FuseServer, point: MountPoint, signals: set[signal.Signals]
+) -> int:
+    """Let a child process serve; run the command if there is one, and unmount."""
+    with ExitStack() as undo:
+
+        def unmount() -> None:
+            if point.unmount():
+                os.waitpid(child, 0)  # then nothing is in use any more
+            else:
+                print_error(f"{point.name}: {STILL_IN_USE}")
+
+        undo.callback(point.unmount)
+        child = start_server(server, point, signals, keep_stderr=bool(args.command))
+        undo.pop_all()
+        if not args.command:
+            return 0
+        undo.callback(unmount)
+        return run_command(args.command, signals)
 
 
 def cmd_rescue(args: Namespace) -> int:
@@ -4731,8 +7032,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         refuse_twice(source.name, files)
         for name in files:
-            refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
-        with make_directory(path, source.readers) as directory:
+            refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
+        with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
             warn_of_leftovers(args, directory)
             if for_pack:
@@ -4741,7 +7042,10 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 directory.require_empty()
 
             def create(name: str) -> PartialFile:
-                return directory.create(name, replaces=directory.state(name) is not None)
+                # A symbolic link, or what else is no file, has nothing that its successor keeps.
+                state = directory.state(name)
+                replaces = state is not None and stat.S_ISREG(state.st_mode)
+                return directory.create(name, replaces)
 
             for config in header.configs:
                 create(config.name).append([config.data])
@@ -4751,7 +7055,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 create(DESCRIPTION_NAME).append([describe_for_pack(header)])
             finish_writing(directory.flush, progress)
             print_totals(args, contents.index)
-            directory.commit(replace, source.check_unchanged)
+            directory.commit(replace, contents.check_unchanged)
     return 0
 
 
@@ -4770,19 +7074,10 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
-    try:
-        check_names(header)
-    except FormatError as error:  # no archive is bad, what one is to be made of is refused
-        raise VmaError(str(error)) from error
+    require_names(header)
+    level = compression_level(args, args.output)
     if args.map is not None:
         header = add_device_map(header, args.map)
-    missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
-    if missing:
-        notice(
-            args,
-            f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-            "--map STORAGE adds it",
-        )
     with ExitStack() as stack:
         disks = [
             open_disk(stack, device, paths[device.name], exact)
@@ -4797,6 +7092,13 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
                 )
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
+        missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
+        if missing:
+            notice(
+                args,
+                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
+                "--map STORAGE adds it",
+            )
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
         progress.begin(
             "reading",
@@ -4808,24 +7110,35 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
             for disk in disks:
                 disk.source.check_unchanged()
 
-        write_archive(args, Disks(header, disks), output, progress)
+        write_archive(args, Disks(header, disks), output, level, progress)
         finish_writing(output.sync, progress)
         output.commit(last_look)
 
 
+def compression_level(args: Namespace, output: str, was_compressed: bool = False) -> int:
+    """Return the zstd level for an output, 0 for a plain one."""
+    level = args.compress
+    if level is None:
+        level = DEFAULT_LEVEL if was_compressed or output.endswith(".zst") else 0
+    if level:
+        require_zstd()  # before anything is read or written
+    return int(level)
+
+
 def write_archive(
-    args: Namespace, producer: Producer, output: Target, progress: Progress
-) -> CanonicalWriter:
+    args: Namespace, producer: Producer, output: Target, level: int, progress: Progress
+) -> None:
     """Write the canonical archive of what a producer has, and check that it reads back."""
+    align = ALIGNS[args.align]
     with warning_of_partial(output):
-        writer = CanonicalWriter(producer.header, ALIGNS[args.align], output)
+        writer = canonical_writer(align, output, level)
+        writer.begin(producer.header)
         copy_parts(producer, writer, writer.cluster_count, progress)
     if isinstance(output, PartialFile):
         warn_of_leftovers(args, output.directory)
         output.truncate(output.position)  # more may have been reserved
-        with output.read_back() as written:
+        with output.read_back(writer.zstd) as written:
             check_written(writer, written)
-    return writer
 
 
 @contextmanager
@@ -4864,7 +7177,7 @@ def cmd_create(args: Namespace) -> int:
 def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
-    with open_input(args.archive) as source:
+    with open_input(args.archive, index=False) as source:
         configs = dict(read_header(source).configs)
     data = configs.get(args.config)
     if data is None:
@@ -4876,13 +7189,14 @@ def cmd_config(args: Namespace) -> int:
 
 def cmd_optimize(args: Namespace) -> int:
     """Rewrite an archive in the canonical layout, to another file or in place."""
-    if args.archive == "-" and args.output is None:
-        raise UsageError("optimize: standard input cannot be replaced: name an OUTPUT")
-    if args.check and "-" in (args.archive, args.output):
+    if args.output is None and (args.archive == "-" or args.base is not None):
+        what = "standard input" if args.base is None else "a difference"
+        raise UsageError(f"optimize: {what} cannot be replaced: name an OUTPUT")
+    if args.check and "-" in (args.archive, args.output, args.base):
         raise UsageError("optimize: --check reads both archives again: name files")
-    if args.output == "-":
-        refuse_same([args.archive], "-")
-    elif not args.quiet:
+    if args.output == "-" or args.base is not None:
+        refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
@@ -4890,35 +7204,101 @@ def cmd_optimize(args: Namespace) -> int:
         hint = "; to optimize several archives in place, run vma-tool optimize once for each"
         refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
+        contents = stack.enter_context(
+            open_archive(args.archive, args.base, args.memory, directory_beside(path))
+        )
+        source = contents.source
+        level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
-            require_replaceable(path, source)
-        progress = stack.enter_context(progress_of(args, source))
-        contents = load(source, args.memory, directory_beside(path))
-        if in_place and is_canonical(contents, ALIGNS[args.align]):
+            require_replaceable(path, source, args.compress)
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
+        if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(path, args.force or in_place, source.readers))
+        output = stack.enter_context(open_output(path, args.force or in_place, contents.readers))
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
-        if file and source.size is not None:
+        if file is None and not contents.ordered:
+            check_extents(contents)  # what goes into a pipe cannot be taken back
+        if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
-        elif not contents.ordered:
-            contents.complete()  # what goes into a pipe cannot be taken back
-        write_archive(args, contents, output, progress)
+        write_archive(args, contents, output, level, progress)
         if file and (args.check or (args.check is None and in_place)):
-            check_contents(args, contents, file, progress)
+            check_contents(args, contents, file, level, progress)
         if file and in_place:
             file.times = source.state
         finish_writing(output.sync, progress)
-        output.commit(lambda: source.check_unchanged(path if in_place else None))
+        output.commit(lambda: contents.check_unchanged(path if in_place else None))
     if file and not args.quiet:  # not into an archive on standard output
         size = format_size(file.position)
         print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
     return 0
+
+
+def cmd_diff(args: Namespace) -> int:
+    """Write the clusters in which an archive differs from its base."""
+    if args.base == args.archive == "-":
+        raise UsageError("diff: only one of BASE and NEW can be standard input")
+    refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
+        require_report()
+    temporary = directory_beside(args.output)
+    level = DEFAULT_LEVEL if args.compress is None else args.compress
+    if level:
+        require_zstd()
+    with ExitStack() as stack:
+        base, new = (
+            stack.enter_context(open_archive(path, directory=temporary))
+            for path in (args.base, args.archive)
+        )
+        progress = stack.enter_context(progress_of(args, *new.inputs, *base.inputs))
+        for contents in (base, new):
+            if not contents.ordered:
+                contents.complete()
+        readers = common_readers([base.readers, new.readers])
+        output = stack.enter_context(open_output(args.output, args.force, readers))
+        names = [
+            "standard input" if path == "-" else name_from_disk(os.path.basename(path))
+            for path in (args.base, args.archive)
+        ]
+        spool = Spool(temporary)
+        stack.callback(spool.source.close)
+        difference = DifferenceWriter(base, new, spool, level)
+        difference.write_extents(progress)
+        with warning_of_partial(output):
+            writer = difference.finish(names, output)
+        if isinstance(output, PartialFile):
+            warn_of_leftovers(args, output.directory)
+            with output.read_back(writer.zstd) as written:
+                check_written(writer, written)
+        finish_writing(output.sync, progress)
+
+        def last_look() -> None:
+            for contents in (base, new):
+                contents.check_unchanged()
+
+        output.commit(last_look)
+    if args.output != "-" and not args.quiet:
+        size = format_size(output.position)
+        print(f"{new.source.name}: a difference from {base.source.name}, {size}", flush=True)
+    return 0
+
+
+def check_extents(contents: Contents) -> None:
+    """Read all extent headers of a file; raises FormatError."""
+    for _ in contents.extents():
+        pass
+
+
+def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
+    """Say whether a file is what optimize would replace it by."""
+    if contents.ordered or compressed != isinstance(contents, IndexedContents):
+        return False
+    check_extents(contents)
+    return is_canonical(contents, align)
 
 
 def directory_beside(output: str) -> str:
@@ -4928,29 +7308,33 @@ def directory_beside(output: str) -> str:
     return os.path.dirname(os.path.realpath(output))
 
 
-def require_replaceable(path: str, source: Input) -> None:
+def require_replaceable(path: str, source: Input, compress: int | None) -> None:
     """Raise VmaError if an archive cannot be optimized in place."""
-    if source.compression and source.raw_size:
-        raise VmaError(
-            f"{source.name}: a compressed archive is not replaced by a plain one: "
-            f"vma-tool optimize {escape(path)} {escape(plain_name(path))}"
-        )
-    if source.size is None or source.state is None or not stat.S_ISREG(source.state.st_mode):
+    if source.state is None or not stat.S_ISREG(source.state.st_mode):
         raise VmaError(f"{source.name}: only a file can be replaced: name an OUTPUT")
+    if source.compression and (source.compression != "zstd" or compress == 0):
+        kind, suffix = ("a plain", "") if compress == 0 else ("a zstd", ".zst")
+        raise VmaError(
+            f"{source.name}: {source.compression} is not replaced by {kind} archive: "
+            f"vma-tool optimize {escape(path)} {escape(plain_name(path) + suffix)}"
+        )
 
 
 def check_contents(
-    args: Namespace, contents: Contents, output: PartialFile, progress: Progress
+    args: Namespace, contents: Contents, output: PartialFile, level: int, progress: Progress
 ) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with ExitStack() as stack:
-        written = stack.enter_context(output.read_back())
+        written = output.read_back(require_zstd() if level else None)
+        stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
-            source = stack.enter_context(open_input(args.archive))
-            contents = load(source, args.memory, directory_beside(args.archive))
+            temporary = directory_beside(args.archive)
+            contents = stack.enter_context(
+                open_archive(args.archive, args.base, args.memory, temporary)
+            )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
-        found = compare_disks(contents, Contents(written), progress)
+        found = compare_disks(contents, contents_of(written), progress)
     if found:
         raise VmaError(f"{output.name}: what was written differs: {found[0]}")
 
@@ -5013,6 +7397,25 @@ def parse_memory(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{quote(text)} is no size like 64M or 1G")
 
 
+def parse_mount_options(text: str) -> list[str]:
+    options = text.split(",")
+    unknown = [quote(option) for option in options if option not in MOUNT_OPTIONS]
+    if unknown:
+        known = ", ".join(MOUNT_OPTIONS)
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {known}")
+    return options
+
+
+def parse_compression(text: str) -> int:
+    """Return the zstd level, 0 for none."""
+    match = re.fullmatch(r"zstd(?::([0-9]{1,2}))?", text)
+    level = int(match[1] or DEFAULT_LEVEL) if match else 0
+    if text != "none" and level not in COMPRESSION_LEVELS:
+        last = COMPRESSION_LEVELS[-1]
+        raise argparse.ArgumentTypeError(f"{quote(text)} is neither none nor zstd:1 to zstd:{last}")
+    return level
+
+
 def common_options(default: Any) -> CommandParser:
     """Return the options that may stand before and after the command."""
     options = CommandParser(add_help=False)
@@ -5030,6 +7433,10 @@ def layout_options() -> CommandParser:
         "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
         help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
         f"(default {DEFAULT_ALIGN})",
+    )  # fmt: skip
+    options.add_argument(
+        "--compress", metavar="zstd[:LEVEL]|none", type=parse_compression,
+        help=f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})",
     )  # fmt: skip
     options.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     return options
@@ -5074,6 +7481,11 @@ def add_command(
 
 
 FLAG: dict[str, Any] = {"action": "store_true"}
+BASE: dict[str, Any] = {
+    "action": Once,
+    "metavar": "BASE",
+    "help": "ARCHIVE is a difference, and this the full archive that it was made from",
+}
 SEVERAL: dict[str, Any] = {"action": "append", "default": []}
 ARCHIVE: dict[str, Any] = {
     "dest": "archive",
@@ -5087,6 +7499,7 @@ OUTPUT_HELP = "a file, or - for standard output"
 def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     """Add the commands that look at an archive, or take data out of it."""
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
+    arg("--base", **BASE)
     arg("--json", **FLAG, help="print one JSON object, for scripts")
     arg("--partitions", **FLAG, help="show what the disks hold (of a plain file only)")
     arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
@@ -5094,6 +7507,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
 
     arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
     arg("--quick", **FLAG, help="read the headers only, not the data")
+    arg("--base", **BASE)
     text = "compare configs and disk contents with this archive"
     arg("--against", action=Once, metavar="OTHER", help=text)
     arg("--ignore-ctime", **FLAG, help="with --against: the time may differ")
@@ -5108,10 +7522,30 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     text = "write the one disk of -d there (-: to a pipe)"
     arg("-o", dest="output", action=Once, metavar="PATH", help=text)
     arg("--force", **FLAG, help="replace the file of -o; with a device, however large it is")
+    arg("--base", **BASE)
     text = "write disks into files and devices, by a map"
     arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
+
+    text = "show configs, disks and partitions as files in a directory, read-only"
+    arg = add(
+        cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
+    )
+    arg("--base", **BASE)
+    arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
+    text = "for mount: allow_other, noexec, noatime"
+    arg(
+        "-o",
+        dest="options",
+        metavar="OPTION[,OPTION]",
+        type=parse_mount_options,
+        **SEVERAL,
+        help=text,
+    )
+    arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
+    text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
+    arg("directory", metavar="DIRECTORY", help=text)
 
     text = "write what is left of a damaged archive, and say what is lost"
     arg = add(cmd_rescue, text, "broken.vma.zst disks/")
@@ -5120,6 +7554,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("targetdir", metavar="TARGETDIR", help="must be new, or empty")
 
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
+    arg("--base", **BASE)
     arg("--force", **FLAG, help="replace files that exist")
     arg(**ARCHIVE)
     arg("directory", metavar="DIRECTORY")
@@ -5152,6 +7587,7 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
+    arg("--base", **BASE)
     text = "memory for reordering a stream (default 256M); more goes to a temporary file"
     arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
     text = "read the written archive back and compare all disks (default in place)"
@@ -5160,6 +7596,15 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**ARCHIVE)
     arg(**OUTPUT, nargs="?", help=f"{OUTPUT_HELP} (default: replace ARCHIVE)")
 
+    text = "write only what differs from an older archive"
+    arg = add(cmd_diff, text, "sunday.vma.zst monday.vma.zst monday.vmad")
+    arg("--force", **FLAG, help="replace OUTPUT if it exists")
+    text = f"compress (default: zstd with level {DEFAULT_LEVEL})"
+    arg("--compress", metavar="zstd[:LEVEL]|none", type=parse_compression, help=text)
+    arg("base", metavar="BASE", help="the full archive that will be needed with OUTPUT")
+    arg("archive", metavar="NEW", help="the archive that OUTPUT and BASE will make")
+    arg(**OUTPUT, help=OUTPUT_HELP)
+
     arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
     arg("shell", choices=("bash", "zsh"))
 
@@ -5167,12 +7612,16 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
+    command = None
     if "--" in words:
-        # The parser of all commands would take it away from that of the command.
         end = words.index("--")
+        if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
+            words, command = words[:end], words[end + 1 :]
+            end = len(words)
+        # The parser of all commands would take it away from that of the command.
         names = words[end + 1 :]
         words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
-    return parser.parse_args(words)
+    return parser.parse_args(words, Namespace(command=command))
 
 
 def cmd_completion(args: Namespace) -> int:

@@ -13,6 +13,7 @@ it writes archives for benchmarks without holding them in memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import struct
@@ -23,8 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Union
 
+SECTOR = 512  # of which a device's size is a multiple
 BLOCK = 4096
 CLUSTER = 16 * BLOCK
+KIB, MIB = 1 << 10, 1 << 20
 EXTENT_HEADER = 512
 HEADER = 12288
 SLOTS = 59
@@ -247,6 +250,18 @@ def live_order(
     return _vmstate_ascending(archive, order)
 
 
+def all_orders(archive: Archive, rng: random.Random) -> dict[str, Order]:
+    """Return each order of clusters, by what it is called."""
+    return {
+        "in order": in_order(archive),
+        "reversed": reversed_order(archive),
+        "shuffled": shuffled(archive, rng),
+        "interleaved": interleaved(archive),
+        "vmstate first": vmstate_first(archive),
+        "live": live_order(archive, rng),
+    }
+
+
 # ---- writing an archive -------------------------------------------------------------------------
 
 
@@ -322,7 +337,7 @@ def extent_bytes(
 
 def build(
     archive: Archive,
-    order: Order,
+    order: Order | None = None,
     slots: int = 58,
     store_zero_blocks: Masks | None = None,
     empty_extents: bool = False,
@@ -330,11 +345,11 @@ def build(
 ) -> bytes:
     """Return an archive with the clusters in the given order, `slots` of them an extent.
 
-    `store_zero_blocks` are the masks to store instead of those of the data (masks_with_zeros).
-    `empty_extents` puts extents without a block at the beginning, the end and after each third
-    one, `empty_slots` leaves every third slot unused. The order may also lack clusters, repeat
-    them, or name clusters and devices that do not exist: they are stored as told, with a mask
-    of 0 unless `store_zero_blocks` says otherwise.
+    Without an order, they are `in_order`. `store_zero_blocks` are the masks to store instead of
+    those of the data (masks_with_zeros). `empty_extents` puts extents without a block at the
+    beginning, the end and after each third one, `empty_slots` leaves every third slot unused. The
+    order may also lack clusters, repeat them, or name clusters and devices that do not exist: they
+    are stored as told, with a mask of 0 unless `store_zero_blocks` says otherwise.
     """
     parts = build_parts(archive, order, slots, store_zero_blocks, empty_extents, empty_slots)
     return b"".join(parts)
@@ -342,7 +357,7 @@ def build(
 
 def build_parts(
     archive: Archive,
-    order: Order,
+    order: Order | None = None,
     slots: int = 58,
     store_zero_blocks: Masks | None = None,
     empty_extents: bool = False,
@@ -350,6 +365,7 @@ def build_parts(
 ) -> Iterator[bytes]:
     """Yield what `build` returns, header and extents one by one."""
     yield header_bytes(archive)
+    order = in_order(archive) if order is None else order
     masks = store_zero_blocks or {}
     devices = {device.dev_id: device for device in archive.devices}
     nobody = Device(0, "nobody", b"")
@@ -376,13 +392,20 @@ def build_parts(
         yield empty
 
 
+@functools.cache
+def incompressible() -> bytes:
+    """Return an archive of 4 MiB that does not compress: more than any pipe holds."""
+    return build(Archive([Device(1, "drive-scsi0", disk(random.Random(1), 4 * MIB, "full"))]))
+
+
 # ---- the canonical layout, as an oracle ---------------------------------------------------------
 
 
 def canonical(archive: Archive, align: int = 131072, stored: Masks | None = None) -> bytes:
     """Return the bytes that optimize and pack must write.
 
-    `stored` are the masks of the source, where they hold more than the blocks with data.
+    `stored` are the masks of the source, where they hold more than the blocks with data. Blocks
+    that begin behind a device's end are dropped, as a full mask may mark them.
     """
     masks = dict(stored) if stored is not None else data_masks(archive)
     target = replace(archive, uuid=CANONICAL_UUID, config_slots=None, names_first=False)
@@ -400,8 +423,10 @@ def canonical(archive: Archive, align: int = 131072, stored: Masks | None = None
                 for cluster_num in range(first, end)
                 for bit in range(16)
                 if masks[device.dev_id, cluster_num] >> bit & 1
+                and cluster_num * 16 + bit < device.block_count
             }
-            if keep:
+            # Proxmox restores a vmstate from the stored blocks alone: one more would change it.
+            if keep and not device.is_vmstate:
                 for number in range(min(end * 16, device.block_count) - 1, first * 16 - 1, -1):
                     if len(keep) * BLOCK % align == 0:
                         break

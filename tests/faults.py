@@ -27,14 +27,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import vma_tool
 from tests import archives
 from tests.archives import CLUSTER, Archive
-from tests.support import Answer, OsProxy, call_tool, sha256
+from tests.support import Answer, OsProxy, ToolTest, call_tool, fork_tool, sha256, snapshot
 
 # Making the command line's parser takes longer than most archives here.
 build_parser = functools.cache(vma_tool.build_parser)
@@ -106,6 +106,16 @@ class Intercepted(OsProxy):
             os.close(fd)
 
 
+class AnyFileIO(type(io.FileIO)):  # type: ignore[misc]  # known only when it runs
+    """The type of a class that stands for io.FileIO, and takes any of those for its own."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, RealFileIO)
+
+
+RealFileIO = io.FileIO
+
+
 @contextlib.contextmanager
 def intercepted(before: Before) -> Iterator[None]:
     """Call `before` with its name ahead of each call to the system; it may raise, or do more.
@@ -113,10 +123,6 @@ def intercepted(before: Before) -> Iterator[None]:
     Those that are not made through `os` are there too: reads of a file object, open, Popen, mmap
     and temporary files.
     """
-
-    class AnyFileIO(type(io.FileIO)):  # type: ignore[misc]  # known only when it runs
-        def __instancecheck__(cls, instance: object) -> bool:
-            return isinstance(instance, io.FileIO)
 
     class FileIO(io.FileIO, metaclass=AnyFileIO):
         def readinto(self, buffer: Any, /) -> int:
@@ -177,6 +183,37 @@ class Short(OsProxy):
         return wrapper
 
 
+class WrongBit(OsProxy):
+    """`os` that writes one bit of any file wrongly: of the byte at this offset in it."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(hidden=("copy_file_range", "sendfile", "splice"))
+        self.at = at
+
+    def _wrong(self, data: bytes, offset: int) -> bytes:
+        if not offset <= self.at < offset + len(data):
+            return data
+        changed = bytearray(data)
+        changed[self.at - offset] ^= 1 << self.at % 8
+        return bytes(changed)
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.pwrite(fd, self._wrong(b"".join(buffers), offset), offset)
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        return os.pwrite(fd, self._wrong(bytes(data), offset), offset)
+
+    def writev(self, fd: int, buffers: Sequence[Any]) -> int:
+        return self.write(fd, b"".join(buffers))
+
+    def write(self, fd: int, data: Any) -> int:
+        try:
+            offset = os.lseek(fd, 0, os.SEEK_CUR)
+        except OSError:  # a pipe
+            return os.write(fd, data)
+        return os.write(fd, self._wrong(bytes(data), offset))
+
+
 class Nth:
     """Does something ahead of the N-th call of a run, of which it gets the name, and nothing else.
 
@@ -201,18 +238,18 @@ class Nth:
 
 
 class Lines:
-    """Sends SIGTERM ahead of the N-th line of some functions, the tool's or argparse's.
+    """Sends SIGTERM to this process ahead of the N-th line of the tool, or of argparse.
 
-    Of the main thread. `names` are those of the lines that were run, function and number; `name` is
-    that of the N-th.
+    Of the main thread. `names` are those of the lines that were run, function and number.
     """
 
-    def __init__(self, number: int, functions: Sequence[str]) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.functions = functions
-        self.name = ""
         self.names: list[str] = []
-        self._known: dict[CodeType, str] = {}
+
+    def last(self) -> list[int]:
+        """Return the number at which each line was run for the last time, ascending."""
+        return sorted({name: number for number, name in enumerate(self.names, 1)}.values())
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
@@ -222,27 +259,15 @@ class Lines:
         sys.settrace(self._before)
 
     def _enter_function(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        if frame.f_code.co_filename not in (vma_tool.__file__, argparse.__file__):
-            return None
-        return self._line if self._function(frame) in self.functions else None
+        ours = frame.f_code.co_filename in (vma_tool.__file__, argparse.__file__)
+        return self._line if ours else None
 
     def _line(self, frame: FrameType, event: str, _arg: object) -> Any:
-        # Before the tool has a handler, there is nothing yet that it could leave.
-        if event == "line" and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-            self.names.append(f"{self._function(frame)} {frame.f_lineno}")
+        if event == "line":
+            self.names.append(f"{frame.f_code.co_name} {frame.f_lineno}")
             if len(self.names) == self.number:
-                self.name = self.names[-1]
-                signal.raise_signal(signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
         return self._line
-
-    def _function(self, frame: FrameType) -> str:
-        """Return the name of a function with that of its class."""
-        code = frame.f_code
-        if code not in self._known:
-            owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
-            names = [c.__name__ for c in type(owner).__mro__ if code.co_name in vars(c)]
-            self._known[code] = ".".join([*names[:1], code.co_name])
-        return self._known[code]
 
 
 # ---- roads --------------------------------------------------------------------------------------
@@ -287,7 +312,7 @@ def there(files: tuple[str, ...], directory: str) -> tuple[str, ...]:
 WRITING = (
     Road("optimize", ("optimize", "in.vma", "out.vma"), OPTIMIZED),
     Road("optimize --check", ("optimize", "--check", "in.vma", "out.vma"), OPTIMIZED),
-    Road("optimize over another", ("optimize", "in.vma", "old.vma"), ("old.vma",)),
+    Road("optimize over another", ("optimize", "--force", "in.vma", "old.vma"), ("old.vma",)),
     Road("optimize in place", ("optimize", "in.vma"), ("in.vma",)),
     Road("optimize in place unchecked", ("optimize", "--no-check", "in.vma"), ("in.vma",)),
     Road("optimize a stream", ("optimize", "--memory=0", "-", "out.vma"), OPTIMIZED, "-"),
@@ -383,14 +408,16 @@ class Workshop:
         road: Road,
         before: Before = lambda name: None,
         within: contextlib.AbstractContextManager[object] | None = None,
+        child: bool = False,
     ) -> Answer[bytes]:
         """Run a road's command in this process, with each of its calls intercepted.
 
-        The tool runs `within` a context that its surroundings here are not in.
+        The tool runs `within` a context that its surroundings here are not in. As a `child`, it
+        runs in a fork, where it handles signals.
         """
         real_main = vma_tool.main
 
-        def main(argv: Sequence[str]) -> int:
+        def main(argv: Sequence[str] | None = None) -> int:
             with intercepted(before), within or contextlib.nullcontext():
                 return real_main(argv)
 
@@ -410,7 +437,8 @@ class Workshop:
                 stream = self.data if road.reads == "-" else None
                 if road.reads == "-.gz":
                     stream = gzip.compress(self.data, 1)
-                return call_tool(command, *quiet, *rest, input=stream)
+                run = fork_tool if child else call_tool
+                return run(command, *quiet, *rest, input=stream)
         finally:
             os.chdir(here)
 
@@ -440,6 +468,37 @@ class Workshop:
             if fnmatch.fnmatch(Path(name).name, "*.vma*"):
                 strange.append(f"{name} looks like an archive")
         return strange
+
+
+class RoadTest(ToolTest):
+    """A test that goes roads in a workshop, and looks at what is there afterwards."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.prepare(self.directory)
+
+    def prepare(self, directory: Path) -> None:
+        self.directory = directory
+        self.workshop = Workshop(directory)
+
+    def check_nothing_left(self, before: object) -> None:
+        self.assertEqual(snapshot(self.directory), before)
+
+    def check_line(self, answer: Answer[bytes]) -> None:
+        self.assertRegex(answer.stderr.decode(), r"\Avma-tool: [^\n]+\n\Z")
+
+    def check_done(self, road: Road, answer: Answer[bytes], printed: bytes) -> None:
+        self.assertEqual((answer.returncode, answer.stderr), (0, b""))
+        self.assertEqual(answer.stdout, printed)
+        self.assertEqual(digests(self.directory), self.workshop.wanted(road))
+
+    def gone(self, road: Road) -> bytes:
+        """Go a road undisturbed, and return what it printed."""
+        answer = self.workshop.go(road)
+        self.assertEqual(answer.returncode, 0, answer.stderr)
+        self.check_done(road, answer, answer.stdout)
+        self.workshop.undo(road)
+        return answer.stdout
 
 
 def forked(function: Callable[[], R], timeout: int = 60) -> R:

@@ -106,10 +106,8 @@ class NoTemporaryFile(DecompressorTest):
         environment = {**os.environ, "TMPDIR": temporary}
         for program in PACKAGES:
             packed = self.file(f"a.vma.{program}", compress(program, golden("live-order")))
-            for args in (["verify"], ["list"], ["list", "--scan"]):
-                with self.subTest(program, args=args):
-                    answer = run_tool(*args, packed, prefix=prefix, env=environment)
-                    self.check_ok(answer)
+            with self.subTest(program):
+                self.check_ok(run_tool("verify", packed, prefix=prefix, env=environment))
             with self.subTest(program, to="a pipe"):
                 answer = run_tool("optimize", packed, "-", prefix=prefix, env=environment)
                 self.check_ok(answer)

@@ -17,6 +17,7 @@ import json
 import lzma
 import os
 import random
+import re
 import stat
 import struct
 import subprocess
@@ -27,9 +28,12 @@ from typing import Any
 from unittest import mock
 
 from tests import archives
-from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Device
-from tests.faults import ROADS, Nth, Road, Workshop, forked, has_child, open_files
+from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
+from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
+    ALL,
+    BAD,
+    FEW,
     STEP,
     Answer,
     Argument,
@@ -44,7 +48,6 @@ from tests.support import (
     temporary_directory,
 )
 
-MIB = 1 << 20
 SOMEBODY = b"somebody else's"
 Plant = Callable[[Path], None]
 SEED = 20251120
@@ -223,84 +226,6 @@ class Planted(ToolTest):
             self.workshop.undo(road)
 
 
-class PlantedForPack(ToolTest):
-    """A directory to pack that holds something else than files: an error, and no waiting."""
-
-    def test_no_files(self) -> None:
-        for name in ("vma.json", "qemu-server.conf", "drive-scsi0"):
-            for what in ("fifo", "directory", "/dev/zero", "/dev/tty", "loop", "nowhere"):
-                with self.subTest(name, what=what):
-                    target = temporary_directory(self)
-                    self.ok("unpack", self.file("in.vma", golden("three-disks")), target / "full")
-                    path = target / "full" / name
-                    path.unlink()
-                    if what == "fifo":
-                        os.mkfifo(path)
-                    elif what == "directory":
-                        path.mkdir()
-                    else:
-                        path.symlink_to(path if what == "loop" else what)
-                    output = target / "out.vma"
-                    # In a child, which a hang ends.
-                    pack = functools.partial(call_tool, "pack", target / "full", output)
-                    self.check_error(forked(pack), *([] if what == "loop" else [name]))
-                    self.assertFalse(output.exists())
-
-    def test_descriptions(self) -> None:
-        """A vma.json that nobody's unpack wrote."""
-        good: dict[str, Any] = {
-            "format": 1,
-            "ctime": 0,
-            "configs": [],
-            "devices": [{"dev_id": 1, "name": "drive-scsi0", "size": 4096}],
-        }
-        device = good["devices"][0]
-        texts: list[tuple[str, str | bytes]] = [
-            ("nested", "[" * 100000),
-            ("nested objects", '{"a":' * 100000),
-            ("a number of many digits", '{"format": 1, "ctime": %s}' % ("9" * 10000)),
-            ("not UTF-8", b"\xff\xfe\xfa"),
-            ("empty", ""),
-            ("null", "null"),
-            ("NaN", '{"format": NaN}'),
-            ("large", " " * (64 * MIB)),
-        ]
-        for what, change in (
-            ("ctime", {"ctime": 1 << 63}),
-            ("ctime of a fraction", {"ctime": 1.5}),
-            ("format", {"format": "\x1b[2J"}),
-            ("config of a number", {"configs": [7]}),
-            ("surrogate", {"configs": ["\ud800"]}),
-            ("NUL", {"configs": ["a\0b"]}),
-            ("path", {"configs": ["../victim"]}),
-            ("absolute path", {"configs": ["/etc/hostname"]}),
-            ("257 configs", {"configs": [f"{n}.conf" for n in range(257)]}),
-            ("dev_id 0", {"devices": [{**device, "dev_id": 0}]}),
-            ("dev_id 255", {"devices": [{**device, "dev_id": 255}]}),
-            ("dev_id true", {"devices": [{**device, "dev_id": True}]}),
-            ("dev_id twice", {"devices": [device, {**device, "name": "b"}]}),
-            ("device path", {"devices": [{**device, "name": "../victim"}]}),
-            ("device name of 256 bytes", {"devices": [{**device, "name": "n" * 256}]}),
-            ("no size", {"devices": [{"dev_id": 1, "name": "drive-scsi0"}]}),
-            ("another size", {"devices": [{**device, "size": 1 << 62}]}),
-            ("size 0", {"devices": [{**device, "size": 0}]}),
-            ("negative size", {"devices": [{**device, "size": -4096}]}),
-            ("device of a list", {"devices": [[1, 2, 3]]}),
-        ):  # type: tuple[str, dict[str, Any]]
-            texts.append((what, json.dumps({**good, **change})))
-        (self.directory / "victim").write_text("secret")
-        for what, text in texts:
-            with self.subTest(what):
-                directory = temporary_directory(self)
-                (directory / "drive-scsi0").write_bytes(bytes(4096))
-                data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-                (directory / "vma.json").write_bytes(data)
-                output = self.directory / "out.vma"
-                line = self.refused("pack", directory, output)
-                self.assertTrue(line.rstrip("\n").isprintable(), line)
-                self.assertFalse(output.exists())
-
-
 NAMES = (
     "\x1b[2J\x1b]0;title\x07",
     "\u202egpj.exe",
@@ -325,7 +250,7 @@ class Names(ToolTest):
     """Names that would act on a terminal, hide, or be taken for something else."""
 
     def check_printable(self, answer: Answer[bytes]) -> None:
-        self.assertIn(answer.returncode, (0, 1))
+        self.assertIn(answer.returncode, (0, 1, 3))
         text = (answer.stdout + answer.stderr).decode()  # UTF-8, so no byte of another kind
         for line in text.split("\n"):
             self.assertTrue(line.isprintable(), f"{line!r}")
@@ -358,7 +283,7 @@ class Names(ToolTest):
 
     def test_in_archives(self) -> None:
         """Each command prints them escaped, whether it takes the archive or not."""
-        for name in NAMES:
+        for name in NAMES[:: 1 if ALL else 2]:
             disk, config = self.archive(name, "device"), self.archive(name, "config")
             order = archives.in_order(disk)
             for what, data in (
@@ -408,7 +333,7 @@ class Names(ToolTest):
         """Where the terminal does not take all letters, they are escaped as well."""
         archive = self.archive("caf\u00e9\U0001f4be", "device")
         archive.configs = [(b"\xff.conf", b"")]
-        source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+        source = self.file("a.vma", archives.build(archive))
         for setting in (
             {"PYTHONIOENCODING": "ascii"},
             {"PYTHONIOENCODING": "latin-1"},
@@ -426,14 +351,15 @@ class Names(ToolTest):
         for name in NAMES:
             raw = name if isinstance(name, bytes) else name.encode()
             archive = self.archive(raw, "device")
-            source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+            source = self.file("a.vma", archives.build(archive))
             new, out = self.directory / "new", self.directory / "out.vma"
             with self.subTest(name=name):
                 answer = call_tool("unpack", source, new)
                 if answer.returncode:
-                    self.check_error(answer, "device name")
+                    self.check_error(answer, "device name", status=BAD)
                     self.assertFalse(new.exists())
-                    self.assertRegex(raw.decode("utf-8", "replace"), "[\0-\x1f\x7f-\x9f\\\\]")
+                    text = raw.decode("utf-8", "replace")
+                    self.assertTrue(len(raw) > 242 or re.search("[\0-\x1f\x7f-\x9f\\\\]", text))
                     continue
                 self.assertIn(raw, os.listdir(os.fsencode(new)))
                 self.ok("pack", "-q", new, out)
@@ -448,7 +374,7 @@ class Names(ToolTest):
         disk = bytearray(2 * CLUSTER)
         disk[:4] = b"XFSB"
         archive = Archive([Device(1, name, bytes(disk))])
-        source = self.file("a.vma", archives.build(archive, archives.in_order(archive)))
+        source = self.file("a.vma", archives.build(archive))
         listed = json.loads(self.ok("list", "--json", "--partitions", source))
         (device,) = listed["devices"]
         commands = [partition["mount"] for partition in device["partitions"]]
@@ -479,7 +405,7 @@ class Large(ToolTest):
         """Each of them of its own size, and in an order that strictly alternates."""
         rng = random.Random(SEED)
         disks = [
-            Device(dev_id, f"drive-scsi{dev_id}".ljust(255, "x"), archives.disk(rng, dev_id * 700))
+            Device(dev_id, f"drive-scsi{dev_id}".ljust(242, "x"), archives.disk(rng, dev_id * 1024))
             for dev_id in range(1, 255)
         ]
         archive = Archive(disks, [("qemu-server.conf", b"")])
@@ -497,8 +423,8 @@ class Large(ToolTest):
         """All slots full of 65535 bytes: a header of 16 MiB."""
         rng = random.Random(SEED)
         configs: list[archives.Config] = [(f"{n}.conf", rng.randbytes(65535)) for n in range(256)]
-        archive = Archive([Device(1, "drive-scsi0", rng.randbytes(5000))], configs)
-        data = archives.build(archive, archives.in_order(archive))
+        archive = Archive([Device(1, "drive-scsi0", rng.randbytes(5120))], configs)
+        data = archives.build(archive)
         source, out, new = self.file("a.vma", data), self.directory / "b.vma", self.directory / "n"
         wanted = sha256(archives.canonical(archive))
         tries: list[tuple[list[Argument], bytes | None]] = [
@@ -535,13 +461,13 @@ class Announced(ToolTest):
             (["optimize", "-", self.directory / "b.vma"], whole),
             (["unpack", "-", self.directory / "new"], whole),
         ]
-        for args, stream in tries:
+        for args, stream in tries[:: 1 if ALL else 2]:
             with self.subTest(what, args=args[:2], stream=stream is not None):
                 answer, memory = run_measured(*args, input=stream)
-                self.check_error(answer)
+                self.check_error(answer, status=BAD)
                 self.assertLess(memory, usual_memory() + 64 * MIB)
         found = {path.name for path in self.directory.iterdir()}
-        self.assertEqual(found, {"a.vma", "a.vma.gz"})
+        self.assertLessEqual(found, {"a.vma", "a.vma.gz"})
 
     def headers(self) -> Iterator[tuple[str, bytes]]:
         data = golden("odd-size")
@@ -549,14 +475,51 @@ class Announced(ToolTest):
             changed = bytearray(data)
             struct.pack_into(">I", changed, 56, size)
             yield f"header_size {size}", bytes(changed)
-        for size in (4 << 60, (1 << 64) - 1, 1 << 48):
+        for size in (4 << 60, (1 << 64) - 512, 1 << 48):
             yield (
                 f"device of {size} bytes",
                 archives.edit(data, 4096 + 32 + 8, struct.pack(">Q", size)),
             )
 
+    def headers_alone(self) -> Iterator[tuple[str, bytes]]:
+        """Yield some kilobytes without a cluster."""
+        disks = [Device(n, f"drive-scsi{n}", b"", 1 << 48) for n in range(1, 255)]
+        far = Archive(disks[:1])
+        last = archives.extent_bytes(far.uuid, [(0, 1, 0xFFFFFFFF)], [])
+        yield "device of 256 TiB", archives.header_bytes(far)
+        yield "its last cluster only", archives.header_bytes(far) + last
+        yield "254 devices of 256 TiB", archives.header_bytes(Archive(disks))
+        for name, size in (
+            ("drive-scsi0", 1 << 40),
+            ("drive-scsi0", 1 << 62),
+            ("vmstate", (1 << 64) - 512),
+        ):
+            archive = Archive([Device(1, name, b"", size)])
+            yield f"{name} of {size} bytes", archives.header_bytes(archive)
+        data = archives.header_bytes(Archive())
+        for size in (0xFFFFFE00, 17 * MIB):
+            yield f"header of {size} bytes", data[:56] + struct.pack(">I", size) + data[60:]
+
+    def test_headers_alone(self) -> None:
+        """No command trips over them, and nothing is written."""
+        for number, (what, data) in enumerate(self.headers_alone()):
+            path = self.file("a.vma", data)
+            self.assertLess(len(data), 30000)
+            for command in ("verify", "extract", "unpack", "optimize"):
+                more = [self.directory / "out"] if command != "verify" else []
+                with self.subTest(what, command=command):
+                    self.bad(command, path, *more)
+                    self.bad(command, "-", *more, input=data)
+                    self.assertEqual(os.listdir(self.directory), ["a.vma"])
+            for args, stream in ((["verify", path], None), (["verify", "-"], data)):
+                if ALL or number % 3 == 0:
+                    with self.subTest(what, args=args):
+                        answer, peak = run_measured(*args, timeout=10, input=stream)
+                        self.check_error(answer, status=BAD)
+                        self.assertLess(peak, 64 * MIB)
+
     def test_headers(self) -> None:
-        for what, data in self.headers():
+        for what, data in list(self.headers())[::FEW]:
             self.check_refused(what, data)
 
     def test_clusters(self) -> None:
@@ -610,7 +573,7 @@ class Bombs(ToolTest):
 
     def test_stored_zeros(self) -> None:
         """Some hundred megabytes of zeros: a good archive, that is read to its end."""
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         pieces = list(self.zeros(size))
         for suffix, compress in (
             ("gz", lambda data: gzip.compress(data, 1)),
@@ -626,7 +589,7 @@ class Bombs(ToolTest):
 
     def test_zstd(self) -> None:
         program = require_program("zstd", "zstd")
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         path = self.directory / "a.vma.zst"
         with subprocess.Popen(
             [program, "-q", "-1", "-o", str(path)], stdin=subprocess.PIPE
@@ -640,17 +603,17 @@ class Bombs(ToolTest):
     def test_not_an_archive(self) -> None:
         """Of zeros, or of anything else, no more than the beginning is read."""
         for start in (b"", b"VMA\0", golden("odd-size")[:12288]):
-            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 64]))
+            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 24]))
             for command in ("list", "verify"):
                 with self.subTest(start=start[:4], command=command):
-                    self.check_error(self.measure(command, path))
+                    self.check_error(self.measure(command, path), status=BAD)
 
     def test_empty_extents_without_end(self) -> None:
         """An archive whose end never comes: what is read is not held."""
         archive = Archive(configs=[("a.conf", b"")])
         empty = archives.extent_bytes(archive.uuid, [], []) * 2048
         start = archives.header_bytes(archive)
-        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 96]))
+        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 80]))
         self.assertEqual(self.measure("verify", path).returncode, 0)
         self.assertEqual(self.measure("list", path).returncode, 0)
 
@@ -667,7 +630,7 @@ class Bombs(ToolTest):
                 blockinfo = infos.tobytes()
                 yield start + hashlib.md5(start + bytes(16) + blockinfo).digest() + blockinfo
 
-        count = 59 * 40000
+        count = 59 * 25000
         data = gzip.compress(b"".join(pieces(count)), 1)
         path = self.file("a.vma.gz", data)
         self.assertEqual(self.measure("list", path).returncode, 0)
@@ -688,7 +651,7 @@ class Bombs(ToolTest):
                 yield archives.extent_bytes(archive.uuid, infos, [])
 
         path = self.file("a.vma.gz", gzip.compress(b"".join(pieces()), 1))
-        self.check_error(self.measure("verify", path, index=4096 * count))
+        self.check_error(self.measure("verify", path, index=4096 * count), status=BAD)
 
 
 if __name__ == "__main__":

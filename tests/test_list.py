@@ -14,7 +14,7 @@ from typing import Any
 from tests import archives
 from tests.archives import Archive, Device
 from tests.damage import device_damages, extents, good, good_archive, header_damages
-from tests.support import ToolTest, call_tool, golden, manifest, run_tool
+from tests.support import BAD, FEW, ToolTest, call_tool, golden, manifest, run_tool
 
 
 def with_uuid(data: bytes, uuid: bytes) -> bytes:
@@ -51,6 +51,10 @@ class Listing(ToolTest):
                                 {"dev_id": d["dev_id"], "name": d["name"], "size": d["size"]}
                                 for d in want["devices"]
                             ],
+                            "compression": None,
+                            "compressed_size": None,
+                            "seekable": args != ["-"],
+                            "frames": None,
                         },
                     )
 
@@ -136,7 +140,7 @@ class Listing(ToolTest):
         for what, data in (("cut", header), ("damaged", header + b"no extent" * 1000)):
             with self.subTest(what):
                 self.assertEqual(self.ok("list", self.file("a.vma", data)), want)
-                self.refused("list", "--scan", self.directory / "a.vma")
+                self.bad("list", "--scan", self.directory / "a.vma")
         endless = itertools.chain([header], itertools.repeat(bytes(1 << 16)))
         self.assertEqual(len(self.json("-", input=endless)["devices"]), 3)
 
@@ -150,16 +154,16 @@ class Listing(ToolTest):
                 self.assertEqual(len(self.json("--scan", path)["devices"]), 3)
 
     def test_limits(self) -> None:
-        """254 devices, 256 configs of 65535 bytes, and devices of up to 2^64 - 1 bytes."""
+        """254 devices, 256 configs of 65535 bytes, and devices of up to 2^64 - 512 bytes."""
         names = [f"drive-scsi{n}" for n in range(1, 255)]
-        disks = [Device(n, name, b"", (1 << 64) - n) for n, name in enumerate(names, 1)]
+        disks = [Device(n, name, b"", (1 << 64) - 512 * n) for n, name in enumerate(names, 1)]
         configs = [(f"{n}.conf", b"#" * 65535) for n in range(256)]
         path = self.file("a.vma", archives.header_bytes(Archive(disks, list(configs))))
         found = self.json(path)
         self.assertEqual([device["name"] for device in found["devices"]], names)
-        self.assertEqual(found["devices"][-1]["size"], (1 << 64) - 254)
+        self.assertEqual(found["devices"][-1]["size"], (1 << 64) - 512 * 254)
         self.assertEqual({config["size"] for config in found["configs"]}, {65535})
-        self.assertIn("16.0 EiB, 18446744073709551615 bytes", self.ok("list", path))
+        self.assertIn("16.0 EiB, 18446744073709551104 bytes", self.ok("list", path))
 
 
 class BadArchives(ToolTest):
@@ -172,10 +176,10 @@ class BadArchives(ToolTest):
             offset = "" if damage.offset is None else f": offset 0x{damage.offset:x}: "
             for args in ([path], ["--json", path], ["--scan", path]):
                 with self.subTest(damage.name, args=args):
-                    line = self.refused("list", *args, says=[str(path), offset])
+                    line = self.bad("list", *args, says=[str(path), offset])
                     self.assertRegex(line, damage.says)
             with self.subTest(damage.name, args="-"):
-                line = self.refused("list", "-", input=damage.data, says=["standard input: "])
+                line = self.bad("list", "-", input=damage.data, says=["standard input: "])
                 self.assertRegex(line, damage.says)
 
     def test_impossible_devices(self) -> None:
@@ -184,7 +188,7 @@ class BadArchives(ToolTest):
             with self.subTest(damage.name):
                 path = self.file("bad.vma", damage.data)
                 self.ok("list", path)
-                self.refused("list", "--scan", path, says=[str(path)])
+                self.bad("list", "--scan", path, says=[str(path)])
 
     def test_names(self) -> None:
         """Bad names are shown escaped, and are an error all the same."""
@@ -198,13 +202,13 @@ class BadArchives(ToolTest):
                 with self.subTest(what, name=name):
                     path = self.file("a.vma", archives.header_bytes(archive))
                     answer = call_tool("list", path)
-                    self.check_error(answer, f"{what} name '{shown}'")
+                    self.check_error(answer, f"{what} name '{shown}'", status=BAD)
                     self.assertIn(f"  {shown}  ", answer.stdout.decode())
                     self.assertEqual(
                         re.findall(rb"[\x00-\x09\x0b-\x1f\x7f\x9b]", answer.stdout), []
                     )
                     answer = call_tool("list", "--json", path)
-                    self.check_error(answer)
+                    self.check_error(answer, status=BAD)
                     found = json.loads(answer.stdout)
                     self.assertEqual(found[f"{what}s"][0]["name"], name.decode())
 
@@ -224,18 +228,18 @@ class BadArchives(ToolTest):
             Archive(configs=[("a.conf", b"1"), ("a.conf", b"2")]),
         ):
             path = self.file("a.vma", archives.header_bytes(archive))
-            self.check_error(call_tool("list", path), "occurs twice")
+            self.check_error(call_tool("list", path), "occurs twice", status=BAD)
 
     def test_bad_name_with_its_archive(self) -> None:
         """The message says in which archive the name is."""
         path = self.file("a.vma", archives.header_bytes(Archive(configs=[("../x", b"")])))
-        self.check_error(call_tool("list", path), f"{path}: config name '../x'")
+        self.check_error(call_tool("list", path), f"{path}: config name '../x'", status=BAD)
 
     def test_random_headers(self) -> None:
         """Whatever a header holds, the answer is a list or one line."""
         rng = random.Random(5)
         header = archives.header_bytes(good_archive())
-        for seed in range(300):
+        for seed in range(0, 300, FEW):
             data = bytearray(header)
             for _ in range(rng.randint(1, 4)):
                 offset = rng.choice([rng.randrange(60), rng.randrange(2044, len(data))])
@@ -247,7 +251,7 @@ class BadArchives(ToolTest):
             with self.subTest(seed=seed):
                 answer = call_tool("list", self.file("a.vma", bytes(data)))
                 if answer.returncode:
-                    self.check_error(answer)
+                    self.check_error(answer, status=BAD)
 
 
 class OtherInput(ToolTest):

@@ -109,9 +109,6 @@ sys.exit(vma_tool.script() if hasattr(vma_tool, "script") else vma_tool.main())
             "os.listxattr os.getxattr os.setxattr os.fchown os.fchmod os.posix_fallocate"
         )
 
-    def test_nothing_hidden(self) -> None:
-        self.check("")
-
     def test_too_old_is_checked_first(self) -> None:
         """Before anything that an older Python has not."""
         if not hasattr(os, "fork"):

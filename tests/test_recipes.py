@@ -24,17 +24,18 @@ import vma_tool
 from tests import archives
 from tests.archives import CLUSTER
 from tests.support import (
+    BAD,
     ROOT,
     TOOL,
     Answer,
     ToolTest,
+    command_lines,
     golden,
     manifest,
     require_program,
     sha256,
     snapshot,
 )
-from tests.test_commands import command_lines
 
 # What vzdump gives to a hook, whatever the administrator's shell has.
 VZDUMP_PATH = "/sbin:/bin:/usr/sbin:/usr/bin"
@@ -292,7 +293,7 @@ class Tasks(RecipeTest):
         self.put("optimized.vma", bytes(data))
         self.recipe_line("vma-tool verify *.vma")
         answer = self.bash("vma-tool verify --against backup.vma optimized.vma")
-        self.assertEqual(answer.returncode, 1)
+        self.assertEqual(answer.returncode, BAD)
         self.assertIn(b"differs", answer.stderr)
         self.recipe_line("vma-tool verify --digest backup.vma >backup.sha256")
         answer = self.bash(
@@ -449,7 +450,7 @@ class Hook(RecipeTest):
                 lines = answer.stderr.decode().splitlines()
                 self.assertEqual(len(lines), 2, lines)
                 self.assertRegex(lines[0], r"^vma-tool: .*vzdump-qemu-100-.*\.vma")
-                self.assertIn("exit code 1", lines[1])
+                self.assertIn("exit code 3", lines[1])
                 self.assertEqual(self.target.read_bytes(), damaged)
                 self.assertEqual(
                     sorted(os.listdir(self.work)), sorted([self.target.name, "vzdump.conf"])
@@ -487,7 +488,7 @@ class Repositories(RecipeTest):
         # A damaged backup is noticed before there is a snapshot of it.
         self.damaged()
         answer = self.bash(blocks()["restic"], errexit=False)
-        self.assertEqual(answer.returncode, 1)
+        self.assertEqual(answer.returncode, BAD)
         self.assertEqual(self.snapshots(), 2)
 
     def snapshots(self) -> int:
@@ -513,6 +514,7 @@ class Repositories(RecipeTest):
             (path,) = (self.directory / "tank" / "backup").iterdir()
             self.check_optimized(path, day)
             data = path.read_bytes()
+            path.unlink()  # each day has a name of its own
             records = {
                 sha256(data[at : at + 2 * CLUSTER]) for at in range(0, len(data), 2 * CLUSTER)
             }

@@ -7,12 +7,12 @@ the two minima. Peaks of memory are those that the kernel accounts to a finished
 runs with the Python that runs this, in an environment without packages, as they may cost each
 start more than Python itself.
 
-    python3 tests/bench.py                           against cp, on tmpfs
-    python3 tests/bench.py --dir /var/tmp            also on that file system, against cp and sync
-    python3 tests/bench.py streams                   optimize - against cat, temporary bytes
-    python3 tests/bench.py startup                   list and --help against python3 -c pass
-    python3 tests/bench.py --cold --dir /var/tmp     bytes read from the disk; needs root
-    python3 tests/bench.py --size 64M --zeros 16G --runs 2
+    python3 tests/tools/bench.py  against cp, on tmpfs
+    python3 tests/tools/bench.py --dir /var/tmp  also on that file system, against cp and sync
+    python3 tests/tools/bench.py streams  optimize - against cat, temporary bytes
+    python3 tests/tools/bench.py startup  list and --help against python3 -c pass
+    python3 tests/tools/bench.py --cold --dir /var/tmp  bytes read from the disk; needs root
+    python3 tests/tools/bench.py --size 64M --zeros 16G --runs 2
 
 For Linux, by hand; no test runs it. A figure in brackets is the goal, for ratios only on tmpfs.
 Exit status: 0, also where a goal is missed; 1 if a command failed or wrote other bytes.
@@ -39,12 +39,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import archives
+from tests.archives import MIB
 
-TOOL = Path(__file__).resolve().parent.parent / "vma_tool.py"
-MIB = 1 << 20
+TOOL = Path(__file__).resolve().parents[2] / "vma_tool.py"
 SHM = Path("/dev/shm")
 SHARING = ("btrfs", "xfs", "zfs", "bcachefs")  # where a plain cp may copy no data at all
 SHORT = 5  # a command of some milliseconds runs so many times as often

@@ -9,9 +9,9 @@ of fixed blocks tell how much new data the second day is: for the archives as wr
 `vma_tool.py optimize` makes of them, and for the raw disks, which are the limit. What comes back
 from restic, borg, rdiff and xdelta3 is compared byte by byte, and verified.
 
-    python3 tests/dedup.py                      the table of the README, in ten to twenty minutes
-    python3 tests/dedup.py --size small         a smaller guest, in a few minutes
-    python3 tests/dedup.py --svg docs/gains.svg
+    python3 tests/tools/dedup.py  the table of the README, in ten to twenty minutes
+    python3 tests/tools/dedup.py --size small  a smaller guest, in a few minutes
+    python3 tests/tools/dedup.py --svg docs/gains.svg
 
 Needs no root and mounts nothing, though mmdebstrap may want user namespaces. The Debian packages:
 mmdebstrap e2fsprogs restic borgbackup rdiff xdelta3 zstd. Exit status: 0, also where a goal is
@@ -41,13 +41,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import archives
+from tests.archives import MIB
 
-MIB = 1 << 20
 PARTITION = 1 * MIB  # where the root file system begins on the disk
-TOOL = Path(__file__).resolve().parent.parent / "vma_tool.py"
+TOOL = Path(__file__).resolve().parents[2] / "vma_tool.py"
 PROGRAMS = ["mke2fs", "debugfs", "e2fsck", "restic", "borg", "rdiff", "xdelta3", "zstd", "tar"]
 ALIGNS = ["4K", "128K", "1M"]
 WRITTEN, RAW = "as written", "raw disks"

@@ -1,11 +1,11 @@
-"""Fuzz the tool guided by its coverage, with atheris: the oracle is that of tests/fuzz.py.
+"""Fuzz the tool guided by its coverage, with atheris: the oracle is that of tests/tools/fuzz.py.
 
 Not a part of the unit tests. Needs `pip install atheris` (in a venv, say), then, from the
 project's directory:
 
     mkdir -p corpus found
-    python3 tests/fuzz_atheris.py -max_total_time=3600 -artifact_prefix=found/ corpus
-    python3 tests/fuzz_atheris.py found/finding-...       # one input again
+    python3 tests/tools/fuzz_atheris.py -max_total_time=3600 -artifact_prefix=found/ corpus
+    python3 tests/tools/fuzz_atheris.py found/finding-...       # one input again
 
 libFuzzer's mutations know nothing of MD5s, and get no further than the header: `mutate` lets them
 at one part of the archive at a time, or takes one of fuzz.py's own, and puts the MD5s right.
@@ -26,14 +26,15 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-untyped]  # it is only where it was installed for a run
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["vma_tool"]):
     import vma_tool  # noqa: F401 - to be instrumented before anybody else imports it
 
-from tests import archives, fuzz
+from tests import archives
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.faults import memory_directory
+from tests.tools import fuzz
 
 MAX_SIZE = 128 << 10
 KEPT_OF_A_KIND = 3

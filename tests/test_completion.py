@@ -1,0 +1,131 @@
+"""completion: what bash and zsh offer, in the shells themselves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from tests import archives
+from tests.support import (
+    COMMANDS,
+    ToolTest,
+    call_tool,
+    options_of,
+    require_program,
+)
+
+
+class Completion(ToolTest):
+    """Shell completion, in the shells themselves."""
+
+    def script(self, shell: str) -> Path:
+        return self.file(f"_{shell}", self.ok("completion", shell).encode())
+
+    def bash(self, *words: str) -> list[str]:
+        """Return what bash would offer for the last word."""
+        script = """
+            source "$1"; shift
+            COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+            complete -p vma-tool >/dev/null
+            _vma_tool
+            printf '%s\\n' "${COMPREPLY[@]}"
+        """
+        answer = subprocess.run(
+            [require_program("bash", "bash"), "--norc", "-uc", script, "bash",
+             self.script("bash"), "vma-tool", *words],
+            capture_output=True, text=True, check=False, timeout=20,
+        )  # fmt: skip
+        self.assertEqual((answer.returncode, answer.stderr), (0, ""))
+        return answer.stdout.split()
+
+    def test_bash(self) -> None:
+        """Commands, a command's options, and the values of an option; else files."""
+        aligns = list(archives.ALIGNS)
+        for words, want in (
+            ([""], list(COMMANDS)),
+            (["op"], ["optimize"]),
+            (["ver"], ["verify"]),
+            (["nothing"], []),
+            (["optimize", "--al"], ["--align"]),
+            (["optimize", "--align", ""], aligns),
+            (["optimize", "--align", "1"], ["128K", "1M"]),
+            (["create", "--align", "6"], ["64K"]),
+            (["optimize", ""], []),
+            (["optimize", "arch"], []),
+            (["list", "--p"], ["--partitions"]),
+            (["list", "archive.vma", "--j"], ["--json"]),
+            (["verify", "--a"], ["--against"]),
+        ):
+            with self.subTest(words=words):
+                self.assertEqual(sorted(self.bash(*words)), sorted(want))
+        for command in COMMANDS:
+            self.assertIn("--help", self.bash(command, "--"))
+
+    def test_bash_is_made_from_the_parser(self) -> None:
+        """Every option that --help shows is offered."""
+        for command in COMMANDS:
+            with self.subTest(command=command):
+                shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options_of(command)))
+                self.assertEqual(set(self.bash(command, "-")), shown)
+
+    def test_bash_falls_back_to_files(self) -> None:
+        answer = subprocess.run(
+            ["bash", "--norc", "-c", 'source "$1"; complete -p vma-tool', "bash",
+             self.script("bash")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        self.assertIn("-o default", answer.stdout)
+
+    def test_zsh_loads(self) -> None:
+        """It is sound, and zsh knows it when it was sourced after compinit."""
+        zsh = require_program("zsh", "zsh")
+        path = self.script("zsh")
+        subprocess.run([zsh, "-n", path], check=True)
+        script = "autoload -Uz compinit; compinit -u -D; source $1; print -r -- $_comps[vma-tool]"
+        answer = subprocess.run(
+            [zsh, "-f", "-c", script, "zsh", path],
+            capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        self.assertEqual((answer.returncode, answer.stderr), (0, ""))
+        self.assertIn("_vma_tool", answer.stdout)
+
+    def zsh(self, *keys: str) -> str:
+        """Return what an interactive zsh shows when these keys are typed."""
+        self.script("zsh")
+        (self.directory / "archive.vma").touch()
+        script = """
+            zmodload zsh/zpty
+            zpty -b shell TERM=dumb PS1= ZDOTDIR=$1 zsh -f -i
+            expect() { local text=; while zpty -r -m shell text "*$1*"; do
+                [[ $text == *$1* ]] && { print -r -- $text; return; }; sleep 0.05; done }
+            zpty -w shell "cd $1; autoload -Uz compinit; compinit -u -D; source $1/_zsh"
+            zpty -w shell "zstyle ':completion:*' list-prompt ''; LISTMAX=1000; print re''ady"
+            expect ready >/dev/null
+            shift
+            for keys; do zpty -w -n shell $keys; sleep 0.1; done
+            zpty -w -n shell $'\\C-a: \\C-e \\n'
+            zpty -w shell "print e''nd"
+            expect end
+            zpty -d shell
+        """
+        answer = subprocess.run(
+            [require_program("zsh", "zsh"), "-f", "-c", script, "zsh", self.directory, *keys],
+            capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        return answer.stdout
+
+    def test_zsh_completes(self) -> None:
+        """With the first key, in a shell that has just been started."""
+        for keys, want in (
+            ("vma-tool opt\t", "vma-tool optimize"),
+            ("vma-tool optimize --mem\t", "--memory"),
+            ("vma-tool list arch\t", "archive.vma"),
+        ):
+            with self.subTest(keys=keys):
+                self.assertIn(want, self.zsh(keys))
+
+    def test_wrong_shell(self) -> None:
+        for args in ([], ["fish"]):
+            answer = call_tool("completion", *args)
+            self.assertEqual((answer.returncode, answer.stdout), (2, b""))

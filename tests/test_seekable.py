@@ -1,0 +1,418 @@
+"""The compressed canonical archive: what writes it, what reads it, and files that lie."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests import archives, frames
+from tests.archives import BLOCK, CLUSTER, Archive, Device
+from tests.support import (
+    ToolTest,
+    call_tool,
+    golden,
+    manifest,
+    require_program,
+    run_tool,
+    sha256,
+    snapshot,
+)
+
+ALIGNS = ("4K", "128K", "1M")
+
+
+def program(*options: str, data: bytes) -> bytes:
+    """Return what the zstd program makes of data."""
+    command = [require_program("zstd", "zstd"), "-q", "-c", *options]
+    return subprocess.run(command, input=data, check=True, stdout=subprocess.PIPE).stdout
+
+
+def seekable() -> tuple[Archive, bytes]:
+    """Return an archive with three disks, and its canonical form."""
+    rng = random.Random(17)
+    archive = Archive(
+        [
+            Device(1, "drive-efidisk0", archives.disk(rng, 528 << 10, "sparse")),
+            Device(2, "drive-scsi0", archives.disk(rng, 150 * CLUSTER)),
+            Device(5, "drive-scsi1", archives.disk(rng, 75 * CLUSTER, "full")),
+        ],
+        [("qemu-server.conf", b"cores: 2\n")],
+    )
+    return archive, archives.canonical(archive)
+
+
+class SeekableTest(ToolTest):
+    def check_frames(self, data: bytes, plain: bytes) -> None:
+        """Check that data is the compressed form of a plain canonical archive."""
+        found = frames.split(data)
+        self.assertEqual(found.sizes, list(frames.cuts(plain)))
+        self.assertEqual(program("-d", data=data), plain)
+        self.assertEqual(program("-d", data=found.masks), frames.masks(plain))
+        for frame in (*found.frames, found.masks):
+            self.assertTrue(frame[4] & 4, "a checksum")
+            self.assertTrue(frame[4] & 0xE0, "a content size")
+
+    def fails(self, status: int, *args: Any, says: tuple[str, ...] = (), **kw: Any) -> str:
+        """Call the tool, which must fail with one line that says all of this."""
+        answer = call_tool(*args, **kw)
+        line = answer.stderr.decode()
+        self.assertEqual(answer.returncode, status, line)
+        self.assertRegex(line, r"\Avma-tool: [^\n]+\n\Z")
+        for part in says:
+            self.assertIn(part, line)
+        return line
+
+
+class Writing(SeekableTest):
+    def test_golden_archives(self) -> None:
+        """The frames are where they must be, with the same bytes on every road."""
+        for name in manifest():
+            source = self.file("a.vma", golden(name))
+            single = self.file("single.vma.zst", program(data=golden(name)))
+            zipped = self.file("a.vma.gz", gzip.compress(golden(name), 1))
+            for align in ALIGNS:
+                with self.subTest(archive=name, align=align):
+                    plain, output, place = (
+                        self.directory / name for name in ("o.vma", "o.vma.zst", "p.vma.zst")
+                    )
+                    self.ok("optimize", "--force", "--align", align, source, plain)
+                    self.ok("optimize", "--force", "--align", align, source, output)
+                    data = output.read_bytes()
+                    self.check_frames(data, plain.read_bytes())
+                    for road in (single, zipped, plain, output):
+                        self.ok("optimize", "--force", "--align", align, road, place)
+                        self.assertEqual(place.read_bytes(), data, road)
+                    for given in (golden(name), data, single.read_bytes()):
+                        answer = call_tool(
+                            *("optimize", "--align", align, "--compress", "zstd", "-", "-"),
+                            input=given,
+                        )
+                        self.assertEqual((answer.returncode, answer.stdout), (0, data))
+                    shutil.copy(single, place)
+                    self.ok("optimize", "--align", align, place)
+                    self.assertEqual(place.read_bytes(), data)
+                    # and back
+                    self.ok("optimize", "--force", "--align", align, output, plain)
+                    self.assertEqual(sha256(plain), manifest()[name]["optimized_sha256"][align])
+                    for path in (plain, output, place):
+                        path.unlink()
+
+    def test_pack_and_create(self) -> None:
+        _, plain = seekable()
+        source = self.file("a.vma", plain)
+        output = self.directory / "o.vma.zst"
+        packed = self.directory / "p.vma.zst"
+        self.ok("optimize", source, output)
+        for archive in (source, output):
+            unpacked = self.directory / "u"
+            self.ok("unpack", archive, unpacked)
+            self.ok("pack", "-q", unpacked, packed)
+            self.assertEqual(packed.read_bytes(), output.read_bytes())
+            answer = call_tool("pack", "-q", "--compress", "zstd", unpacked, "-")
+            self.assertEqual(answer.stdout, output.read_bytes())
+            shutil.rmtree(unpacked)
+            packed.unlink()
+        disk = self.file("disk.raw", archives.disk(random.Random(1), 70 * CLUSTER))
+        config = self.file("100.conf", b"cores: 1\n")
+        made = self.directory / "c.vma.zst"
+        self.ok("create", "-q", made, "-c", config, f"drive-scsi0={disk}")
+        data = made.read_bytes()
+        self.check_frames(data, program("-d", data=data))
+        self.ok("optimize", made, notice="")
+        self.assertEqual(made.read_bytes(), data)
+
+    def test_options(self) -> None:
+        """--compress decides, else the output's name."""
+        _, plain = seekable()
+        source = self.file("a.vma", plain)
+        sizes = {}
+        for option in ("none", "zstd", "zstd:1", "zstd:3", "zstd:19"):
+            for name in ("o.vma", "o.vma.zst"):
+                with self.subTest(option, name=name):
+                    output = self.directory / name
+                    self.ok("optimize", "--compress", option, source, output)
+                    data = output.read_bytes()
+                    if option == "none":
+                        self.assertEqual(data, plain)
+                    else:
+                        self.check_frames(data, plain)
+                    sizes[option] = len(data)
+                    output.unlink()
+        self.assertEqual(sizes["zstd"], sizes["zstd:3"])
+        self.assertLess(sizes["zstd:19"], sizes["zstd:1"])
+        for option in ("", "gzip", "zstd:", "zstd:0", "zstd:23", "zstd:x", "zstd:-1", "none:1"):
+            with self.subTest(option):
+                answer = call_tool("optimize", "--compress", option, source, "-")
+                self.assertEqual((answer.returncode, answer.stdout), (2, b""))
+                self.assertIn(b"--compress", answer.stderr)
+
+    def test_in_place(self) -> None:
+        """Mode, owner and time stay; a second run does nothing."""
+        for what, data in (
+            ("one frame", program(data=golden("live-order"))),
+            ("plain under a compressed name", golden("live-order")),
+            ("another align", self.compressed("live-order", "4K")),
+        ):
+            with self.subTest(what):
+                path = self.file("x.vma.zst", data)
+                os.chmod(path, 0o640)
+                os.utime(path, ns=(1700000000123456789, 1700000001987654321))
+                before = path.stat()
+                self.ok("optimize", path)
+                self.assertEqual(path.read_bytes(), self.compressed("live-order", "128K"))
+                after = path.stat()
+                for field in ("st_mode", "st_uid", "st_gid", "st_mtime_ns"):
+                    self.assertEqual(getattr(after, field), getattr(before, field), field)
+                self.assertEqual(os.listdir(self.directory), ["x.vma.zst"])
+                state = snapshot(self.directory)
+                self.assertIn("is canonical already", self.ok("optimize", path))
+                self.assertEqual(snapshot(self.directory), state)
+
+    def compressed(self, name: str, align: str) -> bytes:
+        source = self.file("source", golden(name))
+        output = self.directory / "output"
+        self.ok("optimize", "--align", align, "--compress", "zstd", source, output)
+        data = output.read_bytes()
+        source.unlink()
+        output.unlink()
+        return data
+
+    def test_other_compressions_in_place(self) -> None:
+        """They are refused, with the command that makes a .vma.zst beside them."""
+        for name, command in (
+            ("x.vma.gz", ["gzip"]),
+            ("x.vma.lzo", ["lzop"]),
+            ("x.vma.bz2", ["bzip2"]),
+            ("x.vma.xz", ["xz"]),
+        ):
+            with self.subTest(name):
+                if not shutil.which(command[0]):
+                    self.skipTest(f"no {command[0]}")
+                data = subprocess.run(
+                    [*command, "-c"], input=golden("odd-size"), stdout=subprocess.PIPE, check=True
+                ).stdout
+                path = self.file(name, data)
+                before = snapshot(self.directory)
+                self.fails(
+                    1, "optimize", path, says=(f"vma-tool optimize {path} {path.parent}/x.vma.zst",)
+                )
+                self.assertEqual(snapshot(self.directory), before)
+                path.unlink()
+
+
+class Reading(SeekableTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.archive, plain = seekable()
+        self.plain = self.file("a.vma", plain)
+        self.path = self.directory / "a.vma.zst"
+        self.ok("optimize", self.plain, self.path)
+
+    def test_every_command(self) -> None:
+        """A compressed archive answers what the plain one does."""
+        for args in (
+            ["list"],
+            ["list", "--partitions"],
+            ["verify"],
+            ["verify", "--quick"],
+            ["verify", "--digest"],
+            ["config"],
+        ):
+            with self.subTest(args):
+                plain, found = (self.ok(*args, path) for path in (self.plain, self.path))
+                self.assertEqual(found.replace(str(self.path), str(self.plain)), plain)
+        for one, other in ((self.plain, self.path), (self.path, self.plain)):
+            self.ok("verify", "--against", one, other)
+        for command in ("extract", "unpack"):
+            for path, name in ((self.plain, "1"), (self.path, "2")):
+                self.ok(command, path, self.directory / f"{command}{name}")
+            found, want = (
+                {p.name: p.read_bytes() for p in (self.directory / f"{command}{n}").iterdir()}
+                for n in "12"
+            )
+            self.assertEqual(found, want)
+        for disk in self.archive.devices:
+            answer = call_tool("extract", "-d", str(disk.name), "-o", "-", self.path)
+            self.assertEqual(answer.stdout, disk.data)
+
+    def test_listing(self) -> None:
+        """--scan and --json tell how it is compressed."""
+        single = self.file("single.vma.zst", program(data=self.plain.read_bytes()))
+        count = len(frames.split(self.path.read_bytes()).frames)
+        for path, want in (
+            (self.plain, (None, True, None)),
+            (self.path, ("zstd", True, count)),
+            (single, ("zstd", False, None)),
+        ):
+            with self.subTest(path.name):
+                found = json.loads(self.ok("list", "--scan", "--json", path))
+                self.assertEqual((found["compression"], found["seekable"], found["frames"]), want)
+                size = path.stat().st_size if want[0] else None
+                self.assertEqual(found["compressed_size"], size)
+        self.assertIn(f"{count} frames", self.ok("list", "--scan", self.path))
+
+    def test_one_disk(self) -> None:
+        """Of the frames of other disks, nothing is read."""
+        found = frames.split(self.path.read_bytes())
+        data = bytearray(self.path.read_bytes())
+        last = sum(map(len, found.frames))
+        for i in range(last - len(found.frames[-1]), last):
+            data[i] = 0
+        path = self.file("b.vma.zst", bytes(data))
+        answer = call_tool("extract", "-d", "drive-scsi0", "-o", "-", path)
+        self.assertEqual(answer.stdout, self.archive.devices[1].data)
+        self.fails(3, "verify", path, says=("drive-scsi1",))
+
+    def test_damaged_frames(self) -> None:
+        """Each damage is one error; it tells the place in the plain archive, and the clusters."""
+        good = self.path.read_bytes()
+        found = frames.split(good)
+        start = at = 0
+        for i, frame in enumerate(found.frames):
+            data = bytearray(good)
+            data[start + len(frame) - 6] ^= 0x55
+            path = self.file("b.vma.zst", bytes(data))
+            with self.subTest(frame=i):
+                line = self.fails(3, "verify", path)
+                if i:
+                    self.assertRegex(line, rf"offset 0x{at:x}\b.*'drive-[a-z0-9]+'.*clusters? \d+")
+                before = snapshot(self.directory)
+                self.fails(3, "extract", path, self.directory / "x")
+                self.fails(3, "optimize", path, self.directory / "o.vma")
+                self.fails(3, "optimize", "--align", "4K", path)
+                self.assertEqual(snapshot(self.directory), before)
+            start += len(frame)
+            at += found.sizes[i]
+
+
+def lies(good: bytes, plain: bytes) -> Iterator[tuple[str, bytes, bool]]:
+    """Yield files with whole frames, but a wrong table or index; and whether zstd reads them."""
+    found = frames.split(good)
+    sizes, pieces = found.sizes, found.frames
+    index = frames.skippable(0x184D2A5D, b"VMAINDEX" + found.masks)
+    table = frames.seek_table(pieces, sizes)
+    body = b"".join(pieces)
+    other = [*sizes]
+    other[-1] += 1
+    moved = [*sizes]
+    moved[1], moved[2] = moved[2], moved[1]
+    masks = frames.masks(plain)
+    swapped = bytes(reversed(masks))
+    yield "no table", body + index, True
+    yield "no index", body + table, True
+    yield "neither", body, True
+    yield "index twice", body + index + index + table, True
+    yield "table twice", body + index + table + table, True
+    yield "a skippable frame in the middle", pieces[0] + index + body[len(pieces[0]) :], True
+    yield "something behind it", good + frames.skippable(0x184D2A50, b"x"), True
+    yield "another program's table", body + frames.seek_table(pieces, sizes, 0x80), True
+    yield "another size", body + index + frames.seek_table(pieces, other), True
+    yield "sizes exchanged", body + index + frames.seek_table(pieces, moved), True
+    yield "a frame less", body + index + frames.seek_table(pieces[:-1], sizes[:-1]), True
+    yield "a frame more", body + index + frames.seek_table([*pieces, b"x"], [*sizes, 1]), True
+    huge = [*sizes]
+    huge[3] = 9 << 20
+    yield "a frame of 9 MiB", body + index + frames.seek_table(pieces, huge), True
+    for what, other_masks in (
+        ("masks reversed", swapped),
+        ("a mask less", masks[:-2]),
+        ("a mask more", masks + b"\0\0"),
+        ("no mask", b""),
+    ):
+        yield what, frames.join(found._replace(masks=frames.raw_frame(other_masks))), True
+    damaged = bytearray(good)
+    damaged[len(body) + 30] ^= 0xFF
+    yield "index damaged", bytes(damaged), True
+    yield "a frame missing", good[len(pieces[0]) :], False
+    yield "a frame twice", pieces[0] + good, False
+    yield "cut", good[:-100], False
+    yield "cut in the frames", good[: len(body) // 2], False
+    long = pieces[3][:-4] + b"\0\0\0\0"
+    yield "a frame's checksum", good.replace(pieces[3], long), False
+    more = frames.raw_frame(program("-d", data=pieces[3]) + bytes(BLOCK))
+    yield (
+        "a frame that holds more",
+        frames.join(found._replace(frames=[*pieces[:3], more, *pieces[4:]])),
+        False,
+    )
+
+
+class Lies(SeekableTest):
+    def test_lies(self) -> None:
+        """Where the frames are whole, the archive is read; otherwise it is an error."""
+        archive, plain = seekable()
+        source = self.file("a.vma", plain)
+        path = self.directory / "a.vma.zst"
+        self.ok("optimize", source, path)
+        good = path.read_bytes()
+        for what, data, whole in lies(good, plain):
+            path = self.file("b.vma.zst", data)
+            with self.subTest(what):
+                if whole:
+                    self.ok("verify", path)
+                    self.ok("optimize", path, self.directory / "o.vma")
+                    self.assertEqual(sha256(self.directory / "o.vma"), sha256(source))
+                    (self.directory / "o.vma").unlink()
+                    answer = call_tool("extract", "-d", "drive-scsi0", "-o", "-", path)
+                    self.assertEqual(answer.stdout, archive.devices[1].data)
+                else:
+                    before = snapshot(self.directory)
+                    for args in (["verify"], ["optimize"]):
+                        self.assertIn(call_tool(*args, path).returncode, (1, 3))
+                    self.assertNotEqual(
+                        call_tool("optimize", path, self.directory / "o.vma").returncode, 0
+                    )
+                    self.assertEqual(snapshot(self.directory), before)
+
+    def test_said(self) -> None:
+        """verify says that a table or an index is damaged, and nothing of one that is not there."""
+        archive, plain = seekable()
+        source = self.file("a.vma", plain)
+        path = self.directory / "a.vma.zst"
+        self.ok("optimize", source, path)
+        for what, data, whole in lies(path.read_bytes(), plain):
+            if whole:
+                path = self.file("b.vma.zst", data)
+                with self.subTest(what):
+                    quiet = what in ("neither", "no table", "another program's table")
+                    quiet = quiet or what == "a skippable frame in the middle"
+                    quiet = quiet or what == "something behind it"
+                    self.assertEqual("as a stream: " in self.ok("verify", path), not quiet)
+
+
+def hidden() -> dict[str, str]:
+    """Return an environment in which Python finds no zstd library."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "data" / "without_zstd")}
+
+
+class NoLibrary(SeekableTest):
+    def test_without(self) -> None:
+        """Reading goes by the program, writing is an error that names the package."""
+        _, plain = seekable()
+        source = self.file("a.vma", plain)
+        path = self.directory / "a.vma.zst"
+        self.ok("optimize", source, path)
+        before = snapshot(self.directory)
+        for args in (["list"], ["verify"], ["list", "--scan"], ["config"]):
+            answer = run_tool(*args, path, env=hidden())
+            self.assertEqual(answer.returncode, 0, answer.stderr)
+        for args in (
+            [source, self.directory / "o.vma.zst"],
+            [path],
+            ["--compress", "zstd", path, "-"],
+        ):
+            answer = run_tool("optimize", *args, env=hidden())
+            self.assertEqual((answer.returncode, answer.stdout), (1, b""))
+            self.assertIn(b"libzstd1", answer.stderr)
+            self.assertEqual(snapshot(self.directory), before)
+        answer = run_tool("optimize", path, self.directory / "o.vma", env=hidden())
+        self.assertEqual(answer.returncode, 0, answer.stderr)
+        self.assertEqual(sha256(self.directory / "o.vma"), sha256(source))
