@@ -6104,8 +6104,10 @@ class Rescue:
         if self._key:
             keys = [self._key, *itertools.chain(*(found.keys for found in extents))]
             # Nothing would be lost before it: so it is where it is expected, or nested.
-            if keys[:1] == keys[1:2] or self._headers:
-                near = self._offset if keys[:1] == keys[1:2] else None
+            if keys[:1] == keys[1:2]:
+                near = self._offset if near is None else near
+            elif self._headers:
+                near = None
             if not all(found.keys for found in extents) or keys != sorted(keys):
                 return False
         return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
