@@ -5649,6 +5649,7 @@ EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
 # A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
 # cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
 HORIZON = 2 * EXTENT_MAX_SIZE
+NEAR_SIZE = 64 << 10  # bytes by which an extent is not where it is expected, in an odd archive
 ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
 CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
 FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
@@ -5826,10 +5827,14 @@ class Window:
 
 
 class Found(NamedTuple):
-    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count."""
+    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
+
+    `keys` are its place in the canonical order, and behind it; none if it cannot have one.
+    """
 
     extent: Extent
     runs: Sequence[tuple[int, int, int]]
+    keys: tuple[Any, ...]
 
     @property
     def end(self) -> int:
@@ -5848,6 +5853,7 @@ class Chain:
         self.proven = proven
         self.doubtful = doubtful
         self.dropped = False
+        self.key: Any = ()  # where it ends in the canonical order
         self.flaws: list[Flaw] = []
 
     def note(self, offset: int, text: str) -> None:
@@ -5896,6 +5902,7 @@ class Rescue:
         self._full = False  # the last extent, so that another one may have followed
         self._chains: list[Chain] = []
         self._headers: set[bytes] = set()  # MD5s of all extents found
+        self._key: Any = ()  # where the extents found end in the canonical order, None if in none
 
     def run(self) -> None:
         """Read the archive to its end; raises FormatError if it is none."""
@@ -5947,6 +5954,9 @@ class Rescue:
             self.configs.append(config)
         for device in header.devices if header else ():
             self._add_disk(device, chain)
+        if header and self._uuid == CANONICAL_UUID:
+            for device in canonical_order(header.devices)[:1]:
+                self._key = device.is_vmstate, device.dev_id, 0
         return chain
 
     def _add_disk(self, device: Device, chain: Chain) -> RescuedDisk:
@@ -5980,25 +5990,31 @@ class Rescue:
         except FormatError:
             return None
         infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
-        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
-            return None
+        keys = [info & CLUSTER_KEY for info in infos]
         runs: list[tuple[int, int, int]] = []
-        for key in sorted(info & CLUSTER_KEY for info in infos):
+        for key in sorted(keys):
             dev_id, cluster_num = key >> 32, key & 0xFFFFFFFF
             last = runs[-1] if runs else (0, 0, 0)
-            if dev_id != last[0] or cluster_num > last[1] + last[2]:
+            if dev_id != last[0] or cluster_num != last[1] + last[2]:
                 runs.append((dev_id, cluster_num, 1))
-            elif cluster_num == last[1] + last[2]:
-                runs[-1] = (dev_id, last[1], last[2] + 1)
             else:
-                return None  # a cluster twice
+                runs[-1] = (dev_id, last[1], last[2] + 1)
         for dev_id, first, count in runs:
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
             if dev_id in self.disks:
                 limit = self.disks[dev_id].limit
             if first + count > limit:
                 return None
-        return Found(extent, runs)
+        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
+            return None
+        if len(set(keys)) < len(keys):
+            return None
+        place: tuple[Any, ...] = ()
+        if len(runs) == 1 and keys == sorted(keys):
+            dev_id, first, count = runs[0]
+            last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
+            place = (last_device, dev_id, first), (last_device, dev_id, first + count)
+        return Found(extent, runs, place)
 
     def _fits(self, found: Found, proven: bool) -> bool:
         """Say whether no cluster was found before: of a proven extent, none in a proven one."""
@@ -6022,10 +6038,11 @@ class Rescue:
             or self.window.ends_at(offset)
         )
 
-    def _follow(self, offset: int) -> tuple[list[Found], bool]:
-        """Return the extents that follow one another from an offset on, and if they are proven.
+    def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
+        """Return the extents that follow one another from an offset on, if proven, if nested.
 
-        They are if they go on up to the HORIZON, or to what looks like another one, or to the end.
+        They are proven if they go on up to the HORIZON, to what looks like another one, or to the
+        end; nested if the next one has clusters that the archive does not have.
         """
         uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
         extents: list[Found] = []
@@ -6033,42 +6050,74 @@ class Rescue:
         while end - offset < HORIZON:
             found = self._whole(end, uuid)
             if found is None:
-                return extents, bool(extents) and self._marked(end)
+                with suppress(FormatError, struct.error):
+                    parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
+                    return extents, False, True
+                return extents, self._marked(end), False
             extents.append(found)
             end = found.end
-        return extents, True
+        return extents, True, False
 
     def _search(
-        self, start: int, stop: int | None = None, through: int | None = None, cut: bool = False
+        self,
+        start: int,
+        stop: int | None = None,
+        through: int | None = None,
+        near: int | None = None,
+        cut: bool = False,
     ) -> Chain | None:
         """Begin a chain at the next extent from start on, before stop, that can be the archive's.
 
-        With `through`, it must be in a chain that comes past there. With `cut`, it is doubtful
-        unless it is proven. Returns None if there is none.
+        With `through`, it must be in a chain that comes past there. It is expected to be `near` an
+        offset. With `cut`, it is doubtful unless it is proven. Returns None if there is none.
         """
-        nested: set[int] = set()
+        seen: set[int] = set()
         while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
             start = at + 1
-            extents, proven = self._follow(at) if at not in nested else ([], False)
+            extents, proven, nested = self._follow(at) if at not in seen else ([], False, True)
             if not extents:
                 continue
             offsets = [found.extent.offset for found in extents]
+            seen.update(offsets)
             if through is not None:
                 proven = through in (*offsets, extents[-1].end)
+                nested = not proven
             if proven:
-                fitting = next((found for found in extents if self._fits(found, True)), None)
+                extents = [found for found in extents if self._fits(found, True)]
                 start = offsets[-1] + 1
             else:
                 # A part of the archive may be there twice.
-                new = [found for found in extents if found.extent.md5 not in self._headers]
-                nested.update(offsets)
-                if through is not None or not all(self._fits(found, False) for found in new):
+                extents = [found for found in extents if found.extent.md5 not in self._headers]
+                if nested or not self._can_be_next(extents, near):
                     continue
-                fitting = new[0] if new else None
-            if fitting:
+            if extents:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
-                return self._begin(fitting.extent.offset, proven, cut and not proven)
+                chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
+                if proven and self._key and extents[0].keys:
+                    self._key = extents[0].keys[0]
+                    for other in self._chains:
+                        if not other.proven and other.key > self._key:
+                            other.dropped = True
+                return chain
         return None
+
+    def _can_be_next(self, extents: Sequence[Found], near: int | None) -> bool:
+        """Say whether extents that are not proven fit, and are not of an archive in a disk."""
+        if not all(self._fits(found, False) for found in extents):
+            return False
+        if self._uuid != CANONICAL_UUID:
+            return True
+        # All canonical archives have this uuid, also those in a disk. They have one order.
+        if self._key:
+            keys = [self._key, *itertools.chain(*(found.keys for found in extents))]
+            # Nothing would be lost before it: so it is where it is expected, or nested.
+            if keys[:1] == keys[1:2]:
+                near = self._offset if near is None else near
+            elif self._headers:
+                near = None
+            if not all(found.keys for found in extents) or keys != sorted(keys):
+                return False
+        return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
     def _resume(self, chain: Chain) -> Chain:
         """Find out where to go on, as no extent that fits is where it is expected."""
@@ -6076,20 +6125,21 @@ class Rescue:
         if offset in self.window.source.breaks:
             return self._search(offset) or self._end(chain)
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
-        through = None
+        through = near = None
         try:
             fields = EXTENT.unpack(data)
             # Its size may still be right. Then what is inside may only be a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
             for size in (fields[2] * BLOCK_SIZE, stored):
                 end = offset + EXTENT_HEADER_SIZE + size
-                if through is None and size < EXTENT_MAX_SIZE and self._marked(end):
-                    through = end
+                if through is None and size < EXTENT_MAX_SIZE:
+                    near = near or (end if data[:4] == EXTENT_MAGIC else None)
+                    through = end if self._marked(end) else None
             parse_extent(data, offset, self._uuid)
             text = "the extent has clusters that do not exist, or were there before"
         except (FormatError, struct.error) as error:
             text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
-        following = self._search(offset + 1, through, through)
+        following = self._search(offset + 1, through, through, near)
         if following is None and through is not None:
             self._offset = through
         elif following is None:
@@ -6106,13 +6156,15 @@ class Rescue:
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
         in_place = self._marked(found.end)
+        self._claim(found, chain)
         stop = start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
             self._write(found, chain, start, stop)
             self._offset = found.end
             return chain
         cut = stop < found.end
-        following = self._search(start, stop, cut=cut)
+        self._offset = found.end
+        following = self._search(start, stop, near=found.end, cut=cut)
         if cut and not following:
             chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
             self._write(found, chain, start, stop)
@@ -6165,8 +6217,6 @@ class Rescue:
         certain = not doubtful and len(payload) == found.extent.payload_size
         certain = certain and not overlaps(source.lost, start, stop)
         certain = certain and not overlaps(source.doubtful, start, stop)
-        if not begin:
-            self._claim(found, chain)
         pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
         for dev_id, cluster_num, mask, slot_start, slot_size in iter_slots(found.extent):
             if not mask:
@@ -6208,6 +6258,11 @@ class Rescue:
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        known = chain.proven or self._key
+        if known and self._key is not None and self._uuid == CANONICAL_UUID:
+            in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
+            self._key = found.keys[1] if in_order else None
+        chain.key = self._key or ()
         for dev_id, first, count in found.runs:
             if dev_id not in self.disks:
                 self._add_disk(Device(dev_id, "", 0), chain)
