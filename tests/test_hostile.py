@@ -376,12 +376,9 @@ class Names(ToolTest):
         listed = json.loads(self.ok("list", "--json", "--partitions", source))
         (device,) = listed["devices"]
         commands = [partition["mount"] for partition in device["partitions"]]
-        commands += [
-            line.strip()
-            for line in self.ok("list", "--partitions", source).splitlines()
-            if line.strip().startswith("mount ")
-        ]
-        self.assertEqual(len(commands), 2)
+        text = self.ok("list", "--partitions", source)
+        commands += re.findall("^ +(?:extracted|mounted): +(mount .*)$", text, re.M)
+        self.assertEqual(len(commands), 3)
         for command in commands:
             script = f'mount() {{ printf "%s\\n" "$@"; }}; reboot() {{ echo BAD; }}; {command}'
             answer = subprocess.run(
