@@ -47,7 +47,7 @@ import time
 from argparse import Namespace
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 - says so in one line where Python 3.8 starts this
     sys.exit(f"vma-tool: needs Python 3.9 or later, this is {sys.version.split()[0]}")
@@ -59,6 +59,7 @@ __version__ = "2.0.0"
 
 EXIT_FAILED = 1
 EXIT_BAD = 3
+T = TypeVar("T")
 
 
 class VmaError(Exception):
@@ -163,6 +164,19 @@ def parse_size(text: str) -> int:
     unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
+
+
+def to_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
+
+
+def require(value: object, kind: type[T]) -> T:
+    """Return a value that was read from JSON; raises TypeError if it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def print_error(error: object) -> None:
@@ -299,6 +313,9 @@ ZERO_BLOCK = bytes(BLOCK_SIZE)
 # header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
+# Begins a difference: an archive without the clusters that its base has. No other program takes it
+# for a backup; Proxmox's verify would pass an archive from which clusters are missing.
+DIFFERENCE_MAGIC = b"VMAD"
 HEADER_FIXED_SIZE = 12288
 HEADER_MD5 = slice(32, 48)
 CONFIG_COUNT = 256
@@ -380,7 +397,8 @@ class Device(NamedTuple):
 class Header(NamedTuple):
     """An archive's header; uuid is 16 bytes, ctime seconds since the epoch, devices by dev_id.
 
-    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them.
+    `size` is header_size in bytes; `md5` covers all of these bytes, so it identifies them. `magic`
+    tells an archive from a difference.
     """
 
     uuid: bytes
@@ -389,6 +407,7 @@ class Header(NamedTuple):
     devices: tuple[Device, ...]
     size: int = 0
     md5: bytes = b""
+    magic: bytes = HEADER_MAGIC
 
 
 class Extent(NamedTuple):
@@ -460,7 +479,7 @@ def parse_header_size(start: Buffer) -> int:
 
     Raises FormatError if these cannot be the beginning of a supported header.
     """
-    if start[:4] != HEADER_MAGIC:
+    if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
         raise FormatError("not a VMA archive")
     if len(start) < HEADER_FIXED_SIZE:
         raise FormatError(f"the archive ends inside its header, after {len(start)} bytes")
@@ -482,7 +501,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     """
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
-    _, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
+    magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
     if check_md5 and md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
     if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
@@ -521,7 +540,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
                 DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
             )
         devices.append(device)
-    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest)
+    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
 
 
 def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
@@ -586,7 +605,7 @@ def pack_header(header: Header) -> bytearray:
     blob_size = len(data) - HEADER_FIXED_SIZE
     data.extend(bytes(max(header.size - len(data), 0)))
     HEADER.pack_into(
-        data, 0, HEADER_MAGIC, 1, header.uuid, header.ctime, bytes(16),
+        data, 0, header.magic, 1, header.uuid, header.ctime, bytes(16),
         HEADER_FIXED_SIZE, blob_size, len(data),
     )  # fmt: skip
     data[HEADER_MD5] = md5_without(data, HEADER_MD5)
@@ -764,6 +783,91 @@ def fill_up(
             filled[i] |= highest
             wanted -= 1
     return filled, block_count - wanted
+
+
+DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
+DIFFERENCE_FORMAT = 1
+
+
+class Origin(NamedTuple):
+    """One of the two archives that a difference was made of; name as it was then, digests in hex.
+
+    `layout` identifies its header and extents (`layout_digest`), `content` the contents of its
+    disks (`ContentDigest`).
+    """
+
+    name: str
+    ctime: int
+    layout: str
+    content: str
+
+    @property
+    def title(self) -> str:
+        """Name, time and content digest for messages."""
+        created = format_time(self.ctime)
+        return f"{quote(self.name)}, created {created}, content digest {self.content}"
+
+
+class Difference(NamedTuple):
+    """What vma-tool.json says: `new` is `base` with the clusters in this file.
+
+    `disks` are the digests of new's devices in canonical order, of which new's content digest is
+    made; `extents` is the SHA-256 of the MD5s of this file's extents. All in hex.
+    """
+
+    base: Origin
+    new: Origin
+    disks: tuple[str, ...]
+    extents: str
+
+
+def pack_difference(difference: Difference) -> bytes:
+    """Return vma-tool.json."""
+    value = difference._asdict()
+    value.update(base=difference.base._asdict(), new=difference.new._asdict())
+    return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
+
+
+def parse_difference(header: Header) -> Difference:
+    """Return what the first config of a difference says; raises FormatError."""
+    import json
+
+    def digest(value: object) -> str:
+        if not re.fullmatch("[0-9a-f]{64}", text := require(value, str)):
+            raise ValueError(f"{text!r} is no SHA-256")
+        return text
+
+    def origin(value: Any) -> Origin:
+        name, ctime = require(value["name"], str), require(value["ctime"], int)
+        return Origin(name, ctime, digest(value["layout"]), digest(value["content"]))
+
+    config, *_ = [*header.configs, Config("", b"")]
+    if config.name != DIFFERENCE_CONFIG:
+        raise FormatError(f"a difference, but its first config is not {DIFFERENCE_CONFIG}")
+    try:
+        value = json.loads(config.data)
+        if value["format"] != DIFFERENCE_FORMAT:
+            raise FormatError(f"a difference of format {value['format']!r}, which is not supported")
+        disks = tuple(map(digest, require(value["disks"], list)))
+        new = origin(value["new"])
+        if len(disks) != len(header.devices) or combine_digests(disks) != new.content:
+            raise ValueError("the digests contradict each other")
+        return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = escape(repr(error))[:200]
+        raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
+
+
+def whole_header(header: Header) -> Header:
+    """Return the header of the archive that a difference makes; any other one as it is."""
+    if header.magic != DIFFERENCE_MAGIC:
+        return header
+    return header._replace(magic=HEADER_MAGIC, configs=header.configs[1:], size=0, md5=b"")
+
+
+def combine_digests(disks: Iterable[str]) -> str:
+    """Return the content digest of an archive, from those of its devices in canonical order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1392,6 +1496,17 @@ class Input:
 file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
+def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
+    """Return who may read all of some files; pipes do not count."""
+    known = list(filter(None, sources))
+    if not known:
+        return None
+    mode = functools.reduce(operator.and_, (readers.mode for readers in known))
+    shared = len({readers.gid for readers in known}) == 1
+    has_acl = any(readers.has_acl for readers in known)
+    return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
+
+
 def has_acl(fd: int) -> bool:
     """Say whether a file has an access control list beside its mode."""
     with suppress(AttributeError, OSError):
@@ -1516,10 +1631,12 @@ class SeekableError(FormatError):
 class FramesInput(FileInput):
     """A compressed canonical archive, read at any place by its seek table.
 
-    `size` and all offsets are those of the plain archive. `index` is there after `read_index`.
+    `size` and all offsets are those of the plain archive. `index` is there after `read_index`,
+    except that of a difference, which has none.
     """
 
     compression = "zstd"
+    has_index = False
     index: ArchiveIndex
 
     def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
@@ -1541,13 +1658,17 @@ class FramesInput(FileInput):
             tail = self._stored(end, self.size)
         self.table = parse_seek_table(tail[-table_size:], self.size)
         self._index_data = self._stored(self.table.compressed_offsets[-1], end)
-        if not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
-            raise FormatError("there is no index in front of the seek table")
         self.size = self.table.offsets[-1]
-        self._frame(0)
+        is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
+        if is_difference and self._index_data:
+            raise FormatError("the seek table has fewer frames than the file")
+        if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
+            raise FormatError("there is no index in front of the seek table")
 
     def read_index(self) -> None:
         """Read the index; raises FormatError unless header and seek table agree with it."""
+        if not self._index_data:
+            return
         header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
         header = parse_header(self._plain(0, min(header_size, self.size)))
         if header.uuid != CANONICAL_UUID:
@@ -1558,6 +1679,7 @@ class FramesInput(FileInput):
         found = index_archive(header_size, devices, masks, self.table)
         self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
         self._devices = {device.dev_id: device for device in devices}
+        self.has_index = True
         self._index_data.clear()
 
     def _fits(self, index: ArchiveIndex) -> bool:
@@ -2442,11 +2564,14 @@ def refuse_same(paths: Iterable[str], output: str) -> None:
 # Extents and index: where every cluster of an archive is
 
 
-def read_header(source: Input) -> Header:
-    """Read the header at the beginning of an archive; raises FormatError."""
+def read_header(source: Input, whole: bool = True) -> Header:
+    """Read the header at the beginning of an archive; raises FormatError.
+
+    Also for a difference, unless `whole` is False.
+    """
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
-        if start[:4] != HEADER_MAGIC:
+        if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
             more = (
                 source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
             )
@@ -2455,7 +2580,12 @@ def read_header(source: Input) -> Header:
         data = memoryview(bytearray(parse_header_size(start)))
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
-        return parse_header(data[: HEADER_FIXED_SIZE + count])
+        header = parse_header(data[: HEADER_FIXED_SIZE + count])
+        if header.magic == DIFFERENCE_MAGIC:
+            base = parse_difference(header).base.title
+            if whole:
+                raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+        return header
 
 
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
@@ -2553,9 +2683,12 @@ class Index:
         self.extent_count = 0
         self.devices: dict[int, DeviceIndex] = {}
         self._slots = self._most_slots = 0  # used ones of the last extent, and of the fullest
+        self.difference: Difference | None = None  # clusters may be missing
         with in_archive(self.name):
+            if header.magic == DIFFERENCE_MAGIC:
+                self.difference = parse_difference(header)
             clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
-            if source.size is not None:
+            if source.size is not None and not self.difference:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
                 if clusters > room:
                     raise FormatError(
@@ -2685,7 +2818,14 @@ class Index:
         self.finish()
 
     def finish(self) -> None:
-        """Raise FormatError unless every cluster of every device was there."""
+        """Raise FormatError unless every cluster of every device was there.
+
+        Of a difference, unless its extents are those that were written.
+        """
+        if self.difference:
+            if self.digest.hexdigest() != self.difference.extents:
+                self._fail("the difference is cut short, or its extents were changed")
+            return
         # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
         # that was cut between two extents ends with a full one, and must not pass.
         cut = self._slots in (self._most_slots, *map(clusters_per_extent, ALIGNS.values()))
@@ -2709,8 +2849,6 @@ DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
 COMPARED_CLUSTERS = 14  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
-
-T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -2736,6 +2874,13 @@ class Part(NamedTuple):
     def size(self) -> int:
         """Bytes of the disk: fewer than the clusters have at the device's end."""
         return min(len(self.masks) * CLUSTER_SIZE, self.device.max_size - self.offset)
+
+    def clusters(self, start: int, end: int) -> Part:
+        """Return some of the clusters, counted from the part's first one."""
+        image = self.image
+        if image is not None:
+            image = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+        return Part(self.device, self.first + start, self.masks[start:end], image)
 
     def filled(self, masks: Sequence[int]) -> list[memoryview]:
         """Return the blocks in masks that have all stored blocks, and more as zeros."""
@@ -2825,6 +2970,10 @@ class Producer:
     ordered = False
     parallel = False
 
+    def check(self) -> Consumer | None:
+        """Return who gets all parts as well, and whose `finish` raises if they are not right."""
+        return None
+
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield parts of `count` clusters of all devices, or of the chosen dev_ids."""
         raise NotImplementedError
@@ -2838,14 +2987,35 @@ class Contents(Producer):
     """An archive that can be read at any place: its header, and the extents read so far.
 
     Extents are read when somebody needs them. Raises FormatError for an archive that Proxmox would
-    not restore completely, at the latest when all have been read.
+    not restore completely, at the latest when all have been read. A difference is taken only if
+    `whole` is False.
     """
 
-    def __init__(self, source: Input) -> None:
+    def __init__(self, source: Input, whole: bool = True) -> None:
         self.source = source
-        self.header = read_header(source)
+        self.header = read_header(source, whole)
         self.index = Index(self.header, source)
+        self.parallel = isinstance(source, FramesInput)  # there is something to decompress
         self._extents = read_extents(source, self.header)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Return all that is read."""
+        return (self.source,)
+
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        """Return where the clusters are that are missing here; None for an archive."""
+        return None
+
+    @property
+    def readers(self) -> Readers | None:
+        """Who may read everything that is read here, None for a pipe."""
+        return common_readers(each.readers for each in self.inputs)
+
+    def check_unchanged(self, path: str | None = None) -> None:
+        """Do so for all that is read; path is that of the archive."""
+        for each in self.inputs:
+            each.check_unchanged(path if each is self.source else None)
 
     def extents(self) -> Iterator[Extent]:
         """Yield and check the extents not read yet, in the archive's order."""
@@ -2858,6 +3028,11 @@ class Contents(Producer):
         """Read and check all extents not read yet; calls tick after each."""
         while self._read_extent():
             tick()
+
+    def extents_digest(self) -> bytes:
+        """Return the SHA-256 over the MD5s of all extents."""
+        self.complete()
+        return self.index.digest.digest()
 
     def _read_extent(self) -> bool:
         if Progress.current:  # one part of a disordered stream may need all of it
@@ -2895,13 +3070,21 @@ class Contents(Producer):
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         for device in canonical_order(self.header.devices, chosen):
             first = 0
-            while entries := self._entries(device, first, count):
-                has_data = any(entry & FULL_MASK for entry in entries)
-                yield Plan(device, first, len(entries), entries, has_data)
-                first += len(entries)
+            while plan := self.next_plan(device, first, count):
+                yield plan
+                first += plan.cluster_count
         self.complete()
 
-    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+        """Return the plan of up to count clusters, None behind the device's end.
+
+        Devices and clusters must come in canonical order.
+        """
+        entries = self.entries(device, first, count)
+        has_data = any(entry & FULL_MASK for entry in entries)
+        return Plan(device, first, len(entries), entries, has_data) if entries else None
+
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
         index = self.index.devices[device.dev_id]
         while True:
@@ -2911,13 +3094,28 @@ class Contents(Producer):
             if known or not self._read_extent():
                 return entries
 
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
+        """Keep the data of the chosen devices until it is read, where that is needed."""
+        yield
+
     def read(self, plan: Plan, buffer: memoryview) -> Part:
         masks = [entry & FULL_MASK for entry in plan.where]
         image = None
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
             self.source.read_at(scatter(plan.where, image))
+            self._check_tail(plan.device, plan.first, masks, image)
         return make_part(plan.device, plan.first, masks, image)
+
+    def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
+        """Raise FormatError if a difference has more than zeros behind the device's end."""
+        # Of any other archive they are dropped; but here, each changed byte is to be seen.
+        end = device.max_size - first * CLUSTER_SIZE
+        if self.index.difference and end < len(image):
+            last = masks[-1] >> (end % CLUSTER_SIZE) // BLOCK_SIZE & 1
+            if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
+                raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
 
     def plan(self, dev_id: int, first: int, count: int) -> Plan:
         """Return the plan of clusters at any place, after `complete`."""
@@ -2951,7 +3149,6 @@ class IndexedContents(Contents):
     Before plans of a device are read, the extents' headers are held against the index.
     """
 
-    parallel = True
     source: FramesInput
 
     def __init__(self, source: FramesInput) -> None:
@@ -2970,7 +3167,7 @@ class IndexedContents(Contents):
     def complete(self, tick: Callable[[], None] = lambda: None) -> None:
         """Do nothing: the index is complete."""
 
-    def _entries(self, device: Device, first: int, count: int) -> list[int]:
+    def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
         while self._checked[device.dev_id] < first + len(entries):
             self._check_next(device)
@@ -2984,6 +3181,17 @@ class IndexedContents(Contents):
                 self._extents_checked.add((dev_id, extent))
         return super().plan(dev_id, first, count)
 
+    def extents_digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for device in canonical_order(self.header.devices):
+            for first in range(
+                0, len(self.index.devices[device.dev_id].entries), self.cluster_count
+            ):
+                digest.update(self._extent(device, first).md5)
+        if not self.header.devices:
+            digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
+        return digest.digest()
+
     def _check_next(self, device: Device) -> Extent:
         """Read a device's next extent header."""
         extent = self._check_extent(device, self._checked[device.dev_id])
@@ -2991,8 +3199,8 @@ class IndexedContents(Contents):
         self.source.offset = extent.payload_offset + extent.payload_size
         return extent
 
-    def _check_extent(self, device: Device, first: int) -> Extent:
-        """Read the header of the extent that begins with a device's cluster."""
+    def _extent(self, device: Device, first: int) -> Extent:
+        """Return the header of the extent that begins with a device's cluster, by the index."""
         entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
         payload_offset, last = entries[0] >> 16, entries[-1]
         info = device.dev_id << 32 | first
@@ -3002,17 +3210,23 @@ class IndexedContents(Contents):
             blockinfo = [(e & FULL_MASK) << 48 | i for e, i in zip(entries, blockinfo)]
         data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
         offset = payload_offset - EXTENT_HEADER_SIZE
+        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+
+    def _check_extent(self, device: Device, first: int) -> Extent:
+        """Read the header of the extent that begins with a device's cluster."""
+        extent = self._extent(device, first)
+        count = len(extent.blockinfo)
         found = bytearray(EXTENT_HEADER_SIZE)
-        self.source.read_at([(offset, memoryview(found))])
-        if found != data:
-            clusters = f"clusters {first} to {first + len(entries) - 1}"
+        self.source.read_at([(extent.offset, memoryview(found))])
+        if found != pack_extent(CANONICAL_UUID, extent.block_count, extent.blockinfo):
+            clusters = f"clusters {first} to {first + count - 1}"
             raise SeekableError(
                 f"{device.title}: {clusters}: the extent header and the index contradict each "
                 "other; without the index: zstd -dc FILE | vma-tool COMMAND -",
-                offset,
+                extent.offset,
                 self.source.name,
             )
-        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+        return extent
 
     def is_canonical(self, align: int) -> bool:
         """Say whether the extents are laid out as optimize does with this align."""
@@ -3036,8 +3250,14 @@ class Stream(Contents):
 
     ordered = True
 
-    def __init__(self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> None:
-        super().__init__(source)
+    def __init__(
+        self,
+        source: Input,
+        memory: int = DEFAULT_MEMORY,
+        directory: str = "",
+        whole: bool = True,
+    ) -> None:
+        super().__init__(source, whole)
         self.memory = memory
         self.directory = directory
         self._held: dict[int, dict[int, bytes]] = {}  # by dev_id, in canonical order
@@ -3047,10 +3267,15 @@ class Stream(Contents):
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         """Yield as `Contents.plans` does, but only once; what is not chosen is gone."""
+        with self.holding(chosen):
+            yield from super().plans(count, chosen)
+
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
         order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in order}
         try:
-            yield from super().plans(count, chosen)
+            yield
         finally:
             if self._spool is not None:
                 self._spool.source.close()
@@ -3105,6 +3330,7 @@ class Stream(Contents):
                 at += size
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
+        self._check_tail(device, first, masks, image)
         return make_part(device, first, masks, image)
 
 
@@ -3124,16 +3350,26 @@ class Spool(Target):
         super().__init__(self.source.fd, name, seekable=True)
 
 
-def contents_of(source: Input) -> Contents:
-    return IndexedContents(source) if isinstance(source, FramesInput) else Contents(source)
+def contents_of(source: Input, whole: bool = True) -> Contents:
+    """Return the contents of an archive that can be read at any place."""
+    if isinstance(source, FramesInput) and source.has_index:
+        return IndexedContents(source)
+    return Contents(source, whole)
 
 
-def load(source: Input, memory: int = DEFAULT_MEMORY, directory: str = "") -> Contents:
-    """Return the contents of an archive, of which the header has been read and checked."""
-    is_stream = source.size is None
-    contents = Stream(source, memory, directory) if is_stream else contents_of(source)
+def load(
+    source: Input, memory: int = DEFAULT_MEMORY, directory: str = "", whole: bool = True
+) -> Contents:
+    """Return the contents of an archive, of which the header has been read and checked.
+
+    A difference is taken only if `whole` is False.
+    """
+    if source.size is None:
+        contents: Contents = Stream(source, memory, directory, whole)
+    else:
+        contents = contents_of(source, whole)
     with in_archive(source.name):
-        check_names(contents.header)
+        check_names(whole_header(contents.header))
     return contents
 
 
@@ -3242,7 +3478,10 @@ class Consumer:
         return part
 
     def deliver(self, prepared: Sequence[Any]) -> None:
-        raise NotImplementedError
+        """Take what was prepared; here, nothing is done with it."""
+
+    def finish(self) -> None:
+        """Do what is left after the last part."""
 
 
 def copy_parts(
@@ -3253,65 +3492,91 @@ def copy_parts(
     chosen: Collection[int] | None = None,
 ) -> None:
     """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
-
-    def batches() -> Iterator[list[Plan]]:
-        batch: list[Plan] = []
-        for plan in producer.plans(count, chosen):
-            batch.append(plan)
-            if plan.has_data or len(batch) == MAX_PARTS:
-                yield batch
-                progress.tick()
-                batch = []
-        yield batch
+    check = producer.check()
+    consumers = [consumer, *filter(None, [check])]
 
     def read(batch: list[Plan], buffer: memoryview) -> list[Part]:
         return [producer.read(plan, buffer) for plan in batch]
 
-    def prepare(parts: list[Part], _buffer: memoryview) -> list[Any]:
-        return [consumer.prepare(part) for part in parts]
+    def prepare(parts: list[Part], _buffer: memoryview) -> list[list[Any]]:
+        return [[each.prepare(part) for part in parts] for each in consumers]
 
-    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[Any]:
+    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[list[Any]]:
         return prepare(read(batch, buffer), buffer)
 
+    def delivery(number: int) -> Callable[[list[list[Any]]], None]:
+        return lambda prepared: consumers[number].deliver(prepared[number])
+
+    deliver = [delivery(number) for number in range(len(consumers))]
+    batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
     if not (producer.parallel or consumer.parallel):
-        pump(batches(), read_and_prepare, consumer.deliver)
+        pump(batches, read_and_prepare, deliver)
     elif producer.ordered:
-        pump(batches(), read, consumer.deliver, prepare)
+        pump(batches, read, deliver, prepare)
     else:
-        pump(batches(), lambda batch, _: batch, consumer.deliver, read_and_prepare)
+        pump(batches, lambda batch, _: batch, deliver, read_and_prepare)
+    for each in reversed(consumers):  # the check first: a bad archive is not to be completed
+        each.finish()
+
+
+def in_batches(
+    items: Iterable[T], has_data: Callable[[T], bool], progress: Progress
+) -> Iterator[list[T]]:
+    """Yield items in lists, of which only the last one has data; show the progress."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if has_data(item) or len(batch) == MAX_PARTS:
+            yield batch
+            progress.tick()
+            batch = []
+    yield batch
 
 
 class Job:
     """What the threads of a pump hand on to one another."""
 
-    __slots__ = ("buffer", "ready", "value", "work")
+    __slots__ = ("buffer", "lock", "pending", "value", "work")
 
-    def __init__(self, buffer: memoryview, value: Any, work: Any) -> None:
+    def __init__(self, buffer: memoryview, value: Any, work: Any, pending: int) -> None:
         self.buffer = buffer
         self.value = value
         self.work = work
-        self.ready = threading.Lock()  # held until the work is done
+        self.pending = pending  # how many it is still to be delivered to
+        self.lock = threading.Lock()  # held until the work is done
+
+    def result(self) -> Any:
+        """Wait for the work, and return what came of it."""
+        with self.lock:
+            return self.value
+
+    def is_delivered(self) -> bool:
+        """Count one delivery; say whether it was the last one."""
+        with self.lock:
+            self.pending -= 1
+            return not self.pending
 
 
 def pump(
     items: Iterable[T],
     read: Callable[[T, memoryview], Any],
-    deliver: Callable[[Any], None],
+    deliver: Sequence[Callable[[Any], None]],
     work: Callable[[Any, memoryview], Any] | None = None,
     buffer_size: int = BUFFER_SIZE,
 ) -> None:
-    """Read here, `work` on several processors if given, deliver in one more thread, in order.
+    """Read here, `work` on several processors if given, deliver in more threads, in order.
 
-    `read` gets each item and a buffer, and may return views of the buffer. Reading and writing
-    release the interpreter's lock, so one processor reads while the other one writes. Two threads
-    that both write are slower: the kernel lets only one at a time into a file.
+    `read` gets each item and a buffer, and may return views of the buffer. Reading, writing and
+    hashing release the interpreter's lock, so one processor reads while the other one writes. Each
+    of `deliver` has a thread, and gets everything. Two threads that both write are slower: the
+    kernel lets only one at a time into a file.
     """
     import queue
 
     threads = processor_count() if work else 0
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    ordered: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    ordered: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in deliver]
     finished: queue.SimpleQueue[None] = queue.SimpleQueue()
     failures: list[BaseException] = []
 
@@ -3324,43 +3589,47 @@ def pump(
     def work_on_all() -> None:
         while (job := todo.get()) is not None:
             job.value = unless_failed(job.work, job.value, job.buffer)
-            job.ready.release()
+            job.lock.release()
+        todo.put(None)  # for the next one
 
-    def deliver_all() -> None:
-        while (job := ordered.get()) is not None:
-            with job.ready:
-                unless_failed(deliver, job.value)
-            free.put(job.buffer)
+    def deliver_all(number: int) -> None:
+        while (job := ordered[number].get()) is not None:
+            unless_failed(deliver[number], job.result())
+            if job.is_delivered():
+                free.put(job.buffer)
         finished.put(None)
 
     for _ in range(threads + BUFFER_COUNT):
         free.put(new_buffer(buffer_size))
-    deliverer = start_thread(deliver_all)
+    deliverers: list[threading.Thread] = []
     try:
+        for number in range(len(deliver)):
+            deliverers.append(start_thread(functools.partial(deliver_all, number)))
         for _ in range(threads):
             start_thread(work_on_all)
         for item in items:
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), work)
+            job = Job(buffer, read(item, buffer), work, len(deliver))
             if work:
-                job.ready.acquire()
+                job.lock.acquire()
                 todo.put(job)
-            ordered.put(job)
+            for waiting in ordered:
+                waiting.put(job)
     except BaseException as error:
         failures.insert(0, error)
         raise
     finally:
         if isinstance(items, Generator):
             items.close()  # not when the garbage is collected: it may have files open
-        for _ in range(threads):
-            todo.put(None)
-        ordered.put(None)
-        if failures:
-            deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
-        else:
-            finished.get()  # unlike join, it lets signals through on every Python
+        for waiting in (todo, *ordered):
+            waiting.put(None)
+        for deliverer in deliverers:
+            if failures:
+                deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
+            else:
+                finished.get()  # unlike join, it lets signals through on every Python
     if failures:
         raise failures[0]
 
@@ -3395,29 +3664,45 @@ class CanonicalWriter(Consumer):
 
     zstd: Zstd | None = None  # what compresses it
 
-    def __init__(self, header: Header, align: int, target: Target) -> None:
+    def __init__(self, align: int, target: Target) -> None:
         self.align = align
         self.cluster_count = clusters_per_extent(align)
         self.target = target
         self.digest = hashlib.sha256()
-        data = bytes(lay_out_header(header, align))
-        self.header_md5 = data[HEADER_MD5]
-        self.begin(data)
-        if not header.devices:
-            # As Proxmox writes an archive that has only configs.
-            self.add_empty(pack_extent(CANONICAL_UUID, 0, ()))
+        self.header_md5 = b""
 
-    def begin(self, header: bytes) -> None:
+    def begin(self, header: Header) -> None:
+        """Write the header."""
+        data = bytes(lay_out_header(header, self.align))
+        self.header_md5 = data[HEADER_MD5]
+        self._write_header(data)
+        if not header.devices and header.magic == HEADER_MAGIC:
+            # As Proxmox writes an archive that has only configs.
+            self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        """Write the extents that another writer wrote into a temporary file, and finish."""
+        self.digest = body.digest
+        buffer = memoryview(bytearray(SPILL_SIZE))
+        for start in range(0, spool.position, SPILL_SIZE):
+            view = buffer[: spool.position - start]
+            spool.source.read_at([(start, view)])
+            self.target.append([view])
+
+    def _write_header(self, header: bytes) -> None:
         self.target.append([header])
 
-    def add_empty(self, extent: bytes) -> None:
+    def _write_empty(self, extent: bytes) -> None:
         self.deliver([[extent]])
-
-    def finish(self) -> None:
-        """Write what follows the last extent."""
 
     def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
+        return self.assemble(part, header, masks, range(len(masks)))
+
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> Any:
+        """Return an extent to deliver: of the part's clusters those in slots, with these masks."""
         return [header, *part.filled(masks)]
 
     def deliver(self, prepared: Sequence[Any]) -> None:
@@ -3433,7 +3718,7 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
     digest = hashlib.sha256()
     header_md5 = b""
     with suppress(FormatError):  # what is wrong with it does not matter
-        header_md5 = read_header(written).md5
+        header_md5 = read_header(written, whole=False).md5
     whole = True
     while whole and (data := written.read(EXTENT_HEADER_SIZE)):
         whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
@@ -3450,43 +3735,47 @@ class CompressedWriter(CanonicalWriter):
     parallel = True
     zstd: Zstd
 
-    def __init__(self, header: Header, align: int, target: Target, level: int) -> None:
+    def __init__(self, align: int, target: Target, level: int) -> None:
+        super().__init__(align, target)
         self.zstd = require_zstd()
         self.level = level
         self._sizes = array.array("I")  # of the frames, compressed and not, in turn
         self._masks = array.array("H")
         self._run: list[bytes] = []  # headers that will share a frame
         self._place = (0, 0)  # of the last extent: dev_id, number of its run
-        super().__init__(header, align, target)
+        self._counts: dict[int, int] = collections.defaultdict(int)  # extents by dev_id
 
-    def begin(self, header: bytes) -> None:
+    def _write_header(self, header: bytes) -> None:
         start = 0
         for size in header_pieces(len(header)):
             self.target.append([self._add(self._compress([header[start : start + size]]))])
             start += size
 
-    def add_empty(self, extent: bytes) -> None:
-        self.deliver([(extent, (), self._place, ())])
+    def _write_empty(self, extent: bytes) -> None:
+        self.deliver([(extent, (), 0, ())])
 
-    def prepare(self, part: Part) -> tuple[Any, ...]:
-        header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
-        place = (part.device.dev_id, part.first // self.cluster_count // RUN_EXTENTS)
-        if part.image is None:
-            return header, masks, place, ()
-        pieces = [self._compress([header])]
-        for group in range(0, len(masks), PIECE_CLUSTERS):
-            end = group + PIECE_CLUSTERS
-            image = part.image[group * CLUSTER_SIZE : end * CLUSTER_SIZE]
-            piece = Part(part.device, part.first + group, part.masks[group:end], image)
-            if blocks := piece.filled(masks[group:end]):
-                pieces.append(self._compress(blocks))
-        return header, masks, place, pieces
+    def assemble(
+        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> tuple[Any, ...]:
+        pieces = []
+        if any(masks):
+            pieces.append(self._compress([header]))
+            for number in range(0, len(slots), PIECE_CLUSTERS):
+                group = slots[number : number + PIECE_CLUSTERS]
+                views = part.clusters(group[0], group[-1] + 1).filled(
+                    masks[group[0] : group[-1] + 1]
+                )
+                if views:
+                    pieces.append(self._compress(views))
+        return header, [masks[slot] for slot in slots], part.device.dev_id, pieces
 
     def deliver(self, prepared: Sequence[Any]) -> None:
         output = []
-        for header, masks, place, pieces in prepared:
+        for header, masks, dev_id, pieces in prepared:
             self.digest.update(header[EXTENT_MD5])
             self._masks.extend(masks)
+            place = dev_id, self._counts[dev_id] // RUN_EXTENTS
+            self._counts[dev_id] += 1
             if pieces or place != self._place:
                 output += self._end_run()
             self._place = place
@@ -3494,6 +3783,13 @@ class CompressedWriter(CanonicalWriter):
                 self._run.append(header)
             output += map(self._add, pieces)
         self.target.append(output)
+
+    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+        if isinstance(body, CompressedWriter):
+            spool.append(body._end_run())
+            self._sizes.extend(body._sizes)
+        super().take(body, spool)
+        self.target.append([pack_seek_table(self._sizes)])
 
     def finish(self) -> None:
         index = pack_index(self.zstd, self._masks, self.level)
@@ -3511,6 +3807,11 @@ class CompressedWriter(CanonicalWriter):
     def _end_run(self) -> list[bytes]:
         run, self._run = self._run, []
         return [self._add(self._compress(run))] if run else []
+
+
+def canonical_writer(align: int, target: Target, level: int) -> CanonicalWriter:
+    """Return a writer that compresses with a zstd level, 0 for a plain archive."""
+    return CompressedWriter(align, target, level) if level else CanonicalWriter(align, target)
 
 
 def require_zstd() -> Zstd:
@@ -3612,9 +3913,9 @@ def write_disks(
     for dev_id, file in files.items():
         file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
-    if contents.ordered and all(target.seekable for target in targets.values()):
+    if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
-        pump(extents, contents.read_extent, writer.deliver)
+        pump(extents, contents.read_extent, [writer.deliver])
     else:
         copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
     for dev_id, file in files.items():
@@ -3656,6 +3957,52 @@ def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> l
     return found
 
 
+# The same clusters of two archives; None where one of them has no such clusters
+Pair = tuple[Optional[Plan], Optional[Plan]]
+
+
+def pair_plans(
+    both: Sequence[Contents],
+    count: int,
+    key: Callable[[Device], tuple[Any, ...]],
+    chosen: Collection[int] | None = None,
+) -> Iterator[Pair]:
+    """Yield the plans of two archives side by side, both in canonical order.
+
+    Devices with the same key are paired; it begins with what canonical_order sorts by.
+    """
+    groups = [
+        itertools.groupby(contents.plans(count, chosen), lambda plan: key(plan.device))
+        for contents in both
+    ]
+    heads = [next(group, None) for group in groups]
+    while any(heads):
+        first = min(head[0] for head in heads if head)
+        now = [head is not None and head[0] == first for head in heads]
+        plans = [head[1] if head and is_now else () for head, is_now in zip(heads, now)]
+        yield from itertools.zip_longest(*plans)
+        heads = [
+            next(group, None) if is_now else head for group, head, is_now in zip(groups, heads, now)
+        ]
+
+
+def pair_has_data(pair: Pair) -> bool:
+    return any(plan is not None and plan.has_data for plan in pair)
+
+
+def read_pair(
+    both: Sequence[Contents], pair: Sequence[Any], buffer: memoryview, ordered: bool
+) -> list[Any]:
+    """Read the plans of a pair whose contents are to be read in order, or the others."""
+    size = len(buffer) // 2
+    return [
+        contents.read(plan, buffer[i * size : (i + 1) * size])
+        if isinstance(plan, Plan) and contents.ordered == ordered
+        else plan
+        for i, (plan, contents) in enumerate(zip(pair, both))
+    ]
+
+
 def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[str]:
     """Return how the contents differ of those devices that both archives have.
 
@@ -3666,56 +4013,44 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     counts = dict.fromkeys(common, 0)
     firsts: dict[int, int] = {}
     both = one, other
-    parallel = one.parallel or other.parallel
-    size = COMPARED_CLUSTERS * CLUSTER_SIZE
+    size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
-    def pairs() -> Iterator[tuple[Plan | None, ...]]:
-        groups = (
-            itertools.groupby(c.plans(COMPARED_CLUSTERS, set(common)), lambda p: p.device[0])
-            for c in both
+    def pairs() -> Iterator[Pair]:
+        plans = pair_plans(
+            both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
         )
-        for (_, ours), (_, theirs) in zip(*groups):
-            for pair in itertools.zip_longest(ours, theirs):
-                if any(plan and plan.has_data for plan in pair):
-                    yield pair
-                progress.tick()
-        one.complete()
-        other.complete()
-
-    def read(pair: Sequence[Any], buffer: memoryview, ordered: bool) -> list[Any]:
-        """Read the plans of a pair whose contents are to be read in order, or the others."""
-        return [
-            contents.read(plan, buffer[i * size : (i + 1) * size])
-            if isinstance(plan, Plan) and contents.ordered == ordered
-            else plan
-            for i, (plan, contents) in enumerate(zip(pair, both))
-        ]
+        yield from filter(pair_has_data, ticking(plans, progress))
 
     def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        parts = read(pair, buffer, ordered=True)
-        return parts if parallel else read(parts, buffer, ordered=False)
+        return read_pair(both, pair, buffer, ordered=True)
+
+    def read_rest(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
+        return read_pair(both, pair, buffer, ordered=False)
 
     def compare(pair: Sequence[Part | None]) -> None:
-        for dev_id, offset in differing_clusters(*pair):
+        for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
+            dev_id = part.device.dev_id
             counts[dev_id] += 1
-            firsts.setdefault(dev_id, offset)
+            if dev_id not in firsts:
+                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                firsts[dev_id] = part.offset + offset + at
 
-    if parallel:
-        pump(pairs(), read_here, compare, functools.partial(read, ordered=False), 2 * size)
+    if one.parallel or other.parallel:
+        pump(pairs(), read_here, [compare], read_rest, size)
     else:
         # In one buffer, which stays in the processor's cache, one thread is faster than two.
-        buffer = new_buffer(2 * size)
+        buffer = new_buffer(size)
         for pair in pairs():
-            compare(read_here(pair, buffer))
+            compare(read_rest(read_here(pair, buffer), buffer))
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
         for dev_id, first in sorted(firsts.items())
     ]
     for dev_id, device in common.items():
-        ours, theirs = (contents.index.devices[dev_id].disk_size for contents in both)
-        if ours != theirs:
-            found.append(f"{device.title}: {ours} bytes, the other {theirs}")
+        one_size, other_size = (c.index.devices[dev_id].disk_size for c in both)
+        if one_size != other_size:
+            found.append(f"{device.title}: {one_size} bytes, the other {other_size}")
     return found
 
 
@@ -3734,26 +4069,395 @@ def same_data(one: Part, other: Part) -> bool:
     return True
 
 
-def differing_clusters(one: Part | None, other: Part | None) -> Iterator[tuple[int, int]]:
-    """Yield (dev_id, offset of the first differing byte on the disk) of each cluster that differs.
+def differing_runs(
+    one: Part | None, other: Part | None, size: int | None = None
+) -> Iterator[tuple[Part, int, Buffer, Buffer]]:
+    """Yield of each cluster that differs the first run of blocks that does, up to size bytes.
 
-    Only clusters that both have are compared.
+    As (one, offset of the run in the part, the run in both). Only clusters that both have are
+    compared, by default only their bytes before the ends of both devices.
     """
     if one is None or other is None or same_data(one, other):
         return
-    both = one, other
+    size = min(one.size, other.size) if size is None else size
     for i, masks in enumerate(zip(one.masks, other.masks)):
         base = i * CLUSTER_SIZE
-        end = min(one.size, other.size) - base
-        for start, size in block_runs(masks[0] | masks[1]) if end > 0 else ():
+        for start, length in block_runs(masks[0] | masks[1]):
             # What only one of them stores may be zeros.
-            ours, theirs = (
-                part.filled_run(base, start, max(min(size, end - start), 0)) for part in both
-            )
+            length = max(min(length, size - base - start), 0)  # noqa: PLW2901 - of what counts
+            ours, theirs = (part.filled_run(base, start, length) for part in (one, other))
             if bytearray(ours) != theirs:
-                at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                yield one.device.dev_id, one.offset + base + start + at
+                yield one, base + start, ours, theirs
                 break
+
+
+# ---------------------------------------------------------------------------------------------
+# Differences: the clusters in which an archive differs from its base, and the archive that a
+# difference and its base make. The file is a canonical archive (--align 4K) with another magic and
+# a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
+
+DIFFERENCE_ALIGN = "4K"
+
+
+class ContentDigest(Consumer):
+    """The content digest of an archive: the same for every layout and compression of its disks.
+
+    It is the SHA-256 over the digests, 32 bytes each, of the devices in canonical order. The digest
+    of a device is the SHA-256 over
+        its name in UTF-8, and a zero byte;
+        each cluster that is not all zeros, ascending: 65536 bytes, zeros behind the device's end;
+        the SHA-256 over the numbers of these clusters, 8 bytes each;
+        the size of the restored device in bytes, 8 bytes.
+    All numbers are big-endian.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._digests = {
+            device.dev_id: (hashlib.sha256(encode_name(device.name) + b"\0"), hashlib.sha256())
+            for device in canonical_order(header.devices)
+        }
+
+    def prepare(self, part: Part) -> tuple[int, list[memoryview], bytes]:
+        """Return dev_id, what is hashed of a part, and the numbers of these clusters."""
+        masks = data_masks(part)
+        numbers = [number for number, mask in enumerate(masks, part.first) if mask]
+        views = part.filled([FULL_MASK if mask else 0 for mask in masks])
+        return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
+
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
+        for dev_id, views, packed in prepared:
+            data, numbers = self._digests[dev_id]
+            for view in views:
+                data.update(view)
+            numbers.update(packed)
+
+    def disks(self, index: Index) -> dict[int, str]:
+        """Return the devices' digests in hex by dev_id, in canonical order."""
+        found = {}
+        for dev_id, (data, numbers) in self._digests.items():
+            digest = data.copy()
+            digest.update(numbers.digest())
+            digest.update(struct.pack(">Q", index.devices[dev_id].disk_size))
+            found[dev_id] = digest.hexdigest()
+        return found
+
+
+def content_digest(contents: Contents, progress: Progress) -> str:
+    """Read an archive, and return its content digest in hex."""
+    digest = ContentDigest(contents.header)
+    copy_parts(contents, digest, CANONICAL_MAX_CLUSTERS, progress)
+    return combine_digests(digest.disks(contents.index).values())
+
+
+def layout_digest(contents: Contents) -> str:
+    """Return the SHA-256 over the header's MD5 and the SHA-256 of the extents' MD5s, in hex."""
+    return hashlib.sha256(contents.header.md5 + contents.extents_digest()).hexdigest()
+
+
+def data_masks(part: Part) -> list[int]:
+    """Return the masks of the blocks that are not all zeros."""
+    if part.image is None:
+        return list(part.masks)
+    return find_data(part.image, block_spans(part.masks), len(part.masks))
+
+
+class DifferenceWriter:
+    """Compares two archives, and writes the clusters in which the second one differs."""
+
+    def __init__(self, base: Contents, new: Contents, spool: Spool, level: int) -> None:
+        for contents in (base, new):
+            require_full(contents)
+        if len(new.header.configs) == CONFIG_COUNT:
+            raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
+        self.both = base, new
+        self.spool = spool
+        self.level = level
+        # The header is written first, but has the digests of all that follows.
+        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], spool, level)
+        self.digests = ContentDigest(base.header), ContentDigest(new.header)
+
+    def write_extents(self, progress: Progress) -> None:
+        """Read both archives, and write the extents of the difference."""
+
+        def matters(pair: Pair) -> bool:
+            """Leave out zeros that both have: of most disks, that is nearly everything."""
+            base, new = pair
+            if pair_has_data(pair) or new is None:
+                return pair_has_data(pair)
+            return base is None or base.cluster_count < new.cluster_count or new.device.is_vmstate
+
+        def read(batch: Sequence[Any], buffer: memoryview, ordered: bool) -> list[list[Any]]:
+            return [read_pair(self.both, pair, buffer, ordered) for pair in batch]
+
+        def read_here(batch: list[Pair], buffer: memoryview) -> list[list[Any]]:
+            parts = read(batch, buffer, ordered=True)
+            return parts if parallel else read(parts, buffer, ordered=False)
+
+        def compare(batch: list[Any], buffer: memoryview) -> list[list[Any]]:
+            return [self._compare(*pair) for pair in read(batch, buffer, ordered=False)]
+
+        parallel = any(contents.parallel for contents in self.both)
+        pairs = pair_plans(
+            self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
+        )
+        batches = in_batches(filter(matters, pairs), pair_has_data, progress)
+        hash_base, hash_new = (functools.partial(self._hash, number) for number in range(2))
+        deliver: list[Callable[[Any], None]] = [hash_base, hash_new, self._write]
+        pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
+
+    def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
+        """Return what is hashed of both parts, and the extent that is written."""
+        prepared = [
+            digest.prepare(part) if part else None
+            for digest, part in zip(self.digests, (base, new))
+        ]
+        extent = lay_out_difference(base, new) if new else None
+        return [*prepared, self.body.assemble(*extent) if extent else None]
+
+    def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
+        self.digests[number].deliver([each[number] for each in compared if each[number]])
+
+    def _write(self, compared: Sequence[list[Any]]) -> None:
+        self.body.deliver([extent for _, _, extent in compared if extent])
+
+    def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
+        """Write the difference; names are those of the two archives. Return who wrote it."""
+        disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
+        base, new = (
+            Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
+            for name, c, found in zip(names, self.both, disks)
+        )
+        about = Difference(base, new, tuple(disks[1].values()), self.body.digest.hexdigest())
+        header = self.both[1].header
+        configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
+        writer = canonical_writer(self.body.align, output, self.level)
+        writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
+        writer.take(self.body, self.spool)
+        return writer
+
+
+def lay_out_difference(
+    base: Part | None, new: Part
+) -> tuple[Part, bytes, Sequence[int], Sequence[int]] | None:
+    """Return the extent of the clusters in which new differs, None if there are none.
+
+    That is its header, its clusters (counted from the part's first one) and the masks of all; the
+    part stores no more than these. Blocks of zeros are not stored. Of a vmstate, which Proxmox
+    restores as the blocks are stored, all is kept as it is.
+    """
+    masks = list(new.masks)
+    slots: Sequence[int] = range(len(masks))
+    if not new.device.is_vmstate:
+        if base is not None:
+            differing = differing_runs(base, new, new.size)
+            slots = [offset // CLUSTER_SIZE for _, offset, _, _ in differing]
+            slots += range(len(base.masks), len(masks))
+        for number in set(range(len(masks))).difference(slots):
+            masks[number] = 0
+        masks = data_masks(new._replace(masks=masks))
+    if not slots:
+        return None
+    info = new.device.dev_id << 32 | new.first
+    infos = [masks[slot] << 48 | info + slot for slot in slots]
+    header = pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
+    return new._replace(masks=masks), header, masks, slots
+
+
+class Overlay(Contents):
+    """The archive that a difference and its base make.
+
+    Blocks of zeros count as not stored, so that nothing shows how the base is laid out.
+    """
+
+    def __init__(self, difference: Contents, base: Contents) -> None:
+        if difference.index.difference is None:
+            raise VmaError(
+                f"{difference.source.name}: a full archive, no difference: it needs no --base"
+            )
+        require_full(base)
+        self.difference, self.base = difference, base
+        self.about = difference.index.difference
+        self.source = difference.source
+        self.index = difference.index  # for vmstate's size: that is always stored whole
+        self.header = whole_header(difference.header)
+        self.ordered = difference.ordered or base.ordered
+        self.parallel = difference.parallel or base.parallel
+        known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
+        self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.difference.source, self.base.source
+
+    def base_index(self, device: Device) -> DeviceIndex | None:
+        base = self.bases.get(device.dev_id)
+        return self.base.index.devices[base.dev_id] if base else None
+
+    def extents(self) -> Iterator[Extent]:
+        for contents in (self.difference, self.base):
+            yield from contents.extents()
+        self.complete()
+
+    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+        self.difference.complete(tick)
+        self.base.complete(tick)
+        for device in self.header.devices if not self.ordered else ():
+            # Behind the base's end nothing may be missing: better known before anything is written.
+            base = self.bases.get(device.dev_id)
+            start = base.cluster_count if base else 0
+            index = self.index.devices[device.dev_id]
+            for first in range(start, device.cluster_count, MAX_PARTS):
+                self._require(device, first, index.slice(first, MAX_PARTS))
+
+    def _require(self, device: Device, first: int, entries: Sequence[int]) -> None:
+        """Raise FormatError if one of these clusters is missing, which the base does not have."""
+        if 0 in entries:
+            number = first + entries.index(0)
+            raise FormatError(
+                f"{self.base.source.name}: the wrong base: it has no cluster {number} of "
+                f"{device.title}; {self._needs}"
+            )
+
+    @property
+    def _needs(self) -> str:
+        return f"{self.source.name} needs {self.about.base.title}"
+
+    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+        entries = self.difference.entries(device, first, count)
+        base = self.bases.get(device.dev_id)
+        base_entries = self.base.entries(base, first, len(entries)) if base else []
+        return self._join(device, first, entries, base_entries) if entries else None
+
+    def plan(self, dev_id: int, first: int, count: int) -> Plan:
+        device, _, _, entries, _ = self.difference.plan(dev_id, first, count)
+        base = self.bases.get(dev_id)
+        count = min(len(entries), base.cluster_count - first) if base else 0
+        base_entries = self.base.plan(dev_id, first, count).where if count > 0 else []
+        return self._join(device, first, entries, base_entries)
+
+    def _join(
+        self, device: Device, first: int, entries: Sequence[int], base_entries: Sequence[int]
+    ) -> Plan:
+        """Return the plan of clusters whose entries in the difference and the base these are."""
+        base = self.bases.get(device.dev_id)
+        self._require(device, first + len(base_entries), entries[len(base_entries) :])
+        # Runs of clusters from one of the two, as (whose, device, start, end)
+        runs: list[tuple[Contents, Device, int, int]] = []
+        if base and self.base.ordered:  # also what is not needed must be taken out of the stream
+            runs.append((self.base, base, 0, len(base_entries)))
+        start = 0
+        for is_stored, run in itertools.groupby(map(bool, entries)):
+            end = start + len(list(run))
+            if is_stored:
+                runs.append((self.difference, device, start, end))
+            elif base and not self.base.ordered:
+                runs.append((self.base, base, start, end))
+            start = end
+        where = []
+        for contents, owner, start, end in runs:
+            part = (entries if contents is self.difference else base_entries)[start:end]
+            has_data = any(entry & FULL_MASK for entry in part)
+            where.append((contents, Plan(owner, first + start, end - start, part, has_data)))
+        has_data = any(plan.has_data for _, plan in where)
+        return Plan(device, first, len(entries), where, has_data)
+
+    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        bases = set(self.bases) if chosen is None else set(self.bases) & set(chosen)
+        with self.difference.holding(chosen), self.base.holding(bases):
+            yield from super().plans(count, chosen)
+
+    def read(self, plan: Plan, buffer: memoryview) -> Part:
+        if not plan.has_data:
+            return Part(plan.device, plan.first, [0] * plan.cluster_count, None)
+        image = buffer[: plan.cluster_count * CLUSTER_SIZE]
+        masks = [0] * plan.cluster_count
+        for contents, part in plan.where:
+            start = part.first - plan.first
+            end = start + part.cluster_count
+            view = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE]
+            masks[start:end] = contents.read(part, view).masks
+        result = make_part(plan.device, plan.first, masks, image)
+        # Of a vmstate, Proxmox restores exactly the blocks that are stored.
+        found = result.masks if plan.device.is_vmstate else data_masks(result)
+        return result._replace(masks=found, image=image if any(found) else None)
+
+    def check(self) -> Consumer:
+        return ContentCheck(self)
+
+    def check_base(self, progress: Progress) -> None:
+        """Raise FormatError unless the base is the one that is needed.
+
+        For those who read only some places: if it has another layout, it is read once.
+        """
+        self.complete()
+        wanted = self.about.base
+        if (
+            layout_digest(self.base) != wanted.layout
+            and content_digest(self.base, progress) != wanted.content
+        ):
+            raise FormatError(f"{self.base.source.name}: the wrong base: {self._needs}")
+
+    def blame(self) -> FormatError:
+        """Return the error for disks that are not what they must be."""
+        base, difference = (source.name for source in reversed(self.inputs))
+        is_same_layout = layout_digest(self.base) == self.about.base.layout
+        if self.ordered:
+            who = "it" if is_same_layout else "the wrong base, or it"
+            return FormatError(f"{base}: {who} or {difference} is damaged: {self._needs}")
+        with Progress(base, quiet=True) as progress:
+            content = content_digest(self.base, progress)
+        if content == self.about.base.content:
+            return FormatError(f"{difference}: damaged: {base} is the right base")
+        if is_same_layout:
+            return FormatError(f"{base}: damaged: the right base, but its disks have changed")
+        return FormatError(f"{base}: the wrong base, or damaged: {self._needs}")
+
+
+def require_full(contents: Contents) -> None:
+    """Raise FormatError if this is a difference itself."""
+    if contents.index.difference:
+        raise FormatError(
+            f"{contents.source.name}: a difference, which cannot be the base of another one: each "
+            f"needs only its full archive, this one {contents.index.difference.base.title}"
+        )
+
+
+@contextmanager
+def open_archive(
+    path: str, base: str | None = None, memory: int = DEFAULT_MEMORY, directory: str = ""
+) -> Iterator[Contents]:
+    """Open an archive, or what a difference and its base make.
+
+    Everything that takes --base opens its archive here.
+    """
+    with ExitStack() as stack:
+        if path == base == "-":
+            raise VmaError("standard input can be only one of two archives")
+        source = stack.enter_context(open_input(path))
+        contents = load(source, memory, directory, whole=base is None)
+        if base is not None:
+            base_source = stack.enter_context(open_input(base))
+            contents = Overlay(contents, load(base_source, memory, directory, whole=False))
+        yield contents
+
+
+class ContentCheck(ContentDigest):
+    """Raises FormatError at the end unless the disks are those that the difference was made of."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay.header)
+        self.overlay = overlay
+        self.seen: set[int] = set()
+
+    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
+        self.seen.update(dev_id for dev_id, _, _ in prepared)
+        super().deliver(prepared)
+
+    def finish(self) -> None:
+        found = self.disks(self.overlay.index)
+        expected = dict(zip(found, self.overlay.about.disks))
+        if any(found[dev_id] != expected[dev_id] for dev_id in self.seen):
+            raise self.overlay.blame()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4051,12 +4755,6 @@ def describe_for_pack(header: Header) -> bytes:
     return to_json(value).encode() + b"\n"
 
 
-def to_json(value: object) -> str:
-    import json
-
-    return json.dumps(value, indent=2)
-
-
 def refuse_twice(where: str, files: Sequence[str]) -> None:
     """Raise VmaError if two files of a directory have the same name."""
     for i, name in enumerate(files):
@@ -4066,12 +4764,6 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
 
 # What is to be packed: the archive's header, and each device's file, by name
 Packing = tuple[Header, Mapping[str, str]]
-
-
-def require(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
 
 
 def require_name(value: object) -> str:
@@ -4377,14 +5069,18 @@ MOUNT_FRAMES = 64  # decompressed frames that are kept, of 1 MiB
 class DiskMap:
     """Where a device stores blocks: found and counted without a loop over them."""
 
-    def __init__(self, index: DeviceIndex) -> None:
+    def __init__(self, index: DeviceIndex, base: DeviceIndex | None = None) -> None:
         self.index = index
+        self.base = base  # has the clusters that are missing in index
         self.cluster_count = len(index.entries)
         self._sums: list[int] = []  # blocks stored before every SUM_CLUSTERS-th cluster
 
     def _masks(self, first: int, count: int) -> int:
         """Return the masks of clusters as one number, whose bit 0 is the first block."""
         entries = memoryview(self.index.entries)[first : first + count]
+        if self.base and 0 in entries:
+            base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
+            entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
         masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
         if sys.byteorder == "big":
             masks.byteswap()
@@ -4476,8 +5172,9 @@ class MountedDisk(MountedFile):
 
     def _check_unchanged(self) -> None:
         """Raise VmaError if the archive was written to since it was opened."""
-        source = self.contents.source
-        if source.raw is not None and source.state is not None:
+        for source in self.contents.inputs:
+            if source.raw is None or source.state is None:
+                continue
             now = os.fstat(source.raw.fileno())
             # ctime changes also when another file takes the archive's name. Ours stays as it was.
             if (now.st_size, now.st_mtime_ns) != (source.state.st_size, source.state.st_mtime_ns):
@@ -4493,7 +5190,7 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
     files = [MountedFile(name, len(data), data) for name, data in contents.header.configs]
     partitions: list[MountedFile] = []
     for device in contents.header.devices:
-        stored = DiskMap(contents.index.devices[device.dev_id])
+        stored = DiskMap(contents.index.devices[device.dev_id], contents.base_index(device))
         size = stored.index.disk_size
         files.append(MountedDisk(disk_file_name(device), contents, stored, 0, size))
         if not device.is_vmstate:
@@ -4919,10 +5616,15 @@ def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
         notice(args, f"{', '.join(paths)}: left by a run that was killed, and may be removed")
 
 
-def progress_of(args: Namespace, source: Input) -> Progress:
-    """Return the progress of reading an archive."""
-    progress = Progress(source.name, args.quiet, args.verbose)
-    progress.begin("reading", source.total, source.position)
+def progress_of(args: Namespace, *sources: Input) -> Progress:
+    """Return the progress of reading archives."""
+    progress = Progress(sources[0].name, args.quiet, args.verbose)
+    totals = [source.total for source in sources]
+    progress.begin(
+        "reading",
+        sum(totals) if all(totals) else 0,
+        lambda: sum(source.position() for source in sources),
+    )
     return progress
 
 
@@ -4932,41 +5634,63 @@ def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
 
     Of a file that is every extent, of a stream the header.
     """
-    with open_input(args.archive) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(args.archive, args.base))
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
         if not contents.ordered:
             contents.complete()
         yield contents, progress
 
 
+def paths_read(args: Namespace) -> list[str]:
+    """Return the paths of an archive and its base."""
+    return [path for path in (args.archive, args.base) if path is not None]
+
+
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
+    if args.base is not None and args.scan:
+        raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
-    with open_input(args.archive, index=args.scan or args.partitions) as source:
-        if args.partitions and source.size is None:
-            raise VmaError(
-                f"{source.name}: --partitions reads at any place, which a stream does not allow; "
-                f"make a file that does: vma-tool optimize {escape(args.archive)} "
-                f"{escape(plain_name(args.archive))}.zst"
+    contents: Contents | None = None
+    with ExitStack() as stack:
+        if args.base is not None:
+            contents = stack.enter_context(open_archive(args.archive, args.base))
+            source = contents.source
+        else:
+            source = stack.enter_context(
+                open_input(args.archive, index=args.scan or args.partitions)
             )
-        contents = contents_of(source) if args.scan or args.partitions else None
+            contents = contents_of(source) if args.scan or args.partitions else None
+        inputs = contents.inputs if contents else (source,)
+        for path, each in zip(paths_read(args), inputs) if args.partitions else ():
+            if each.size is None:
+                raise VmaError(
+                    f"{each.name}: --partitions reads at any place, which a stream does not allow; "
+                    f"make a file that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
+                )
         if contents:
             contents.complete()
+            if isinstance(contents, Overlay):
+                progress = stack.enter_context(progress_of(args, contents.base.source))
+                contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
-        header = contents.header if contents else read_header(source)
+        header = contents.header if contents else read_header(source, whole=False)
         found = describe(source, header, contents if args.scan else None, tables)
-        source.check_unchanged()
+        for each in inputs:
+            each.check_unchanged()
     if args.json:
         print(to_json(found))
     else:
         print_listing(source.name, found)
     # The listing shows names that do not restore, but a script must not take this for success.
     with in_archive(source.name):
-        check_names(header)
+        check_names(whole_header(header))
     return 0
 
 
@@ -4974,6 +5698,8 @@ def describe(
     source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
     """Return what list --json prints; `contents` adds what only a scan can know."""
+    difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
+    header = whole_header(header)
     devices = [device._asdict() for device in header.devices]
     for device, item in zip(header.devices, devices):
         if contents:
@@ -4996,6 +5722,8 @@ def describe(
         "seekable": source.size is not None,
         "frames": source.frame_count if isinstance(source, FramesInput) else None,
     }
+    if difference:
+        result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
     if contents:
         align = find_align(contents)
         result.update(extents=contents.index.extent_count, canonical=bool(align), align=align)
@@ -5044,6 +5772,8 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     print(f"archive  {archive}")
     print(f"uuid     {found['uuid']}")
     print(f"created  {format_time(found['ctime'])}")
+    if "difference" in found:
+        print(f"base     {Origin(**found['difference']['base']).title}")
     if "align" in found:
         align = found["align"]
         print(f"layout   {f'canonical, --align {align}' if align else 'not canonical'}")
@@ -5085,11 +5815,15 @@ def cmd_verify(args: Namespace) -> int:
         raise UsageError("verify: --against or --digest, not both")
     if args.quick and (args.against is not None or args.digest):
         raise UsageError("verify: --quick reads the headers only, --against and --digest all")
+    if args.quick and args.base is not None:
+        raise UsageError("verify: --quick reads the headers only, --base all")
     if args.against is None and args.ignore_ctime:
         raise UsageError("verify: --ignore-ctime needs --against")
     if not args.quiet or args.json or args.digest:
         require_report()
-    check = verify_against if args.against is not None else verify_one
+    check = verify_one if args.base is None else verify_difference
+    if args.against is not None or args.digest:
+        check = verify_digest if args.digest else verify_against
     worst = 0
     for argument in args.archive:
         try:
@@ -5100,7 +5834,7 @@ def cmd_verify(args: Namespace) -> int:
             print_error(error)
         for path in paths:
             try:
-                status = (verify_digest if args.digest else check)(args, path)
+                status = check(args, path)
             except VmaError as error:
                 status = error.exit_status
                 print_error(error)
@@ -5166,19 +5900,45 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
         start, end = place
         source.read_at([(start, buffer[: end - start])])
 
-    pump(ranges(), lambda place, _: place, lambda _: None, work)
+    pump(ranges(), lambda place, _: place, [lambda _: None], work)
+
+
+def verify_difference(args: Namespace, path: str) -> int:
+    """Read a difference and its base, and say that the archive they make will restore."""
+    with ExitStack() as stack:
+        contents = stack.enter_context(open_archive(path, args.base))
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
+        devices = contents.header.devices
+    if args.json:
+        description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
+        print(
+            to_json({**description, **describe(contents.source, contents.header, None, {})}),
+            flush=True,
+        )
+    elif not args.quiet:
+        source, base = contents.inputs
+        size = format_size(sum(device.size for device in devices))
+        print(
+            f"{source.name}: OK, a difference from {base.name}, {plural(len(devices), 'device')}, "
+            f"{size}, all data read",
+            flush=True,
+        )
+    return 0
 
 
 def verify_against(args: Namespace, path: str) -> int:
     """Compare with another archive, and say how they differ."""
-    with open_input(path) as source, open_input(args.against) as other:
-        with progress_of(args, source) as progress:
-            ours, theirs = load(source), load(other)
+    with open_archive(path, args.base) as ours, open_archive(args.against) as theirs:
+        source, other = ours.source, theirs.source
+        with progress_of(args, *ours.inputs) as progress:
             found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
             found += compare_disks(ours, theirs, progress)
             progress.finish()
-        source.check_unchanged()
-        other.check_unchanged()
+        ours.check_unchanged()
+        theirs.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
         print(to_json({**result, "differences": found}), flush=True)
@@ -5191,12 +5951,12 @@ def verify_against(args: Namespace, path: str) -> int:
 
 def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
-    with open_input(path) as source, progress_of(args, source) as progress:
-        contents = load(source)
+    with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
-        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
-        progress.finish()
-        source.check_unchanged()
+        with progress_of(args, *contents.inputs) as progress:
+            copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+            progress.finish()
+        contents.check_unchanged()
     files: list[dict[str, Any]] = []
     for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
@@ -5224,8 +5984,11 @@ def summary(contents: Contents) -> str:
 
 
 def print_totals(args: Namespace, index: Index) -> None:
-    """With -v, print the closing line of Proxmox's own program."""
-    if args.verbose:
+    """With -v, print the closing line of Proxmox's own program.
+
+    Of a difference, nobody has counted the zeros.
+    """
+    if args.verbose and not index.difference:
         zero = sum(device.zero_size for device in index.devices.values())
         total = sum(device.disk_size for device in index.devices.values())
         percent = zero * 100 / total if total else 0
@@ -5262,20 +6025,19 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 
 def extract_one(args: Namespace) -> int:
     """Write one disk to a file, a block device or standard output."""
-    refuse_same([args.archive], args.output)
+    refuse_same(paths_read(args), args.output)
     refuse_existing(args.output, args.force)
     with loaded(args) as (contents, progress):
         device, *more = choose(contents.header, args.devices)
         if more:
             raise VmaError("-o writes one disk: choose it with -d NAME")
-        readers = contents.source.readers
-        with open_output(args.output, args.force, readers, device) as output:
+        with open_output(args.output, args.force, contents.readers, device) as output:
             if isinstance(output, PartialFile):
                 warn_of_leftovers(args, output.directory)
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
-            output.commit(contents.source.check_unchanged)
+            output.commit(contents.check_unchanged)
     return 0
 
 
@@ -5294,7 +6056,7 @@ def extract_mapped(args: Namespace) -> int:
         header = contents.header
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
-        directory = stack.enter_context(make_directory(args.targetdir, contents.source.readers))
+        directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
         warn_of_leftovers(args, directory)
         directory.require_empty()
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
@@ -5316,7 +6078,7 @@ def extract_mapped(args: Namespace) -> int:
         write_disks(contents, targets, progress, zeros)
         for target in targets.values():
             finish_writing(target.sync, progress)
-        contents.source.check_unchanged()
+        contents.check_unchanged()
         print_totals(args, contents.index)
         directory.commit(replace=False)
         undo.pop_all()
@@ -5353,7 +6115,7 @@ def open_destinations(
         if place is None:
             continue
         path, write_zeros = place
-        refuse_same([args.archive], path)
+        refuse_same(paths_read(args), path)
         if any(is_same_file(other, path) for other in used):
             raise VmaError(f"{escape(path)}: two disks are to go there")
         used.append(path)
@@ -5371,24 +6133,30 @@ def cmd_mount(args: Namespace) -> int:
         raise UsageError("no command after --")
     options = sorted({option for options in args.options for option in options})
     point = MountPoint(args.directory, escape(args.archive), options)
-    with open_input(args.archive) as source:
-        if source.size is None:
-            raise VmaError(
-                f"{source.name}: mount reads at any place, which this archive does not allow; make "
-                f"one that does: vma-tool optimize {escape(args.archive)} "
-                f"{escape(plain_name(args.archive))}.zst"
+    with open_archive(args.archive, args.base) as contents:
+        for path, source in zip(paths_read(args), contents.inputs):
+            if source.size is None:
+                raise VmaError(
+                    f"{source.name}: mount reads at any place, which this archive does not allow; "
+                    f"make one that does: vma-tool optimize {escape(path)} "
+                    f"{escape(plain_name(path))}.zst"
+                )
+            if isinstance(source, FramesInput):
+                source.cached_frames = MOUNT_FRAMES
+        with progress_of(args, *contents.inputs) as progress:
+            size = sum(source.size or 0 for source in contents.inputs)
+            progress.begin(
+                "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
             )
-        if isinstance(source, FramesInput):
-            source.cached_frames = MOUNT_FRAMES
-        with progress_of(args, source) as progress:
-            contents = load(source)
-            progress.begin("reading headers", source.size, lambda: source.offset)
             contents.complete(progress.tick)
+            if isinstance(contents, Overlay):
+                contents.check_base(progress)
             files = mounted_files(contents)
-            source.check_unchanged()
+            contents.check_unchanged()
         in_background = not (args.foreground or args.command)
         log = log_to_syslog if in_background else print_error
-        mode = (source.readers.mode_for(os.getgid()) if source.readers else 0o600) & 0o444
+        readers = contents.readers
+        mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
         server = FuseServer(files, mode, contents.header.ctime, log)
         with waiting_signals() as signals:
             server.fd = point.mount()
@@ -5441,8 +6209,8 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         refuse_twice(source.name, files)
         for name in files:
-            refuse_same([args.archive], os.path.join(path, name_on_disk(name)))
-        with make_directory(path, source.readers) as directory:
+            refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
+        with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
             warn_of_leftovers(args, directory)
             if for_pack:
@@ -5464,7 +6232,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 create(DESCRIPTION_NAME).append([describe_for_pack(header)])
             finish_writing(directory.flush, progress)
             print_totals(args, contents.index)
-            directory.commit(replace, source.check_unchanged)
+            directory.commit(replace, contents.check_unchanged)
     return 0
 
 
@@ -5540,12 +6308,9 @@ def write_archive(
     """Write the canonical archive of what a producer has, and check that it reads back."""
     align = ALIGNS[args.align]
     with warning_of_partial(output):
-        if level:
-            writer: CanonicalWriter = CompressedWriter(producer.header, align, output, level)
-        else:
-            writer = CanonicalWriter(producer.header, align, output)
+        writer = canonical_writer(align, output, level)
+        writer.begin(producer.header)
         copy_parts(producer, writer, writer.cluster_count, progress)
-        writer.finish()
     if isinstance(output, PartialFile):
         warn_of_leftovers(args, output.directory)
         output.truncate(output.position)  # more may have been reserved
@@ -5601,13 +6366,14 @@ def cmd_config(args: Namespace) -> int:
 
 def cmd_optimize(args: Namespace) -> int:
     """Rewrite an archive in the canonical layout, to another file or in place."""
-    if args.archive == "-" and args.output is None:
-        raise UsageError("optimize: standard input cannot be replaced: name an OUTPUT")
-    if args.check and "-" in (args.archive, args.output):
+    if args.output is None and (args.archive == "-" or args.base is not None):
+        what = "standard input" if args.base is None else "a difference"
+        raise UsageError(f"optimize: {what} cannot be replaced: name an OUTPUT")
+    if args.check and "-" in (args.archive, args.output, args.base):
         raise UsageError("optimize: --check reads both archives again: name files")
-    if args.output == "-":
-        refuse_same([args.archive], "-")
-    elif not args.quiet:
+    if args.output == "-" or args.base is not None:
+        refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
         require_report()
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
@@ -5615,24 +6381,26 @@ def cmd_optimize(args: Namespace) -> int:
         hint = "; to optimize several archives in place, run vma-tool optimize once for each"
         refuse_existing(path, args.force, hint)
     with ExitStack() as stack:
-        source = stack.enter_context(open_input(args.archive))
+        contents = stack.enter_context(
+            open_archive(args.archive, args.base, args.memory, directory_beside(path))
+        )
+        source = contents.source
         level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
             require_replaceable(path, source, args.compress)
-        progress = stack.enter_context(progress_of(args, source))
-        contents = load(source, args.memory, directory_beside(path))
+        progress = stack.enter_context(progress_of(args, *contents.inputs))
         if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(path, args.force or in_place, source.readers))
+        output = stack.enter_context(open_output(path, args.force or in_place, contents.readers))
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
         if file is None and not contents.ordered:
             check_extents(contents)  # what goes into a pipe cannot be taken back
-        if file and source.size is not None and not level:
+        if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
         write_archive(args, contents, output, level, progress)
         if file and (args.check or (args.check is None and in_place)):
@@ -5640,10 +6408,59 @@ def cmd_optimize(args: Namespace) -> int:
         if file and in_place:
             file.times = source.state
         finish_writing(output.sync, progress)
-        output.commit(lambda: source.check_unchanged(path if in_place else None))
+        output.commit(lambda: contents.check_unchanged(path if in_place else None))
     if file and not args.quiet:  # not into an archive on standard output
         size = format_size(file.position)
         print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
+    return 0
+
+
+def cmd_diff(args: Namespace) -> int:
+    """Write the clusters in which an archive differs from its base."""
+    if args.base == args.archive == "-":
+        raise UsageError("diff: only one of BASE and NEW can be standard input")
+    refuse_same(paths_read(args), args.output)
+    if args.output != "-" and not args.quiet:
+        require_report()
+    temporary = directory_beside(args.output)
+    level = DEFAULT_LEVEL if args.compress is None else args.compress
+    if level:
+        require_zstd()
+    with ExitStack() as stack:
+        base, new = (
+            stack.enter_context(open_archive(path, directory=temporary))
+            for path in (args.base, args.archive)
+        )
+        progress = stack.enter_context(progress_of(args, *new.inputs, *base.inputs))
+        for contents in (base, new):
+            if not contents.ordered:
+                contents.complete()
+        readers = common_readers([base.readers, new.readers])
+        output = stack.enter_context(open_output(args.output, args.force, readers))
+        names = [
+            "standard input" if path == "-" else name_from_disk(os.path.basename(path))
+            for path in (args.base, args.archive)
+        ]
+        spool = Spool(temporary)
+        stack.callback(spool.source.close)
+        difference = DifferenceWriter(base, new, spool, level)
+        difference.write_extents(progress)
+        with warning_of_partial(output):
+            writer = difference.finish(names, output)
+        if isinstance(output, PartialFile):
+            warn_of_leftovers(args, output.directory)
+            with output.read_back(writer.zstd) as written:
+                check_written(writer, written)
+        finish_writing(output.sync, progress)
+
+        def last_look() -> None:
+            for contents in (base, new):
+                contents.check_unchanged()
+
+        output.commit(last_look)
+    if args.output != "-" and not args.quiet:
+        size = format_size(output.position)
+        print(f"{new.source.name}: a difference from {base.source.name}, {size}", flush=True)
     return 0
 
 
@@ -5688,8 +6505,10 @@ def check_contents(
         written = output.read_back(require_zstd() if level else None)
         stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
-            source = stack.enter_context(open_input(args.archive))
-            contents = load(source, args.memory, directory_beside(args.archive))
+            temporary = directory_beside(args.archive)
+            contents = stack.enter_context(
+                open_archive(args.archive, args.base, args.memory, temporary)
+            )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
         found = compare_disks(contents, contents_of(written), progress)
@@ -5839,6 +6658,11 @@ def add_command(
 
 
 FLAG: dict[str, Any] = {"action": "store_true"}
+BASE: dict[str, Any] = {
+    "action": Once,
+    "metavar": "BASE",
+    "help": "ARCHIVE is a difference, and this the full archive that it was made from",
+}
 SEVERAL: dict[str, Any] = {"action": "append", "default": []}
 ARCHIVE: dict[str, Any] = {
     "dest": "archive",
@@ -5852,6 +6676,7 @@ OUTPUT_HELP = "a file, or - for standard output"
 def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     """Add the commands that look at an archive, or take data out of it."""
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
+    arg("--base", **BASE)
     arg("--json", **FLAG, help="print one JSON object, for scripts")
     arg("--partitions", **FLAG, help="show what the disks hold (of a plain file only)")
     arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
@@ -5859,6 +6684,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
 
     arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
     arg("--quick", **FLAG, help="read the headers only, not the data")
+    arg("--base", **BASE)
     text = "compare configs and disk contents with this archive"
     arg("--against", action=Once, metavar="OTHER", help=text)
     arg("--ignore-ctime", **FLAG, help="with --against: the time may differ")
@@ -5873,6 +6699,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     text = "write the one disk of -d there (-: to a pipe)"
     arg("-o", dest="output", action=Once, metavar="PATH", help=text)
     arg("--force", **FLAG, help="replace the file of -o; with a device, however large it is")
+    arg("--base", **BASE)
     text = "write disks into files and devices, by a map"
     arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
     arg(**ARCHIVE)
@@ -5882,6 +6709,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg = add(
         cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
     )
+    arg("--base", **BASE)
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
     arg(
@@ -5897,6 +6725,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("directory", metavar="DIRECTORY", help=text)
 
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
+    arg("--base", **BASE)
     arg("--force", **FLAG, help="replace files that exist")
     arg(**ARCHIVE)
     arg("directory", metavar="DIRECTORY")
@@ -5929,6 +6758,7 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
+    arg("--base", **BASE)
     text = "memory for reordering a stream (default 256M); more goes to a temporary file"
     arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
     text = "read the written archive back and compare all disks (default in place)"
@@ -5936,6 +6766,15 @@ def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("--no-check", dest="check", action="store_false", help="skip the comparison")
     arg(**ARCHIVE)
     arg(**OUTPUT, nargs="?", help=f"{OUTPUT_HELP} (default: replace ARCHIVE)")
+
+    text = "write only what differs from an older archive"
+    arg = add(cmd_diff, text, "sunday.vma.zst monday.vma.zst monday.vmad")
+    arg("--force", **FLAG, help="replace OUTPUT if it exists")
+    text = f"compress (default: zstd with level {DEFAULT_LEVEL})"
+    arg("--compress", metavar="zstd[:LEVEL]|none", type=parse_compression, help=text)
+    arg("base", metavar="BASE", help="the full archive that will be needed with OUTPUT")
+    arg("archive", metavar="NEW", help="the archive that OUTPUT and BASE will make")
+    arg(**OUTPUT, help=OUTPUT_HELP)
 
     arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
     arg("shell", choices=("bash", "zsh"))

@@ -492,6 +492,7 @@ COMPRESSIONS: tuple[tuple[str, str, list[str], Callable[[bytes], bytes] | None],
 )
 
 
+@functools.lru_cache(maxsize=64)
 def compress(name: str, data: bytes) -> bytes:
     """Compress with the real program."""
     _, package, options, _ = next(entry for entry in COMPRESSIONS if entry[0] == name)
