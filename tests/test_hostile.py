@@ -386,7 +386,8 @@ class Names(ToolTest):
             answer = subprocess.run(
                 ["sh", "-c", script], capture_output=True, text=True, check=True
             )
-            self.assertIn(f"disk-{name}.raw", answer.stdout.splitlines())
+            files = [line.rpartition("/mnt/backup/")[2] for line in answer.stdout.splitlines()]
+            self.assertIn(f"disk-{name}.raw", files)
 
 
 @functools.cache
