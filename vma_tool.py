@@ -1967,6 +1967,7 @@ class ProgramInput(Input):
             self._process.wait()
             status = 0
         Cleanup.children.discard(self._process)
+        self._listener.join(timeout=5)  # it closes its end of the pipe
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
