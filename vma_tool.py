@@ -1879,6 +1879,7 @@ class ProgramInput(Input):
         self._ended = False
         self._feeding_error: OSError | None = None
         self._messages = b""
+        self._listener: threading.Thread | None = None
         with os_errors_as(f"{name}: {self._program}"), ExitStack() as undo:
             # A file is the child's own standard input. It shares our offset: that is the progress.
             self._process = subprocess.Popen(
@@ -1931,7 +1932,8 @@ class ProgramInput(Input):
         """Raise an error if the child had one."""
         if self._feeding_error:
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
-        self._listener.join(timeout=5)
+        if self._listener:
+            self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
         damaged = self._ended and re.search(self._codec.damage, text)
         if status in expected and not damaged:
@@ -1967,7 +1969,8 @@ class ProgramInput(Input):
             self._process.wait()
             status = 0
         Cleanup.children.discard(self._process)
-        self._listener.join(timeout=5)  # it closes its end of the pipe
+        if self._listener:
+            self._listener.join(timeout=5)  # it closes its end of the pipe
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
