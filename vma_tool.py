@@ -2104,6 +2104,8 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
 WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
+# What a file system without hard links answers
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
 
 
@@ -2320,9 +2322,11 @@ class Directory:
         try:
             # Unlike a rename, this never replaces what somebody else has just put there.
             os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-        except FileExistsError:
-            raise
-        except (AttributeError, NotImplementedError, OSError):
+        except (AttributeError, NotImplementedError):
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             return False
         return True
 
