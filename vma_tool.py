@@ -6709,15 +6709,25 @@ def cmd_extract(args: Namespace) -> int:
 
 
 def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
-    """Return the devices chosen by lists of names with commas: all, if there are no lists."""
+    """Return the devices chosen by lists of names with commas: all, if there are no lists.
+
+    A part of a name between dashes will do where one device has it: scsi0 for drive-scsi0.
+    """
     known = {device.name: device for device in header.devices}
-    chosen = set(known)
-    if lists is not None:  # a name may have a comma itself
-        chosen = set().union(*([text] if text in known else text.split(",") for text in lists))
-    unknown = chosen - known.keys()
-    if unknown:
-        there = ", ".join(map(quote, known)) or "none"
-        raise VmaError(f"no device {quote(min(unknown))}, there are {there}")
+    if lists is None:
+        return list(known.values())
+    chosen = set()
+    for text in lists:
+        for word in [text] if text in known else text.split(","):  # a name may have a comma itself
+            fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
+            if word in known:
+                fitting = [word]
+            if len(fitting) > 1:
+                raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
+            if not fitting:
+                there = ", ".join(map(quote, known)) or "none"
+                raise VmaError(f"no device {quote(word)}, there are {there}")
+            chosen.update(fitting)
     return [device for name, device in known.items() if name in chosen]
 
 
