@@ -7271,6 +7271,14 @@ def check_contents(
 # ---------------------------------------------------------------------------------------------
 # Command line
 
+COMMAND_GROUPS = {
+    "look": ("list", "config"),
+    "check": ("verify",),
+    "get data out": ("extract", "mount", "unpack", "rescue"),
+    "make": ("create", "pack"),
+    "rewrite": ("optimize", "diff"),
+    "shell": ("completion",),
+}
 EXAMPLES = """
 examples:
   vma-tool optimize vzdump-qemu-100.vma            rewrite it in place
@@ -7283,6 +7291,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
     _intermixed = False
+    title = ""  # what the command does, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -7376,14 +7385,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vma-tool",
         parents=[common_options(False)],
-        description="Make Proxmox VE backups (.vma) deduplicate, and get data out of them.",
+        usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
+    # argparse lists commands as they were added; the description lists them in groups.
+    commands = parser.add_subparsers(
+        prog="vma-tool", metavar="COMMAND", required=True,
+        parser_class=CommandParser, help=argparse.SUPPRESS,
+    )  # fmt: skip
     again = common_options(argparse.SUPPRESS)  # global options may also precede the command
     add_reading_commands(functools.partial(add_command, commands, again))
     add_writing_commands(functools.partial(add_command, commands, again))
+    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
+    for group, names in COMMAND_GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<12}{commands.choices[name].title}" for name in names]
+    parser.description = "\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."])
     return parser
 
 
@@ -7400,10 +7418,10 @@ def add_command(
     command = commands.add_parser(
         name,
         parents=[common, *parents],
-        help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  vma-tool {name} {example}",
     )
+    command.title = text
     command.set_defaults(func=func)
     added: Callable[..., argparse.Action] = command.add_argument
     return added
@@ -7457,10 +7475,8 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
-    text = "show configs, disks and partitions as files in a directory, read-only"
-    arg = add(
-        cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
-    )
+    text = "show configs, disks and partitions as files, read-only"
+    arg = add(cmd_mount, text, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw")
     arg("--base", **BASE)
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
