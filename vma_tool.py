@@ -7579,10 +7579,13 @@ def cmd_completion(args: Namespace) -> int:
     for name, command in commands.items():
         words: list[str] = []
         for action in command._actions:
-            if action.choices and action.option_strings:
-                pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            if action.choices and pattern:
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
-            if action.option_strings:
+            elif pattern and str(action.metavar).startswith("NAME"):  # one that the archive has
+                kind = {"devices": "device +[0-9]+", "config": "config"}[action.dest]
+                cases.append(f"    {pattern}) kind='{kind}' ;;")
+            if pattern:
                 words += action.option_strings
             else:
                 words = [*(action.choices or ()), *words]
@@ -7592,15 +7595,34 @@ def cmd_completion(args: Namespace) -> int:
         print("autoload -U +X bashcompinit && bashcompinit")
     else:
         print("# bash completion of vma-tool: source this from ~/.bashrc")
+    # compgen expands its words, so of the archive's names only harmless ones are given to it.
     print(f"""_vma_tool() {{
-  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
+  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
+  local words= kind= prefix= archive= word=
   if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
+    case $current in # --align=1 is one word in zsh, and three in bash
+    =) current= ;;
+    --*=*) prefix=${{current%%=*}}= previous=${{current%%=*}} current=${{current#*=}} ;;
+    *) if [[ $previous == = ]]; then previous=${{COMP_WORDS[COMP_CWORD-2]}}; fi ;;
+    esac
     case ${{COMP_WORDS[1]}}:$previous in
 {chr(10).join(cases)}
     esac
+    if [[ -n $kind ]]; then # ask the archive on the line
+      for word in "${{COMP_WORDS[@]:2}}"; do
+        word=${{word/#\\~\\//$HOME/}}
+        if [[ -f $word ]]; then archive=$word; fi
+      done
+      if [[ $kind == device* && $current == *,* ]]; then
+        prefix=${{current%,*}}, current=${{current##*,}}
+      fi
+      [[ -z $archive ]] || words=$("${{COMP_WORDS[0]}}" list -- "$archive" 2>/dev/null </dev/null |
+        sed -nE "s/^$kind +([A-Za-z0-9._-]+)  .*/\\1/p")
+    fi
     if [[ $words == -* && $current != -* ]]; then words=; fi # files, until a dash is typed
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current"))
+  if [[ -n $prefix ]]; then COMPREPLY=("${{COMPREPLY[@]/#/$prefix}}"); fi
 }}
 complete -o default -F _vma_tool vma-tool vma_tool.py""")
     return 0
