@@ -7355,9 +7355,10 @@ def check_contents(
         written = output.read_back(require_zstd() if level else None)
         stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
-            temporary = directory_beside(args.archive)
+            # Standard input only comes here in place, so OUTPUT still is the same file.
+            path = args.output if args.archive == "-" else args.archive
             contents = stack.enter_context(
-                open_archive(args.archive, args.base, args.memory, temporary)
+                open_archive(path, args.base, args.memory, directory_beside(path))
             )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
