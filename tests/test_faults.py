@@ -46,9 +46,9 @@ from tests.faults import (
     Workshop,
     become_nobody,
     digests,
-    in_frames,
     forked,
     has_child,
+    in_frames,
     open_files,
 )
 from tests.support import (
