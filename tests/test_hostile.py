@@ -378,18 +378,16 @@ class Names(ToolTest):
         listed = json.loads(self.ok("list", "--json", "--partitions", source))
         (device,) = listed["devices"]
         commands = [partition["mount"] for partition in device["partitions"]]
-        commands += [
-            line.strip()
-            for line in self.ok("list", "--partitions", source).splitlines()
-            if line.strip().startswith("mount ")
-        ]
-        self.assertEqual(len(commands), 2)
+        text = self.ok("list", "--partitions", source)
+        commands += re.findall("^ +(?:extracted|mounted): +(mount .*)$", text, re.M)
+        self.assertEqual(len(commands), 3)
         for command in commands:
             script = f'mount() {{ printf "%s\\n" "$@"; }}; reboot() {{ echo BAD; }}; {command}'
             answer = subprocess.run(
                 ["sh", "-c", script], capture_output=True, text=True, check=True
             )
-            self.assertIn(f"disk-{name}.raw", answer.stdout.splitlines())
+            files = [line.rpartition("/mnt/backup/")[2] for line in answer.stdout.splitlines()]
+            self.assertIn(f"disk-{name}.raw", files)
 
 
 @functools.cache
