@@ -119,3 +119,57 @@ def split(data: bytes) -> Seekable:
     if data[position + 8 : position + 16] != b"VMAINDEX":
         raise ValueError("the index's name")
     return Seekable(frames, sizes, data[position + 16 : start])
+
+
+def decode(data: bytes) -> bytes | None:
+    """Return what zstd makes of frames of raw blocks; None for an error, or any other block."""
+    out = []
+    at = 0
+    try:
+        while at < len(data):
+            magic, size = struct.unpack_from("<II", data, at)
+            if 0x184D2A50 <= magic <= 0x184D2A5F:
+                at += 8 + size
+                if at > len(data):
+                    return None
+                continue
+            content, at = _decode_frame(data, at)
+            out.append(content)
+    except (struct.error, IndexError, ValueError):
+        return None
+    return b"".join(out)
+
+
+def _decode_frame(data: bytes, at: int) -> tuple[bytes, int]:
+    """Return what a frame holds, and where it ends; raises ValueError, IndexError, struct.error."""
+    if struct.unpack_from("<I", data, at) != (ZSTD_MAGIC,):
+        raise ValueError("magic")
+    descriptor = data[at + 4]
+    at += 5
+    # A reserved bit, a checksum (which raw_frame never has), a dictionary
+    if descriptor & 0b1111:
+        raise ValueError("descriptor")
+    limit = BLOCK_MAX
+    if not descriptor & 0x20:
+        exponent, mantissa = data[at] >> 3, data[at] & 7
+        window = (1 << 10 + exponent) + ((1 << 10 + exponent) >> 3) * mantissa
+        if window > 128 << 20:
+            raise ValueError("window")
+        limit = min(limit, window)
+        at += 1
+    width = (1 if descriptor & 0x20 else 0, 2, 4, 8)[descriptor >> 6]
+    told = int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
+    at += width
+    out = b""
+    last = 0
+    while not last:
+        block = int.from_bytes(data[at : at + 3], "little") if at + 3 <= len(data) else 6
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        at += 3
+        if kind > 1 or size > limit or at + (size, 1)[kind] > len(data):
+            raise ValueError("block")
+        out += data[at : at + size] if kind == 0 else data[at : at + 1] * size
+        at += (size, 1)[kind]
+    if width and len(out) != told:
+        raise ValueError("content size")
+    return out, at

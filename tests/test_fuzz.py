@@ -210,6 +210,22 @@ class Fuzzing(ToolTest):
         self.assertGreater(good, CASES // 4)
         self.assertLess(good, CASES * 3 // 4)
 
+    def test_frames(self) -> None:
+        """Compressed archives, with frames, seek tables and indexes that lie."""
+        sandbox = sandbox_in_memory(self)
+        good = 0
+        for number in range(CASES // 2):
+            case = fuzz.draw_frames(SEED, number)
+            commands = ["verify", *random.Random(number).sample(sandbox.COMMANDS, 2)]
+            try:
+                sandbox.check(case.data, commands, number)
+            except FindingError as finding:
+                again = f"python3 tests/tools/fuzz.py --frames --case {SEED}:{number}"
+                self.fail(f"{again} ({case.what}): {finding}")
+            good += sandbox.judgement.contents is not None
+        self.assertGreater(good, CASES // 8)
+        self.assertLess(good, CASES * 3 // 8)
+
     def test_random_bytes(self) -> None:
         """Not an archive at all, or one of which a part is noise."""
         rng = random.Random(SEED)

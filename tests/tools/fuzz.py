@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import vma_tool
-from tests import archives
+from tests import archives, frames
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, HEADER, SECTOR, Archive, Device
 from tests.faults import build_parser, has_child, memory_directory, open_files
 from tests.support import Answer, call_tool, golden, manifest
@@ -697,6 +698,59 @@ def mutate(rng: random.Random, data: bytes, count: int) -> Case:
     return Case(", ".join(done), new)
 
 
+def draw_frames(seed: int, number: int) -> Case:
+    """Return a case that is compressed: frames, index or seek table changed, or what they hold."""
+    rng = random.Random(f"frames:{seed}:{number}")
+    name = rng.choice(sorted(manifest()))
+    parsed = archives.parse(golden(name))
+    plain = archives.canonical(parsed.archive, ALIGNS[rng.choice(("4K", "128K"))], parsed.masks)
+    what = []
+    if rng.random() < 0.3:
+        case = mutate(rng, plain, 1)
+        with contextlib.suppress(struct.error, IndexError):  # what cannot be cut stays as it was
+            list(frames.cuts(case.data))
+            plain = case.data
+            what.append(case.what)
+    found = frames.split(frames.compress(plain))
+    pieces, sizes = found.frames, found.sizes
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        i, k = rng.randrange(len(pieces)), rng.randrange(len(sizes))
+        kind = rng.choice(["gone", "twice", "moved", "byte", "size", "sizes", "masks", "other"])
+        what.append(f"{kind} {i} {k}")
+        if kind == "gone":
+            del pieces[i]
+        elif kind == "twice":
+            pieces.insert(i, pieces[i])
+        elif kind == "moved":
+            pieces.insert(k, pieces.pop(i))
+        elif kind == "byte":
+            data = bytearray(pieces[i])
+            change(rng, data, rng.choice([0, 4, 5, 9, rng.randrange(len(data))]), 1)
+            pieces[i] = bytes(data)
+        elif kind == "size":
+            sizes[k] = max(sizes[k] + rng.choice([-512, -1, 1, 512, 4096, 9 << 20]), 0)
+        elif kind == "sizes":
+            sizes.insert(i, sizes.pop(k))
+        elif kind == "masks":
+            masks = bytearray(frames.decode(found.masks) or b"\0\0")
+            change(rng, masks, rng.randrange(max(len(masks), 1)), 1)
+            found = found._replace(masks=frames.raw_frame(bytes(masks)))
+        else:  # a piece is cut into two frames, or both have another size
+            content = frames.decode(pieces[i]) or b"x"
+            pieces[i : i + 1] = [frames.raw_frame(content[:256]), frames.raw_frame(content[256:])]
+        if not pieces:
+            pieces = [frames.raw_frame(b"")]
+    data = bytearray(frames.join(frames.Seekable(pieces, sizes[: len(pieces)], found.masks)))
+    if rng.random() < 0.3:  # in the index's frame, the seek table, the footer
+        start = sum(map(len, pieces))
+        change(rng, data, rng.randrange(start, len(data)), 1)
+        what.append("a byte behind the frames")
+    if rng.random() < 0.05:
+        del data[rng.randrange(len(data)) :]
+        what.append("cut")
+    return Case(f"{name}: {', '.join(what)}", bytes(data))
+
+
 def draw(seed: int, number: int) -> Case:
     """Return a case of a run: the same for the same numbers, whatever was drawn before."""
     rng = random.Random(f"{seed}:{number}")
@@ -713,6 +767,10 @@ ONE_LINE = r"vma-tool: [^\n]+\n"
 
 class FindingError(AssertionError):
     """The tool did something else than the format says, or than is allowed to it."""
+
+
+class ExcusedError(Exception):
+    """What the tool answered may differ from what the format says."""
 
 
 class Hang(BaseException):
@@ -787,12 +845,16 @@ class Sandbox:
     def check(self, data: bytes, commands: Sequence[str] = COMMANDS, rng_seed: int = 0) -> None:
         """Give an archive to these commands; raises FindingError, whatever went wrong."""
         self.data = data
-        self.judgement = judge(data)
+        self.compressed = data[:4] == b"\x28\xb5\x2f\xfd"
+        plain = frames.decode(data) if self.compressed else data
+        self.judgement = judge(b"" if plain is None else plain)
         for number, command in enumerate(commands):
             self.source.write_bytes(data)
             try:
                 with mock.patch("os.fsync"), mock.patch("tempfile.tempdir", memory_directory()):
                     self.run(command, random.Random(rng_seed + number))
+            except ExcusedError:
+                self.expect_files(*filter(Path.exists, (self.output, self.target)))
             except Exception as error:
                 if isinstance(error, FindingError):
                     raise FindingError(f"{command}: {error}") from error
@@ -802,6 +864,9 @@ class Sandbox:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def run(self, command: str, rng: random.Random) -> None:
+        # Of frames, these read no more than headers, the index, or one disk.
+        partial = ("list", "scan", "json", "partitions", "config", "one", "in place")
+        self.reads_all = not self.compressed or command not in partial
         verb, _, stream = command.partition(" ")
         method = getattr(self, "run_" + ("in_place" if command == "in place" else verb))
         method(rng, stream == "stream")
@@ -822,6 +887,9 @@ class Sandbox:
         took = time.process_time() - start
         self.expect(took < CPU_LIMIT, f"{args[0]} took {took:.1f} s")
         self.expect(memory.taken < MEMORY_LIMIT, f"{args[0]} took {memory.taken >> 20} MiB")
+        end = time.monotonic() + 10
+        while open_files() != before and time.monotonic() < end:
+            time.sleep(0.001)  # threads that feed a decompressor, or listen to it
         self.expect(open_files() == before, f"left open: {set(open_files()) - set(before)}")
         self.expect(not has_child(), "left a child")
         self.expect_text(answer, says, raw)
@@ -846,12 +914,22 @@ class Sandbox:
 
     def expect_verdict(self, good: bool, expected: bool | None = None) -> None:
         wanted = self.judgement.contents is not None if expected is None else expected
+        if self.compressed and self.excused(good):
+            raise ExcusedError
         if good != wanted:
             said = self.answer.stderr.decode().strip() or "success"
             why = self.judgement.fault or "it restores completely"
             raise FindingError(f"the format says: {why}; the tool says: {said}")
         if self.judgement.contents is None and expected is None:
             self.expect(self.answer.returncode == 3, f"exit status {self.answer.returncode}")
+
+    def excused(self, good: bool) -> bool:
+        """Say whether a compressed archive may be taken for another one here."""
+        if good:  # what is wrong elsewhere goes unseen
+            return not self.reads_all
+        # Only verify sees through an index that lies in all detail.
+        says = self.answer.stderr
+        return b"contradict each other" in says or b"a stream does not allow" in says
 
     def expect_files(self, *more: Path) -> None:
         """Check that there is the archive, unchanged, and nothing else but what is named."""
@@ -923,7 +1001,7 @@ class Sandbox:
             stream=stream, says=r"(vma-tool: [^\n]+\n)+",
         )  # fmt: skip
         self.expect_verdict(good, contents is not None and contents.same_as(wanted))
-        if contents is None:
+        if contents is None and not self.compressed:  # disks that only one has are not read
             self.expect_text(self.answer, ONE_LINE)
         self.expect_files(self.output)
 
@@ -950,6 +1028,9 @@ class Sandbox:
             return
         self.expect_files(path)
         written = path.read_bytes()
+        if written[:4] == b"\x28\xb5\x2f\xfd":
+            command = ["zstd", "-dc", str(path)]
+            written = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         wanted = archives.canonical(contents.archive, ALIGNS[align], contents.masks)
         if written != wanted:
             at = next((i for i, (a, b) in enumerate(zip(written, wanted)) if a != b), "the end")
@@ -1021,6 +1102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--frames", action="store_true", help="compressed archives")
     parser.add_argument("--case", metavar="SEED:NUMBER", help="run one case of an earlier run")
     args = parser.parse_args(argv)
     seed, first = args.seed, args.first
@@ -1032,7 +1114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="vma-tool-fuzz-", dir=memory_directory()) as directory:
         sandbox = Sandbox(Path(directory))
         while time.monotonic() < end and not (args.case and number > first):
-            case = draw(seed, number)
+            case = (draw_frames if args.frames else draw)(seed, number)
             try:
                 sandbox.check(case.data, rng_seed=number)
             except FindingError as finding:
