@@ -1327,7 +1327,8 @@ class Cleanup:
         for child in list(cls.children):
             with suppress(OSError):
                 child.kill()
-                child.wait()
+                # Not child.wait(): the signal may have come in the middle of one, which has a lock.
+                os.waitpid(child.pid, 0)
         for directory, name in list(cls.files):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)
@@ -1643,6 +1644,7 @@ class FramesInput(FileInput):
         """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
         super().__init__(name, file)
         self.zstd = zstd
+        self._mine = threading.local()  # each thread's buffer for a compressed frame
         self.cached_frames = 2 * processor_count()
         # The frames used last, the latest one at the end, each with a lock for who decompresses it.
         self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
@@ -1742,7 +1744,12 @@ class FramesInput(FileInput):
             return found[0]
 
     def _decompress(self, number: int, view: memoryview) -> None:
-        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        start, end = self.table.compressed_offsets[number : number + 2]
+        frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
+        if len(frame) < end - start:
+            frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
+        frame = frame[: end - start]
+        super()._fill([frame], start)
         try:
             self.zstd.decompress_into(frame, view)
         except FormatError as error:
@@ -1872,6 +1879,7 @@ class ProgramInput(Input):
         self._ended = False
         self._feeding_error: OSError | None = None
         self._messages = b""
+        self._listener: threading.Thread | None = None
         with os_errors_as(f"{name}: {self._program}"), ExitStack() as undo:
             # A file is the child's own standard input. It shares our offset: that is the progress.
             self._process = subprocess.Popen(
@@ -1924,7 +1932,8 @@ class ProgramInput(Input):
         """Raise an error if the child had one."""
         if self._feeding_error:
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
-        self._listener.join(timeout=5)
+        if self._listener:
+            self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
         damaged = self._ended and re.search(self._codec.damage, text)
         if status in expected and not damaged:
@@ -1960,6 +1969,8 @@ class ProgramInput(Input):
             self._process.wait()
             status = 0
         Cleanup.children.discard(self._process)
+        if self._listener:
+            self._listener.join(timeout=5)  # it closes its end of the pipe
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
@@ -2093,6 +2104,8 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
 WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
+# What a file system without hard links answers
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
 
 
@@ -2309,9 +2322,11 @@ class Directory:
         try:
             # Unlike a rename, this never replaces what somebody else has just put there.
             os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-        except FileExistsError:
-            raise
-        except (AttributeError, NotImplementedError, OSError):
+        except (AttributeError, NotImplementedError):
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             return False
         return True
 
@@ -5642,6 +5657,7 @@ EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
 # A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
 # cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
 HORIZON = 2 * EXTENT_MAX_SIZE
+NEAR_SIZE = 64 << 10  # bytes by which an extent is not where it is expected, in an odd archive
 ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
 CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
 FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
@@ -5819,10 +5835,14 @@ class Window:
 
 
 class Found(NamedTuple):
-    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count."""
+    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
+
+    `keys` are its place in the canonical order, and behind it; none if it cannot have one.
+    """
 
     extent: Extent
     runs: Sequence[tuple[int, int, int]]
+    keys: tuple[Any, ...]
 
     @property
     def end(self) -> int:
@@ -5841,6 +5861,7 @@ class Chain:
         self.proven = proven
         self.doubtful = doubtful
         self.dropped = False
+        self.key: Any = ()  # where it ends in the canonical order
         self.flaws: list[Flaw] = []
 
     def note(self, offset: int, text: str) -> None:
@@ -5889,6 +5910,7 @@ class Rescue:
         self._full = False  # the last extent, so that another one may have followed
         self._chains: list[Chain] = []
         self._headers: set[bytes] = set()  # MD5s of all extents found
+        self._key: Any = ()  # where the extents found end in the canonical order, None if in none
 
     def run(self) -> None:
         """Read the archive to its end; raises FormatError if it is none."""
@@ -5940,6 +5962,9 @@ class Rescue:
             self.configs.append(config)
         for device in header.devices if header else ():
             self._add_disk(device, chain)
+        if header and self._uuid == CANONICAL_UUID:
+            for device in canonical_order(header.devices)[:1]:
+                self._key = device.is_vmstate, device.dev_id, 0
         return chain
 
     def _add_disk(self, device: Device, chain: Chain) -> RescuedDisk:
@@ -5973,25 +5998,31 @@ class Rescue:
         except FormatError:
             return None
         infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
-        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
-            return None
+        keys = [info & CLUSTER_KEY for info in infos]
         runs: list[tuple[int, int, int]] = []
-        for key in sorted(info & CLUSTER_KEY for info in infos):
+        for key in sorted(keys):
             dev_id, cluster_num = key >> 32, key & 0xFFFFFFFF
             last = runs[-1] if runs else (0, 0, 0)
-            if dev_id != last[0] or cluster_num > last[1] + last[2]:
+            if dev_id != last[0] or cluster_num != last[1] + last[2]:
                 runs.append((dev_id, cluster_num, 1))
-            elif cluster_num == last[1] + last[2]:
-                runs[-1] = (dev_id, last[1], last[2] + 1)
             else:
-                return None  # a cluster twice
+                runs[-1] = (dev_id, last[1], last[2] + 1)
         for dev_id, first, count in runs:
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
             if dev_id in self.disks:
                 limit = self.disks[dev_id].limit
             if first + count > limit:
                 return None
-        return Found(extent, runs)
+        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
+            return None
+        if len(set(keys)) < len(keys):
+            return None
+        place: tuple[Any, ...] = ()
+        if len(runs) == 1 and keys == sorted(keys):
+            dev_id, first, count = runs[0]
+            last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
+            place = (last_device, dev_id, first), (last_device, dev_id, first + count)
+        return Found(extent, runs, place)
 
     def _fits(self, found: Found, proven: bool) -> bool:
         """Say whether no cluster was found before: of a proven extent, none in a proven one."""
@@ -6015,10 +6046,11 @@ class Rescue:
             or self.window.ends_at(offset)
         )
 
-    def _follow(self, offset: int) -> tuple[list[Found], bool]:
-        """Return the extents that follow one another from an offset on, and if they are proven.
+    def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
+        """Return the extents that follow one another from an offset on, if proven, if nested.
 
-        They are if they go on up to the HORIZON, or to what looks like another one, or to the end.
+        They are proven if they go on up to the HORIZON, to what looks like another one, or to the
+        end; nested if the next one has clusters that the archive does not have.
         """
         uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
         extents: list[Found] = []
@@ -6026,42 +6058,74 @@ class Rescue:
         while end - offset < HORIZON:
             found = self._whole(end, uuid)
             if found is None:
-                return extents, bool(extents) and self._marked(end)
+                with suppress(FormatError, struct.error):
+                    parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
+                    return extents, False, True
+                return extents, self._marked(end), False
             extents.append(found)
             end = found.end
-        return extents, True
+        return extents, True, False
 
     def _search(
-        self, start: int, stop: int | None = None, through: int | None = None, cut: bool = False
+        self,
+        start: int,
+        stop: int | None = None,
+        through: int | None = None,
+        near: int | None = None,
+        cut: bool = False,
     ) -> Chain | None:
         """Begin a chain at the next extent from start on, before stop, that can be the archive's.
 
-        With `through`, it must be in a chain that comes past there. With `cut`, it is doubtful
-        unless it is proven. Returns None if there is none.
+        With `through`, it must be in a chain that comes past there. It is expected to be `near` an
+        offset. With `cut`, it is doubtful unless it is proven. Returns None if there is none.
         """
-        nested: set[int] = set()
+        seen: set[int] = set()
         while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
             start = at + 1
-            extents, proven = self._follow(at) if at not in nested else ([], False)
+            extents, proven, nested = self._follow(at) if at not in seen else ([], False, True)
             if not extents:
                 continue
             offsets = [found.extent.offset for found in extents]
+            seen.update(offsets)
             if through is not None:
                 proven = through in (*offsets, extents[-1].end)
+                nested = not proven
             if proven:
-                fitting = next((found for found in extents if self._fits(found, True)), None)
+                extents = [found for found in extents if self._fits(found, True)]
                 start = offsets[-1] + 1
             else:
                 # A part of the archive may be there twice.
-                new = [found for found in extents if found.extent.md5 not in self._headers]
-                nested.update(offsets)
-                if through is not None or not all(self._fits(found, False) for found in new):
+                extents = [found for found in extents if found.extent.md5 not in self._headers]
+                if nested or not self._can_be_next(extents, near):
                     continue
-                fitting = new[0] if new else None
-            if fitting:
+            if extents:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
-                return self._begin(fitting.extent.offset, proven, cut and not proven)
+                chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
+                if proven and self._key and extents[0].keys:
+                    self._key = extents[0].keys[0]
+                    for other in self._chains:
+                        if not other.proven and other.key > self._key:
+                            other.dropped = True
+                return chain
         return None
+
+    def _can_be_next(self, extents: Sequence[Found], near: int | None) -> bool:
+        """Say whether extents that are not proven fit, and are not of an archive in a disk."""
+        if not all(self._fits(found, False) for found in extents):
+            return False
+        if self._uuid != CANONICAL_UUID:
+            return True
+        # All canonical archives have this uuid, also those in a disk. They have one order.
+        if self._key:
+            keys = [self._key, *itertools.chain(*(found.keys for found in extents))]
+            # Nothing would be lost before it: so it is where it is expected, or nested.
+            if keys[:1] == keys[1:2]:
+                near = self._offset if near is None else near
+            elif self._headers:
+                near = None
+            if not all(found.keys for found in extents) or keys != sorted(keys):
+                return False
+        return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
     def _resume(self, chain: Chain) -> Chain:
         """Find out where to go on, as no extent that fits is where it is expected."""
@@ -6069,20 +6133,21 @@ class Rescue:
         if offset in self.window.source.breaks:
             return self._search(offset) or self._end(chain)
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
-        through = None
+        through = near = None
         try:
             fields = EXTENT.unpack(data)
             # Its size may still be right. Then what is inside may only be a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
             for size in (fields[2] * BLOCK_SIZE, stored):
                 end = offset + EXTENT_HEADER_SIZE + size
-                if through is None and size < EXTENT_MAX_SIZE and self._marked(end):
-                    through = end
+                if through is None and size < EXTENT_MAX_SIZE:
+                    near = near or (end if data[:4] == EXTENT_MAGIC else None)
+                    through = end if self._marked(end) else None
             parse_extent(data, offset, self._uuid)
             text = "the extent has clusters that do not exist, or were there before"
         except (FormatError, struct.error) as error:
             text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
-        following = self._search(offset + 1, through, through)
+        following = self._search(offset + 1, through, through, near)
         if following is None and through is not None:
             self._offset = through
         elif following is None:
@@ -6099,13 +6164,15 @@ class Rescue:
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
         in_place = self._marked(found.end)
+        self._claim(found, chain)
         stop = start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
             self._write(found, chain, start, stop)
             self._offset = found.end
             return chain
         cut = stop < found.end
-        following = self._search(start, stop, cut=cut)
+        self._offset = found.end
+        following = self._search(start, stop, near=found.end, cut=cut)
         if cut and not following:
             chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
             self._write(found, chain, start, stop)
@@ -6158,8 +6225,6 @@ class Rescue:
         certain = not doubtful and len(payload) == found.extent.payload_size
         certain = certain and not overlaps(source.lost, start, stop)
         certain = certain and not overlaps(source.doubtful, start, stop)
-        if not begin:
-            self._claim(found, chain)
         pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
         for dev_id, cluster_num, mask, slot_start, slot_size in iter_slots(found.extent):
             if not mask:
@@ -6201,6 +6266,11 @@ class Rescue:
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        known = chain.proven or self._key
+        if known and self._key is not None and self._uuid == CANONICAL_UUID:
+            in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
+            self._key = found.keys[1] if in_order else None
+        chain.key = self._key or ()
         for dev_id, first, count in found.runs:
             if dev_id not in self.disks:
                 self._add_disk(Device(dev_id, "", 0), chain)
@@ -6737,15 +6807,25 @@ def cmd_extract(args: Namespace) -> int:
 
 
 def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
-    """Return the devices chosen by lists of names with commas: all, if there are no lists."""
+    """Return the devices chosen by lists of names with commas: all, if there are no lists.
+
+    A part of a name between dashes will do where one device has it: scsi0 for drive-scsi0.
+    """
     known = {device.name: device for device in header.devices}
-    chosen = set(known)
-    if lists is not None:  # a name may have a comma itself
-        chosen = set().union(*([text] if text in known else text.split(",") for text in lists))
-    unknown = chosen - known.keys()
-    if unknown:
-        there = ", ".join(map(quote, known)) or "none"
-        raise VmaError(f"no device {quote(min(unknown))}, there are {there}")
+    if lists is None:
+        return list(known.values())
+    chosen = set()
+    for text in lists:
+        for word in [text] if text in known else text.split(","):  # a name may have a comma itself
+            fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
+            if word in known:
+                fitting = [word]
+            if len(fitting) > 1:
+                raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
+            if not fitting:
+                there = ", ".join(map(quote, known)) or "none"
+                raise VmaError(f"no device {quote(word)}, there are {there}")
+            chosen.update(fitting)
     return [device for name, device in known.items() if name in chosen]
 
 
@@ -7289,6 +7369,14 @@ def check_contents(
 # ---------------------------------------------------------------------------------------------
 # Command line
 
+COMMAND_GROUPS = {
+    "look": ("list", "config"),
+    "check": ("verify",),
+    "get data out": ("extract", "mount", "unpack", "rescue"),
+    "make": ("create", "pack"),
+    "rewrite": ("optimize", "diff"),
+    "shell": ("completion",),
+}
 EXAMPLES = """
 examples:
   vma-tool optimize vzdump-qemu-100.vma            rewrite it in place
@@ -7301,6 +7389,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
     _intermixed = False
+    title = ""  # what the command does, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -7394,14 +7483,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vma-tool",
         parents=[common_options(False)],
-        description="Make Proxmox VE backups (.vma) deduplicate, and get data out of them.",
+        usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
+    # argparse lists commands as they were added; the description lists them in groups.
+    commands = parser.add_subparsers(
+        prog="vma-tool", metavar="COMMAND", required=True,
+        parser_class=CommandParser, help=argparse.SUPPRESS,
+    )  # fmt: skip
     again = common_options(argparse.SUPPRESS)  # global options may also precede the command
     add_reading_commands(functools.partial(add_command, commands, again))
     add_writing_commands(functools.partial(add_command, commands, again))
+    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
+    for group, names in COMMAND_GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<12}{commands.choices[name].title}" for name in names]
+    parser.description = "\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."])
     return parser
 
 
@@ -7418,10 +7516,10 @@ def add_command(
     command = commands.add_parser(
         name,
         parents=[common, *parents],
-        help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  vma-tool {name} {example}",
     )
+    command.title = text
     command.set_defaults(func=func)
     added: Callable[..., argparse.Action] = command.add_argument
     return added
@@ -7475,10 +7573,8 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
-    text = "show configs, disks and partitions as files in a directory, read-only"
-    arg = add(
-        cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
-    )
+    text = "show configs, disks and partitions as files, read-only"
+    arg = add(cmd_mount, text, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw")
     arg("--base", **BASE)
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
@@ -7581,10 +7677,13 @@ def cmd_completion(args: Namespace) -> int:
     for name, command in commands.items():
         words: list[str] = []
         for action in command._actions:
-            if action.choices and action.option_strings:
-                pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            if action.choices and pattern:
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
-            if action.option_strings:
+            elif pattern and str(action.metavar).startswith("NAME"):  # one that the archive has
+                kind = {"devices": "device +[0-9]+", "config": "config"}[action.dest]
+                cases.append(f"    {pattern}) kind='{kind}' ;;")
+            if pattern:
                 words += action.option_strings
             else:
                 words = [*(action.choices or ()), *words]
@@ -7594,15 +7693,34 @@ def cmd_completion(args: Namespace) -> int:
         print("autoload -U +X bashcompinit && bashcompinit")
     else:
         print("# bash completion of vma-tool: source this from ~/.bashrc")
+    # compgen expands its words, so of the archive's names only harmless ones are given to it.
     print(f"""_vma_tool() {{
-  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
+  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
+  local words= kind= prefix= archive= word=
   if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
+    case $current in # --align=1 is one word in zsh, and three in bash
+    =) current= ;;
+    --*=*) prefix=${{current%%=*}}= previous=${{current%%=*}} current=${{current#*=}} ;;
+    *) if [[ $previous == = ]]; then previous=${{COMP_WORDS[COMP_CWORD-2]}}; fi ;;
+    esac
     case ${{COMP_WORDS[1]}}:$previous in
 {chr(10).join(cases)}
     esac
+    if [[ -n $kind ]]; then # ask the archive on the line
+      for word in "${{COMP_WORDS[@]:2}}"; do
+        word=${{word/#\\~\\//$HOME/}}
+        if [[ -f $word ]]; then archive=$word; fi
+      done
+      if [[ $kind == device* && $current == *,* ]]; then
+        prefix=${{current%,*}}, current=${{current##*,}}
+      fi
+      [[ -z $archive ]] || words=$("${{COMP_WORDS[0]}}" list -- "$archive" 2>/dev/null </dev/null |
+        sed -nE "s/^$kind +([A-Za-z0-9._-]+)  .*/\\1/p")
+    fi
     if [[ $words == -* && $current != -* ]]; then words=; fi # files, until a dash is typed
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current"))
+  if [[ -n $prefix ]]; then COMPREPLY=("${{COMPREPLY[@]/#/$prefix}}"); fi
 }}
 complete -o default -F _vma_tool vma-tool vma_tool.py""")
     return 0

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 from tests import archives
 from tests.damage import good, good_archive
@@ -342,6 +343,23 @@ class Decompressors(ToolTest):
             with self.started(b"", *command) as tool:
                 self.check_ended(tool, BAD, b"reserved")
             self.assertEqual(os.listdir(self.directory), ["a.vma.gz"])
+
+    def test_signal_while_a_decompressor_ends(self) -> None:
+        """It has written everything, and does not end: the tool does, and ends it."""
+        programs = self.directory / "bin"
+        programs.mkdir()
+        (programs / "gzip").write_text('#!/bin/sh\n"$GZIP_ITSELF" "$@"\nexec sleep 60 >&- 2>&-\n')
+        (programs / "gzip").chmod(0o755)
+        environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "GZIP_ITSELF": require_program("gzip", "gzip"),
+        }
+        path = self.file("a.vma.gz", gzip.compress(good(), 1))
+        with mock.patch.dict(os.environ, environment), self.started(b"", "verify", path) as tool:
+            time.sleep(1)
+            self.assertIsNone(tool.poll())
+            tool.send_signal(signal.SIGTERM)
+            self.check_ended(tool, 128 + signal.SIGTERM, b"SIGTERM")
 
     def test_signal_in_an_open_pipe(self) -> None:
         data = gzip.compress(self.data, 1)
