@@ -3169,7 +3169,7 @@ class IndexedContents(Contents):
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
-        while self._checked[device.dev_id] < first + len(entries):
+        while entries and self._checked[device.dev_id] < first + len(entries):
             self._check_next(device)
         return entries
 
@@ -6356,7 +6356,7 @@ def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
     with open_input(args.archive, index=False) as source:
-        configs = dict(read_header(source).configs)
+        configs = dict(read_header(source, whole=False).configs)
     data = configs.get(args.config)
     if data is None:
         there = ", ".join(map(quote, configs)) or "none"
