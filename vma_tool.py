@@ -534,7 +534,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
             continue
         device = Device(dev_id, name, size)
         # Proxmox's program loses the last sector of any other, or dies.
-        if size % SECTOR_SIZE:
+        if check_md5 and size % SECTOR_SIZE:
             raise FormatError(
                 f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}",
                 DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
@@ -1327,7 +1327,8 @@ class Cleanup:
         for child in list(cls.children):
             with suppress(OSError):
                 child.kill()
-                child.wait()
+                # Not child.wait(): the signal may have come in the middle of one, which has a lock.
+                os.waitpid(child.pid, 0)
         for directory, name in list(cls.files):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)
@@ -1643,6 +1644,7 @@ class FramesInput(FileInput):
         """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
         super().__init__(name, file)
         self.zstd = zstd
+        self._mine = threading.local()  # each thread's buffer for a compressed frame
         self.cached_frames = 2 * processor_count()
         # The frames used last, the latest one at the end, each with a lock for who decompresses it.
         self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
@@ -1742,7 +1744,12 @@ class FramesInput(FileInput):
             return found[0]
 
     def _decompress(self, number: int, view: memoryview) -> None:
-        frame = self._stored(*self.table.compressed_offsets[number : number + 2])
+        start, end = self.table.compressed_offsets[number : number + 2]
+        frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
+        if len(frame) < end - start:
+            frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
+        frame = frame[: end - start]
+        super()._fill([frame], start)
         try:
             self.zstd.decompress_into(frame, view)
         except FormatError as error:
@@ -1872,6 +1879,7 @@ class ProgramInput(Input):
         self._ended = False
         self._feeding_error: OSError | None = None
         self._messages = b""
+        self._listener: threading.Thread | None = None
         with os_errors_as(f"{name}: {self._program}"), ExitStack() as undo:
             # A file is the child's own standard input. It shares our offset: that is the progress.
             self._process = subprocess.Popen(
@@ -1924,7 +1932,8 @@ class ProgramInput(Input):
         """Raise an error if the child had one."""
         if self._feeding_error:
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
-        self._listener.join(timeout=5)
+        if self._listener:
+            self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
         damaged = self._ended and re.search(self._codec.damage, text)
         if status in expected and not damaged:
@@ -1960,6 +1969,8 @@ class ProgramInput(Input):
             self._process.wait()
             status = 0
         Cleanup.children.discard(self._process)
+        if self._listener:
+            self._listener.join(timeout=5)  # it closes its end of the pipe
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
@@ -2282,17 +2293,20 @@ class Directory:
             while self._files:
                 file = self._files[0]
                 undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
+                old, new = self.at(file.temporary), self.at(file.final)
+                file.close()
                 exists = self.state(file.final) is not None
                 if exists and not replace:
                     raise os_error(file.name, errno.EEXIST)
-                old, new = self.at(file.temporary), self.at(file.final)
-                file.close()
                 last_look()
-                os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                Cleanup.files.discard((self.fd, old))
-                self._files.pop(0)
+                if exists or not self._link(old, new):
+                    os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
                 if not exists:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
+                with suppress(FileNotFoundError):  # where it was renamed
+                    os.unlink(old, dir_fd=self.fd)
+                Cleanup.files.discard((self.fd, old))
+                self._files.pop(0)
             if self.fd is not None:
                 where = escape(self.path)
                 undo.enter_context(
@@ -2300,6 +2314,17 @@ class Directory:
                 )
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
+
+    def _link(self, old: bytes, new: bytes) -> bool:
+        """Give a file a second name that nobody else has; False where there are no such links."""
+        try:
+            # Unlike a rename, this never replaces what somebody else has just put there.
+            os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except (AttributeError, NotImplementedError, OSError):
+            return False
+        return True
 
 
 class PartialFile(Target):
@@ -2328,10 +2353,7 @@ class PartialFile(Target):
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
             super().__init__(fd, directory.full(final), seekable=True)
-            with suppress(ImportError, OSError):
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `Directory.leftovers` looks at it
+            lock_partial(fd)
             if directory.readers and not replaces and hasattr(os, "fchmod"):
                 # An access list here was inherited from the directory; a group bit would put it
                 # in force.
@@ -2391,6 +2413,18 @@ class PartialFile(Target):
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
+
+
+def lock_partial(fd: int) -> None:
+    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        for _ in range(5):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another run looks at it just now
+                time.sleep(0.01)
 
 
 def keep_attributes(old: int, new: int, name: str) -> None:
@@ -2515,7 +2549,12 @@ def open_destination(
     with os_errors_as(name):
         is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
     # Linux refuses O_EXCL for a block device that is mounted, or in use otherwise.
-    fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    try:
+        fd = open_path(path, os.O_RDWR | (os.O_EXCL if is_block_device else 0))
+    except VmaError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EBUSY:
+            raise VmaError(f"{error}: it is mounted, or in use otherwise") from error
+        raise
     try:
         with os_errors_as(name):
             if not is_disk(os.fstat(fd).st_mode):
@@ -2616,6 +2655,23 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                 )
 
 
+def lazy_numbers(count: int, kind: str) -> Any:
+    """Return a view of so many zeros, in a format of struct.
+
+    The kernel gives memory only for what is written to: a device that is announced but not there
+    costs nothing.
+    """
+    import mmap
+
+    private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    size = struct.calcsize(kind) * count
+    memory = mmap.mmap(-1, size, **({"flags": private} if private else {}))
+    with suppress(AttributeError, OSError):  # huge pages would make each cluster cost 2 MiB
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    view: Any = memoryview(memory)
+    return view.cast(kind)
+
+
 class DeviceIndex:
     """Where the clusters of one device are, 8 bytes a cluster.
 
@@ -2635,19 +2691,11 @@ class DeviceIndex:
             self.last = -1  # so that each cluster of it is looked at
             self.entries = array.array("Q")  # as many clusters as come, one after the other
         else:
-            import mmap
-
-            private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
-            # The kernel gives memory only for what is written to: a device that is announced but
-            # not there costs nothing. Huge pages would make each cluster cost 2 MiB.
             try:
-                memory = mmap.mmap(-1, 8 * count, **({"flags": private} if private else {}))
+                self.entries = lazy_numbers(count, "Q")
             except (OSError, OverflowError, ValueError) as error:
                 message = f"{device.title}: no memory for its {count} clusters"
                 raise FormatError(message) from error
-            with suppress(AttributeError, OSError):
-                memory.madvise(mmap.MADV_NOHUGEPAGE)
-            self.entries = memoryview(memory).cast("Q")
 
     @property
     def disk_size(self) -> int:
@@ -5372,8 +5420,7 @@ class MountPoint:
         self.options = options
         self.is_root = os.geteuid() == 0
         with os_errors_as(self.name):
-            if not stat.S_ISDIR(os.stat(self.path).st_mode):
-                raise os_error(self.name, errno.ENOTDIR)
+            os.scandir(self.path).close()  # a mount whose server has died still answers stat
 
     def mount(self) -> int:
         """Mount; return the descriptor of /dev/fuse through which the requests come."""
@@ -5585,6 +5632,750 @@ def log_to_syslog(text: str) -> None:
 
     syslog.openlog("vma-tool", syslog.LOG_PID, syslog.LOG_DAEMON)
     syslog.syslog(syslog.LOG_ERR, text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rescue: what is left of a damaged archive. Its bytes slide through a window; where extents do not
+# follow one another any more, the next whole header is searched for
+
+RESCUE_NAME = "rescue.json"
+EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
+RESCUE_WINDOW_SIZE = 12 << 20
+READ_SIZE = 1 << 20
+PATTERN_MAX_SIZE = 32  # what `Window.search` looks for is shorter
+PAGE_SIZE = 4096  # as much of a file cannot be read around one bad sector
+# What a damaged disk or file system answers. After any other error, nothing can be read any more.
+DAMAGE_ERRORS = {
+    getattr(errno, name, errno.EIO)
+    for name in ("EIO", "ENODATA", "EBADMSG", "EUCLEAN", "EREMOTEIO", "EILSEQ")
+}
+EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
+# A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
+# cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
+HORIZON = 2 * EXTENT_MAX_SIZE
+NEAR_SIZE = 64 << 10  # bytes by which an extent is not where it is expected, in an odd archive
+ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
+CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
+FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
+Range = tuple[int, int]  # start and end in bytes; the end is exclusive
+
+
+class Flaw(NamedTuple):
+    """Damage to an archive, by the offset in bytes in the plain archive."""
+
+    offset: int
+    text: str
+
+
+class Salvage:
+    """The bytes of a damaged archive that can still be had, in order.
+
+    Offsets count the bytes given. Lost ones are given as zeros; at a break, an unknown number of
+    them is missing. The lists are complete for what was read.
+    """
+
+    def __init__(self) -> None:
+        self.lost: list[Range] = []
+        self.doubtful: list[Range] = []
+        self.breaks: list[int] = []
+        self.flaws: list[Flaw] = []
+        # A checksum over everything does not match, and does not tell what is wrong.
+        self.unverified = False
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill view with the next bytes; return how many there were before the end."""
+        raise NotImplementedError
+
+
+class RawSalvage(Salvage):
+    """A file or pipe as it is; pages of a file that cannot be read are lost."""
+
+    def __init__(self, file: Input) -> None:
+        super().__init__()
+        self.file = file
+        self._failing = False  # so read by the page, until one can be read
+
+    def readinto(self, view: memoryview) -> int:
+        count = 0
+        while count < len(view):
+            offset = self.file.offset
+            page = view[count : count + PAGE_SIZE - offset % PAGE_SIZE]
+            try:
+                got = self.file.file.readinto(page if self._failing else view[count:])
+            except OSError as error:
+                if self.file.raw is None or error.errno not in DAMAGE_ERRORS:
+                    message = f"{self.file.name}: offset 0x{offset:x}: {system_message(error)}"
+                    raise VmaError(message) from error
+                if not self._failing:
+                    self._failing = True
+                    continue
+                got = len(page)
+                page[:] = bytes(got)
+                self._lose(offset, got, error)
+                self.file.raw.seek(offset + got)
+            else:
+                self._failing = False
+            if not got:
+                break
+            self.file.offset += got
+            count += got
+        return count
+
+    def _lose(self, offset: int, size: int, error: OSError) -> None:
+        if not self.lost or self.lost[-1][1] != offset:
+            self.lost.append((offset, offset))
+            self.flaws.append(Flaw(offset, f"cannot be read: {system_message(error)}"))
+        self.lost[-1] = self.lost[-1][0], offset + size
+
+
+class Window:
+    """Bytes of a Salvage, from a place on that only moves forward. A thread reads the next ones.
+
+    Views of it are valid until the next call.
+    """
+
+    def __init__(self, source: Salvage, size: int = RESCUE_WINDOW_SIZE) -> None:
+        import queue
+
+        self.source = source
+        self.end = 0  # of the bytes that have been read
+        self._view = new_buffer(size)
+        self._base = 0  # offset of the view's first byte
+        self._kept = 0  # what is before may go
+        self._ended = False
+        self._reading = False
+        self.progress: Progress | None = None
+        self._orders: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        start_thread(self._serve)
+
+    def _serve(self) -> None:
+        while len(view := self._orders.get()):
+            try:
+                self._results.put(self.source.readinto(view))
+            except BaseException as error:  # noqa: BLE001 - raised again by `_fill`
+                self._results.put(error)
+
+    def close(self) -> None:
+        self._orders.put(memoryview(b""))
+
+    def forget(self, offset: int) -> None:
+        """Let the bytes before an offset go."""
+        self._kept = max(self._kept, min(offset, self.end))
+
+    def peek(self, offset: int, size: int) -> memoryview:
+        """Return the bytes from an offset on: fewer if the end or a break comes before."""
+        self._fill(offset + size)
+        end = min(offset + size, self.end)
+        breaks = self.source.breaks
+        following = bisect.bisect_right(breaks, offset)
+        if following < len(breaks):
+            end = min(end, breaks[following])
+        return self._view[offset - self._base : max(end, offset) - self._base]
+
+    def ends_at(self, offset: int) -> bool:
+        """Say whether an offset is the end of everything."""
+        self._fill(offset + 1)
+        return self._ended and offset == self.end
+
+    def search(self, pattern: re.Pattern[bytes], start: int, stop: int | None = None) -> int | None:
+        """Return where pattern first occurs from start on, and before stop if given; else None.
+
+        Without stop, what has been searched may go.
+        """
+        while True:
+            limit = start + READ_SIZE if stop is None else min(start + READ_SIZE, stop)
+            self._fill(limit + PATTERN_MAX_SIZE)
+            end = min(limit + PATTERN_MAX_SIZE, self.end) - self._base
+            match = pattern.search(self._view, start - self._base, end)
+            if match and (stop is None or match.start() + self._base < stop):
+                return match.start() + self._base
+            if limit == stop or limit >= self.end:
+                return None
+            start = limit
+            if stop is None:
+                self.forget(start)
+
+    def _fill(self, end: int) -> None:
+        """Read up to an offset, and let the thread go on reading."""
+        while True:
+            if self._reading and (self.end < end or not self._results.empty()):
+                result = self._results.get()
+                self._reading = False
+                if isinstance(result, BaseException):
+                    self._ended = True
+                    raise result
+                self.end += result
+                self._ended = not result
+                if self.progress:
+                    self.progress.tick()
+            if not self._reading and not self._ended:
+                self._order(end)
+            if self.end >= end or self._ended:
+                return
+
+    def _order(self, end: int) -> None:
+        """Let the thread read, if there is room. For what comes before end, make room."""
+        room = len(self._view) - (self.end - self._base)
+        if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
+            kept = self._view[self._kept - self._base : self.end - self._base]
+            if end - self._kept + READ_SIZE > len(self._view):
+                self._view = new_buffer(end - self._kept + READ_SIZE)
+            self._view[: len(kept)] = kept
+            self._base = self._kept
+            room = len(self._view) - len(kept)
+        if room:
+            self._reading = True
+            start = self.end - self._base
+            self._orders.put(self._view[start : start + min(room, READ_SIZE)])
+
+
+class Found(NamedTuple):
+    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
+
+    `keys` are its place in the canonical order, and behind it; none if it cannot have one.
+    """
+
+    extent: Extent
+    runs: Sequence[tuple[int, int, int]]
+    keys: tuple[Any, ...]
+
+    @property
+    def end(self) -> int:
+        return self.extent.payload_offset + self.extent.payload_size
+
+
+class Chain:
+    """Extents that follow one another without a gap, by its number.
+
+    A proven chain cannot be part of an archive in a guest's disk. Of a doubtful one, everything is
+    uncertain. A dropped one had clusters of a proven one: it was found in a guest's disk.
+    """
+
+    def __init__(self, number: int, proven: bool, doubtful: bool) -> None:
+        self.number = number
+        self.proven = proven
+        self.doubtful = doubtful
+        self.dropped = False
+        self.key: Any = ()  # where it ends in the canonical order
+        self.flaws: list[Flaw] = []
+
+    def note(self, offset: int, text: str) -> None:
+        self.flaws.append(Flaw(offset, text))
+
+
+class RescuedDisk:
+    """A disk as far as it was found.
+
+    An entry is 0 for a lost cluster, else its chain's number << 2 | FOUND_*. With `exact`, the
+    device's size is certain.
+    """
+
+    def __init__(self, device: Device, exact: bool, target: PartialFile) -> None:
+        self.device = device
+        self.target = target
+        self.exact = exact and not device.is_vmstate
+        self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
+        self.entries = lazy_numbers(self.limit, "I")
+        self.end = 0  # of the clusters found
+
+    def spans(self, cluster_count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (first, end, entry) of each run of clusters with the same entry."""
+        with self.entries[: self.end].cast("B") as view:
+            for match in re.finditer(rb"(?s)(....)\1*", view):
+                yield match.start() // 4, match.end() // 4, int.from_bytes(match[1], sys.byteorder)
+        if self.end < cluster_count:
+            yield self.end, cluster_count, 0
+
+
+class Rescue:
+    """Puts together what is left of an archive; `create` makes a file with a name.
+
+    A cluster is lost, or doubtful, or right, as far as an archive without checksums can tell.
+    """
+
+    def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
+        self.window = window
+        self.disks: dict[int, RescuedDisk] = {}
+        self.configs: list[Config] = []
+        self._create = create
+        self._names = {RESCUE_NAME}
+        self._uuid = b""
+        self._exact = True  # the header is whole: there are no other devices
+        self._offset = 0  # where the next extent is expected
+        self._full = False  # the last extent, so that another one may have followed
+        self._chains: list[Chain] = []
+        self._headers: set[bytes] = set()  # MD5s of all extents found
+        self._key: Any = ()  # where the extents found end in the canonical order, None if in none
+
+    def run(self) -> None:
+        """Read the archive to its end; raises FormatError if it is none."""
+        chain = self._read_header()
+        while not self.window.ends_at(self._offset):
+            self.window.forget(self._offset)
+            found = self._whole(self._offset, self._uuid)
+            if found and self._fits(found, chain.proven):
+                chain = self._take(found, chain)
+            else:
+                chain = self._resume(chain)
+
+    def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> Chain:
+        self._offset = offset
+        self._chains.append(Chain(len(self._chains), proven, doubtful))
+        return self._chains[-1]
+
+    # The header
+
+    def _read_header(self) -> Chain:
+        """Read the header, or what is left of it, and return the first chain of extents."""
+        window = self.window
+        header: Header | None = None
+        try:
+            size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
+            header = parse_header(window.peek(0, size))
+            chain = self._begin(header.size, proven=True)
+            self._uuid = header.uuid
+        except FormatError as error:
+            self._exact = False
+            start = bytearray(window.peek(0, READ_SIZE))
+            # An extent tells the uuid, and the first one where the header ends.
+            found = self._search(min(4, len(start)))
+            for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
+                header = header or guess_header(start[:size], self._uuid)
+            if not header and not found:
+                raise FormatError(f"{error}, and nothing of one is in it") from error
+            used = "it is used all the same" if header else "configs and names are missing"
+            chain = found or self._begin(window.end, proven=True)
+            chain.proven = True
+            chain.note(0, f"the header is damaged, {used}: {error}")
+        for config in header.configs if header else ():
+            fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
+            if fault or config.name in self._names:
+                chain.note(0, f"config {quote(config.name)} {fault or 'occurs twice'}: left out")
+                continue
+            self._names.add(config.name)
+            self._create(config.name).append([config.data])
+            self.configs.append(config)
+        for device in header.devices if header else ():
+            self._add_disk(device, chain)
+        if header and self._uuid == CANONICAL_UUID:
+            for device in canonical_order(header.devices)[:1]:
+                self._key = device.is_vmstate, device.dev_id, 0
+        return chain
+
+    def _add_disk(self, device: Device, chain: Chain) -> RescuedDisk:
+        dev_id, name, size = device
+        file_name = disk_file_name(device)
+        fault = name_fault(name, DEVICE_NAME_MAX_SIZE)
+        if fault or file_name in self._names:
+            fault = fault or "occurs twice"
+            free = (f"dev{dev_id}{'-' * i}" for i in itertools.count())
+            name = next(name for name in free if f"disk-{name}.raw" not in self._names)
+            chain.note(0, f"{device.title}: the name {fault}, it is called {quote(name)}")
+            file_name = f"disk-{name}.raw"
+        if device.cluster_count > MAX_CLUSTERS:
+            chain.note(0, f"{device.title}: a size of {size} bytes is impossible")
+            size = 0
+        self._names.add(file_name)
+        device = Device(dev_id, name, size)
+        disk = RescuedDisk(device, self._exact and size > 0, self._create(file_name))
+        self.disks[dev_id] = disk
+        return disk
+
+    # Extents: where one follows another, else by searching
+
+    def _whole(self, offset: int, uuid: bytes) -> Found | None:
+        """Return the extent header at an offset if it is whole, with clusters that exist."""
+        data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
+        if len(data) < EXTENT_HEADER_SIZE:
+            return None
+        try:
+            extent = parse_extent(data, offset, uuid)
+        except FormatError:
+            return None
+        infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
+        keys = [info & CLUSTER_KEY for info in infos]
+        runs: list[tuple[int, int, int]] = []
+        for key in sorted(keys):
+            dev_id, cluster_num = key >> 32, key & 0xFFFFFFFF
+            last = runs[-1] if runs else (0, 0, 0)
+            if dev_id != last[0] or cluster_num != last[1] + last[2]:
+                runs.append((dev_id, cluster_num, 1))
+            else:
+                runs[-1] = (dev_id, last[1], last[2] + 1)
+        for dev_id, first, count in runs:
+            limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
+            if dev_id in self.disks:
+                limit = self.disks[dev_id].limit
+            if first + count > limit:
+                return None
+        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
+            return None
+        if len(set(keys)) < len(keys):
+            return None
+        place: tuple[Any, ...] = ()
+        if len(runs) == 1 and keys == sorted(keys):
+            dev_id, first, count = runs[0]
+            last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
+            place = (last_device, dev_id, first), (last_device, dev_id, first + count)
+        return Found(extent, runs, place)
+
+    def _fits(self, found: Found, proven: bool) -> bool:
+        """Say whether no cluster was found before: of a proven extent, none in a proven one."""
+        for dev_id, first, count in found.runs:
+            disk = self.disks.get(dev_id)
+            held = set(disk.entries[first : first + count].tolist()) if disk else ()
+            for entry in held:
+                if entry and (not proven or self._chains[entry >> 2].proven):
+                    return False
+        return True
+
+    def _marked(self, offset: int) -> bool:
+        """Say whether the archive's end, or what may be a damaged extent header, is there."""
+        source = self.window.source
+        start = self.window.peek(offset, EXTENT_MD5.start)
+        return (
+            start[:4] == EXTENT_MAGIC
+            or start[8:] == self._uuid
+            or offset in source.breaks
+            or overlaps(source.lost, offset, offset + EXTENT_MD5.start)
+            or self.window.ends_at(offset)
+        )
+
+    def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
+        """Return the extents that follow one another from an offset on, if proven, if nested.
+
+        They are proven if they go on up to the HORIZON, to what looks like another one, or to the
+        end; nested if the next one has clusters that the archive does not have.
+        """
+        uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
+        extents: list[Found] = []
+        end = offset
+        while end - offset < HORIZON:
+            found = self._whole(end, uuid)
+            if found is None:
+                with suppress(FormatError, struct.error):
+                    parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
+                    return extents, False, True
+                return extents, self._marked(end), False
+            extents.append(found)
+            end = found.end
+        return extents, True, False
+
+    def _search(
+        self,
+        start: int,
+        stop: int | None = None,
+        through: int | None = None,
+        near: int | None = None,
+        cut: bool = False,
+    ) -> Chain | None:
+        """Begin a chain at the next extent from start on, before stop, that can be the archive's.
+
+        With `through`, it must be in a chain that comes past there. It is expected to be `near` an
+        offset. With `cut`, it is doubtful unless it is proven. Returns None if there is none.
+        """
+        seen: set[int] = set()
+        while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
+            start = at + 1
+            extents, proven, nested = self._follow(at) if at not in seen else ([], False, True)
+            if not extents:
+                continue
+            offsets = [found.extent.offset for found in extents]
+            seen.update(offsets)
+            if through is not None:
+                proven = through in (*offsets, extents[-1].end)
+                nested = not proven
+            if proven:
+                extents = [found for found in extents if self._fits(found, True)]
+                start = offsets[-1] + 1
+            else:
+                # A part of the archive may be there twice.
+                extents = [found for found in extents if found.extent.md5 not in self._headers]
+                if nested or not self._can_be_next(extents, near):
+                    continue
+            if extents:
+                self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
+                chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
+                if proven and self._key and extents[0].keys:
+                    self._key = extents[0].keys[0]
+                    for other in self._chains:
+                        if not other.proven and other.key > self._key:
+                            other.dropped = True
+                return chain
+        return None
+
+    def _can_be_next(self, extents: Sequence[Found], near: int | None) -> bool:
+        """Say whether extents that are not proven fit, and are not of an archive in a disk."""
+        if not all(self._fits(found, False) for found in extents):
+            return False
+        if self._uuid != CANONICAL_UUID:
+            return True
+        # All canonical archives have this uuid, also those in a disk. They have one order.
+        if self._key:
+            keys = [self._key, *itertools.chain(*(found.keys for found in extents))]
+            # Nothing would be lost before it: so it is where it is expected, or nested.
+            if keys[:1] == keys[1:2]:
+                near = self._offset if near is None else near
+            elif self._headers:
+                near = None
+            if not all(found.keys for found in extents) or keys != sorted(keys):
+                return False
+        return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
+
+    def _resume(self, chain: Chain) -> Chain:
+        """Find out where to go on, as no extent that fits is where it is expected."""
+        offset = self._offset
+        if offset in self.window.source.breaks:
+            return self._search(offset) or self._end(chain)
+        data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
+        through = near = None
+        try:
+            fields = EXTENT.unpack(data)
+            # Its size may still be right. Then what is inside may only be a guest's.
+            stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
+            for size in (fields[2] * BLOCK_SIZE, stored):
+                end = offset + EXTENT_HEADER_SIZE + size
+                if through is None and size < EXTENT_MAX_SIZE:
+                    near = near or (end if data[:4] == EXTENT_MAGIC else None)
+                    through = end if self._marked(end) else None
+            parse_extent(data, offset, self._uuid)
+            text = "the extent has clusters that do not exist, or were there before"
+        except (FormatError, struct.error) as error:
+            text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
+        following = self._search(offset + 1, through, through, near)
+        if following is None and through is not None:
+            self._offset = through
+        elif following is None:
+            self._end(chain)
+        chain.note(offset, f"{text}; extents go on at offset 0x{self._offset:x}")
+        return following or chain
+
+    def _end(self, chain: Chain) -> Chain:
+        self._offset = self.window.end
+        return chain
+
+    def _take(self, found: Found, chain: Chain) -> Chain:
+        """Write the clusters of an extent, as far as they are in place; return the next chain."""
+        start, size = found.extent.payload_offset, found.extent.payload_size
+        self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
+        in_place = self._marked(found.end)
+        self._claim(found, chain)
+        stop = start + len(self.window.peek(start, size))
+        if in_place and stop == found.end:
+            self._write(found, chain, start, stop)
+            self._offset = found.end
+            return chain
+        cut = stop < found.end
+        self._offset = found.end
+        following = self._search(start, stop, near=found.end, cut=cut)
+        if cut and not following:
+            chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
+            self._write(found, chain, start, stop)
+            self._offset = stop
+            return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
+        end = min(self._offset, stop) if following and following.proven else stop
+        self._write(found, chain, start, end, doubtful=True)
+        text = "bytes are missing or added in the extent"
+        following = following or self._search(found.end) or self._end(chain)
+        chain.note(found.extent.offset, f"{text}; extents go on at offset 0x{self._offset:x}")
+        return following
+
+    def _take_rest(self, found: Found, chain: Chain) -> Chain:
+        """Write what comes behind a break in an extent, if that is certain; return its follower."""
+        start = self._offset
+        following = self._search(start, found.end + 1)
+        if following is None:
+            return self._search(start) or self._end(chain)
+        after = self._whole(self._offset, self._uuid)
+        if after and found.runs and after.runs:
+            dev_id, first, count = found.runs[-1]
+            last = first + count == self.disks[dev_id].limit and after.runs[0][1] == 0
+            if last or after.runs[0][:2] == (dev_id, first + count):
+                # The canonical order goes on, so the break has cost this extent's bytes only.
+                breaks = self.window.source.breaks
+                start = breaks[bisect.bisect_right(breaks, self._offset) - 1]
+                begin = found.extent.payload_size - (self._offset - start)
+                self._write(found, chain, start, self._offset, begin)
+        return following
+
+    # Clusters
+
+    def _write(
+        self,
+        found: Found,
+        chain: Chain,
+        start: int,
+        stop: int,
+        begin: int = 0,
+        doubtful: bool = False,
+    ) -> None:
+        """Write the clusters of an extent whose blocks are in a part of its payload.
+
+        The part is at start to stop of the archive, and begins at `begin` of the payload. Of
+        doubtful clusters, what is there is written.
+        """
+        source = self.window.source
+        payload = self.window.peek(start, stop - start)
+        doubtful = doubtful or chain.doubtful
+        certain = not doubtful and len(payload) == found.extent.payload_size
+        certain = certain and not overlaps(source.lost, start, stop)
+        certain = certain and not overlaps(source.doubtful, start, stop)
+        pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
+        for dev_id, cluster_num, mask, slot_start, slot_size in iter_slots(found.extent):
+            if not mask:
+                continue
+            disk = self.disks[dev_id]
+            position = slot_start - begin
+            state = FOUND_STORED
+            if not certain:
+                place = start + position, start + position + slot_size
+                whole = position >= 0 and position + slot_size <= len(payload)
+                if overlaps(source.lost, *place) or not (whole or doubtful):
+                    continue
+                if doubtful or overlaps(source.doubtful, *place):
+                    state = FOUND_DOUBTFUL
+            disk.entries[cluster_num] = chain.number << 2 | state
+            # A last cluster may have blocks behind the disk's end.
+            limit = disk.device.size if disk.exact else sys.maxsize
+            for run_start, run_size in block_runs(mask):
+                offset = cluster_num * CLUSTER_SIZE + run_start
+                count = min(run_size, len(payload) - position, limit - offset)
+                if count > 0:
+                    pieces.append((dev_id, offset, position, count))
+                position += run_size
+        self._write_pieces(pieces, payload)
+
+    def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
+        """Write pieces of a payload to the disks, neighbours with one call."""
+        views: list[Buffer] = []
+        target, end = None, 0
+        for dev_id, offset, first, size in sorted(pieces):
+            if target is not self.disks[dev_id].target or offset != end:
+                if target:
+                    target.write_at(end - sum(map(len, views)), views)
+                target, views = self.disks[dev_id].target, []
+            views.append(payload[first : first + size])
+            end = offset + size
+        if target:
+            target.write_at(end - sum(map(len, views)), views)
+
+    def _claim(self, found: Found, chain: Chain) -> None:
+        """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        known = chain.proven or self._key
+        if known and self._key is not None and self._uuid == CANONICAL_UUID:
+            in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
+            self._key = found.keys[1] if in_order else None
+        chain.key = self._key or ()
+        for dev_id, first, count in found.runs:
+            if dev_id not in self.disks:
+                self._add_disk(Device(dev_id, "", 0), chain)
+            disk = self.disks[dev_id]
+            disk.end = max(disk.end, first + count)
+            entries = disk.entries
+            for held in set(entries[first : first + count].tolist()) - {0}:
+                holder = self._chains[held >> 2]
+                # The same header again is only a part of the archive that is there twice.
+                holder.dropped = holder.dropped or found.extent.md5 not in self._headers
+                disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
+            state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
+            entry = chain.number << 2 | state
+            entries[first : first + count] = array.array("I", [entry]) * count
+        self._headers.add(found.extent.md5)
+        if found.extent.block_count:
+            for info in found.extent.blockinfo:
+                if info >> 48 and info >> 32 & 0xFF:
+                    self.disks[info >> 32 & 0xFF].entries[info & 0xFFFFFFFF] = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Give the disks their sizes, and return what `rescue --json` prints."""
+        source = self.window.source
+        missing = []
+        devices = []
+        damaged = any(chain.flaws for chain in self._chains) or bool(source.flaws)
+        for disk in self.disks.values():
+            device, count = disk.device, disk.device.cluster_count
+            # Nobody knows how many clusters a vmstate has: fewer than its size needs may be all.
+            if device.is_vmstate and disk.end and not (damaged or self._full):
+                count = disk.end
+            size = device.size
+            if device.is_vmstate or disk.end > count:
+                size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
+            lost, doubtful = self._unsure(disk, max(count, disk.end), size)
+            disk.target.truncate(size)
+            if lost:
+                number = sum(-(-each // CLUSTER_SIZE) for _, each in lost)
+                text = f"{device.title}: {plural(number, 'cluster')} not found"
+                missing.append(Flaw(self.window.end, text))
+            found = {"dev_id": device.dev_id, "name": device.name, "size": size}
+            devices.append({**found, "lost": lost, "doubtful": doubtful})
+        kept = (chain.flaws for chain in self._chains if not chain.dropped)
+        flaws = sorted(itertools.chain(source.flaws, *kept), key=lambda flaw: flaw.offset)
+        configs = [{"name": name, "size": len(data)} for name, data in self.configs]
+        damage = [flaw._asdict() for flaw in (*flaws, *missing)]
+        return {"devices": devices, "configs": configs, "damage": damage}
+
+    def _unsure(
+        self, disk: RescuedDisk, cluster_count: int, size: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return [offset, size] in bytes of what is lost and of what is doubtful."""
+        lost: list[list[int]] = []
+        doubtful: list[list[int]] = []
+        for first, end, entry in disk.spans(cluster_count):
+            state = entry & 3
+            if entry and self._chains[entry >> 2].dropped:
+                for cluster_num in range(first, end):
+                    disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
+                state = 0
+            if state == FOUND_STORED and self.window.source.unverified:
+                state = FOUND_DOUBTFUL
+            if state in (0, FOUND_DOUBTFUL):
+                ranges = doubtful if state else lost
+                start, stop = first * CLUSTER_SIZE, min(end * CLUSTER_SIZE, size)
+                if ranges and sum(ranges[-1]) == start:
+                    ranges[-1][1] += stop - start
+                else:
+                    ranges.append([start, stop - start])
+        return lost, doubtful
+
+
+def guess_header(data: bytearray, uuid: bytes) -> Header | None:
+    """Return the header in bytes that are damaged, as far as its structure can be read."""
+    size = len(data)
+    if not HEADER_FIXED_SIZE < size <= HEADER_MAX_SIZE:
+        return None
+    fields = HEADER.unpack_from(data)
+    # What Proxmox always writes, in case these fields were hit.
+    usual = HEADER_FIXED_SIZE, size - HEADER_FIXED_SIZE
+    for blob_offset, blob_size in (fields[5:7], usual):
+        HEADER.pack_into(
+            data, 0, HEADER_MAGIC, 1, uuid, fields[3], bytes(16), blob_offset, blob_size, size
+        )
+        with suppress(FormatError):
+            header = parse_header(data, check_md5=False)
+            if header.devices or header.configs:
+                return header
+    return None
+
+
+def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
+    """Say whether one of ascending ranges has bytes between start and end."""
+    i = bisect.bisect_left(ranges, (end, 0))
+    return i > 0 and ranges[i - 1][1] > start
+
+
+@contextmanager
+def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
+    """Open a damaged archive: the file, and the bytes of it that can be had."""
+    name = display_name(path, "input")
+    raw, _, size = open_raw(path, name)
+    with Input(name, raw) as file, ExitStack() as stack:
+        if size is not None:
+            with os_errors_as(name):
+                file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
+        window = Window(RawSalvage(file))
+        stack.callback(window.close)
+        yield file, window
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6189,6 +6980,50 @@ def mount_and_leave(
         return run_command(args.command, signals)
 
 
+def cmd_rescue(args: Namespace) -> int:
+    """Write what is left of a damaged archive, and say what is lost."""
+    require_report()
+    with open_salvage(args.archive) as (source, window):
+        progress = progress_of(args, source)
+        with progress, make_directory(args.targetdir, source.readers) as directory:
+            directory.require_empty()
+            window.progress = progress
+            rescue = Rescue(window, directory.create)
+            with in_archive(source.name):
+                rescue.run()
+            found = rescue.finish()
+            directory.create(RESCUE_NAME).append([to_json(found).encode() + b"\n"])
+            finish_writing(directory.flush, progress)
+            directory.commit(False, source.check_unchanged)
+    if args.json:
+        print(to_json(found))
+    else:
+        print_rescued(source.name, found)
+    return (
+        EXIT_BAD
+        if found["damage"]
+        or any(device["lost"] or device["doubtful"] for device in found["devices"])
+        else 0
+    )
+
+
+def print_rescued(archive: str, found: Mapping[str, Any]) -> None:
+    """Print for people what `Rescue.finish` returned."""
+    print(f"archive  {archive}")
+    for flaw in found["damage"]:
+        print(f"damage   offset 0x{flaw['offset']:x}: {escape(flaw['text'])}")
+    for config in found["configs"]:
+        print(f"config   {escape(config['name'])}  {config['size']} bytes")
+    for device in found["devices"]:
+        size = f"{format_size(device['size'])}, {device['size']} bytes"
+        print(f"device   {device['dev_id']:<3} {escape(device['name'])}  {size}")
+        for state in "lost", "doubtful":
+            ranges = device[state]
+            print(f"             {state}: {format_size(sum(count for _, count in ranges))}")
+            for start, count in ranges:
+                print(f"               {start} + {count}")
+
+
 def cmd_unpack(args: Namespace) -> int:
     """Write configs, disks and vma.json, from which pack makes the archive again."""
     return restore(args, args.directory, for_pack=True)
@@ -6724,6 +7559,12 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
     text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
     arg("directory", metavar="DIRECTORY", help=text)
+
+    text = "write what is left of a damaged archive, and say what is lost"
+    arg = add(cmd_rescue, text, "broken.vma.zst disks/")
+    arg("--json", **FLAG, help="print one JSON object, for scripts (also in rescue.json)")
+    arg(**ARCHIVE)
+    arg("targetdir", metavar="TARGETDIR", help="must be new, or empty")
 
     arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
     arg("--base", **BASE)

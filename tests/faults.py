@@ -34,7 +34,16 @@ from unittest import mock
 import vma_tool
 from tests import archives
 from tests.archives import CLUSTER, Archive
-from tests.support import Answer, OsProxy, ToolTest, call_tool, fork_tool, sha256, snapshot
+from tests.support import (
+    Answer,
+    OsProxy,
+    ToolTest,
+    call_tool,
+    compress,
+    fork_tool,
+    sha256,
+    snapshot,
+)
 
 # Making the command line's parser takes longer than most archives here.
 build_parser = functools.cache(vma_tool.build_parser)
@@ -293,10 +302,10 @@ class Road(NamedTuple):
     @property
     def replaces(self) -> bool:
         """Say whether what it makes had been something else."""
-        return self.makes in (("in.vma",), ("old.vma",))
+        return self.makes in (("in.vma",), ("old.vma",), ("one.vma.zst",))
 
 
-OPTIMIZED, PACKED = ("out.vma",), ("out.vma",)
+OPTIMIZED, PACKED, COMPRESSED = ("out.vma",), ("out.vma",), ("out.vma.zst",)
 UNPACKED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/drive-efidisk0",
             "new/drive-scsi0", "new/drive-tpmstate0-backup", "new/vma.json")  # fmt: skip
 EXTRACTED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/disk-drive-efidisk0.raw",
@@ -320,19 +329,28 @@ WRITING = (
     Road("optimize gzip by a module", ("optimize", "in.vma.gz", "out.vma"), OPTIMIZED,
          "in.vma.gz", hidden=True),
     Road("optimize a gzip stream", ("optimize", "-", "out.vma"), OPTIMIZED, "-.gz"),
+    Road("optimize to zstd", ("optimize", "in.vma", "out.vma.zst"), COMPRESSED),
+    Road("optimize zstd in place", ("optimize", "one.vma.zst"), ("one.vma.zst",), "one.vma.zst"),
+    Road("optimize frames", ("optimize", "frames.vma.zst", "out.vma"), OPTIMIZED,
+         "frames.vma.zst"),
     Road("pack", ("pack", "full", "out.vma"), PACKED, "full/drive-scsi0"),
+    Road("pack to zstd", ("pack", "full", "out.vma.zst"), COMPRESSED, "full/drive-scsi0"),
     Road("unpack", ("unpack", "in.vma", "new"), UNPACKED),
     Road("unpack a stream", ("unpack", "-", "new"), UNPACKED, "-"),
     Road("unpack into a directory", ("unpack", "in.vma", "empty"), there(UNPACKED, "empty")),
     Road("extract", ("extract", "in.vma", "new"), EXTRACTED),
     Road("extract a stream", ("extract", "-", "new"), EXTRACTED, "-"),
+    Road("extract frames", ("extract", "frames.vma.zst", "new"), EXTRACTED, "frames.vma.zst"),
     Road("extract into a directory", ("extract", "in.vma", "empty"), there(EXTRACTED, "empty")),
 )  # fmt: skip
 PRINTING = (
     Road("optimize to a pipe", ("optimize", "in.vma", "-")),
+    Road("optimize to zstd in a pipe", ("optimize", "--compress=zstd", "in.vma", "-")),
     Road("pack to a pipe", ("pack", "full", "-"), (), "full/drive-scsi0"),
     Road("list", ("list", "--scan", "in.vma")),
+    Road("list frames", ("list", "--scan", "frames.vma.zst"), (), "frames.vma.zst"),
     Road("verify", ("verify", "in.vma")),
+    Road("verify frames", ("verify", "frames.vma.zst"), (), "frames.vma.zst"),
     Road("verify a stream", ("verify", "-"), (), "-"),
     Road("verify --digest", ("verify", "--digest", "in.vma")),
     Road("verify --digest a stream", ("verify", "--digest", "-"), (), "-"),
@@ -357,6 +375,15 @@ def small_archive() -> bytes:
     return archives.build(archive, archives.live_order(archive, rng, window=4), slots=4)
 
 
+@functools.lru_cache(maxsize=4)
+def in_frames(data: bytes) -> bytes:
+    """Return what optimize makes of an archive with --compress zstd; other tests look at that."""
+    answer = call_tool("optimize", "-q", "--compress", "zstd", "-", "-", input=data)
+    if answer.returncode:
+        raise AssertionError(answer.stderr)
+    return answer.stdout
+
+
 class Workshop:
     """A directory in which roads are gone: the archive in all forms, and what comes of it."""
 
@@ -372,6 +399,9 @@ class Workshop:
         self.write("old.vma", b"an older archive")
         self.write("map", b"".join(b"skip=%b\n" % d.raw_name for d in self.archive.devices))
         self.write("in.vma.gz", gzip.compress(self.data, 1))
+        self.one_frame = compress("zstd", self.data)
+        self.write("one.vma.zst", self.one_frame)
+        self.write("frames.vma.zst", in_frames(self.data))
         (directory / "empty").mkdir()
         call_tool("unpack", directory / "in.vma", directory / "full")
         self.description = sha256(directory / "full" / "vma.json")
@@ -395,7 +425,9 @@ class Workshop:
         after = dict(self.before)
         for path in road.makes:
             name = Path(path).name
-            if name.endswith(".vma"):
+            if name.endswith(".zst"):
+                after[path] = sha256(in_frames(data or self.data))
+            elif name.endswith(".vma"):
                 after[path] = sha256(archives.canonical(parsed.archive, stored=parsed.masks))
             elif name == "vma.json":
                 after[path] = self.description
@@ -447,7 +479,11 @@ class Workshop:
         for path in sorted(self.directory.rglob("*"), key=lambda path: -len(path.parts)):
             if os.fsdecode(path.relative_to(self.directory)) not in self.before:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name, data in (("in.vma", self.data), ("old.vma", b"an older archive")):
+        for name, data in (
+            ("in.vma", self.data),
+            ("one.vma.zst", self.one_frame),
+            ("old.vma", b"an older archive"),
+        ):
             if name in road.makes:
                 (self.directory / name).unlink(missing_ok=True)
                 self.write(name, data)

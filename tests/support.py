@@ -492,6 +492,7 @@ COMPRESSIONS: tuple[tuple[str, str, list[str], Callable[[bytes], bytes] | None],
 )
 
 
+@functools.lru_cache(maxsize=64)
 def compress(name: str, data: bytes) -> bytes:
     """Compress with the real program."""
     _, package, options, _ = next(entry for entry in COMPRESSIONS if entry[0] == name)
@@ -514,7 +515,8 @@ def both_ways() -> Iterator[tuple[str, contextlib.AbstractContextManager[object]
 # The command line
 
 COMMANDS = (
-    "list", "verify", "extract", "unpack", "config", "create", "pack", "optimize", "completion",
+    "list", "verify", "extract", "unpack", "config", "mount", "rescue", "create", "pack", "optimize",
+    "diff", "completion",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ class Status(CheckedTest):
         super().setUp()
         self.good = self.file("good.vma", golden("live-order"))
         self.other = self.file("other.vma", golden("live-order-day2"))
-        self.bad = self.file("bad.vma", golden("live-order")[:-1])
+        self.damaged = self.file("bad.vma", golden("live-order")[:-1])
         self.text = self.file("text.vma", b"hello world\n" * 3000)
         self.missing = self.directory / "missing.vma"
         self.new = self.directory / "new"
@@ -111,7 +111,7 @@ class Status(CheckedTest):
 
     def test_bad_archive(self) -> None:
         before = snapshot(self.directory)
-        for path in (self.bad, self.text):
+        for path in (self.damaged, self.text):
             self.check(3, "verify", path)
             self.check(3, "list", "--scan", path)
             self.check(3, "extract", path, self.new)
@@ -123,13 +123,13 @@ class Status(CheckedTest):
             self.check(3, "extract", "-d", "drive-scsi0", "-o", self.new, path)
         self.check(3, "list", self.text)
         self.check(3, "config", self.text)
-        self.check(0, "list", self.bad)  # its header is good, and no more is read
+        self.check(0, "list", self.damaged)  # its header is good, and no more is read
         self.check(3, "list", self.file("empty.vma", b""))
         (self.directory / "empty.vma").unlink()
         self.assertEqual(snapshot(self.directory), before)
 
     def test_bad_stream(self) -> None:
-        data = self.bad.read_bytes()
+        data = self.damaged.read_bytes()
         self.fails(3, "verify", "-", input=data)
         self.fails(3, "extract", "-", self.new, input=data)
         self.fails(3, "optimize", "-", self.new, input=data)
@@ -141,7 +141,7 @@ class Status(CheckedTest):
 
     def test_several_archives(self) -> None:
         """3 if any is bad, else 1 if any could not be read; each one is looked at."""
-        good, bad, missing = self.good, self.bad, self.missing
+        good, bad, missing = self.good, self.damaged, self.missing
         self.check(3, "verify", bad, good)
         self.check(3, "verify", good, bad)
         self.check(3, "verify", bad, missing)
@@ -156,7 +156,7 @@ class Status(CheckedTest):
         self.check(1, "verify", "--against", good, missing, good)
 
     def test_json(self) -> None:
-        answer = call_tool("verify", "--json", self.bad)
+        answer = call_tool("verify", "--json", self.damaged)
         self.assertEqual(answer.returncode, 3)
         self.assertFalse(json.loads(answer.stdout)["ok"])
 

@@ -31,7 +31,9 @@ from tests import archives
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
+    ALL,
     BAD,
+    FEW,
     STEP,
     Answer,
     Argument,
@@ -281,7 +283,7 @@ class Names(ToolTest):
 
     def test_in_archives(self) -> None:
         """Each command prints them escaped, whether it takes the archive or not."""
-        for name in NAMES:
+        for name in NAMES[:: 1 if ALL else 2]:
             disk, config = self.archive(name, "device"), self.archive(name, "config")
             order = archives.in_order(disk)
             for what, data in (
@@ -376,18 +378,16 @@ class Names(ToolTest):
         listed = json.loads(self.ok("list", "--json", "--partitions", source))
         (device,) = listed["devices"]
         commands = [partition["mount"] for partition in device["partitions"]]
-        commands += [
-            line.strip()
-            for line in self.ok("list", "--partitions", source).splitlines()
-            if line.strip().startswith("mount ")
-        ]
-        self.assertEqual(len(commands), 2)
+        text = self.ok("list", "--partitions", source)
+        commands += re.findall("^ +(?:extracted|mounted): +(mount .*)$", text, re.M)
+        self.assertEqual(len(commands), 3)
         for command in commands:
             script = f'mount() {{ printf "%s\\n" "$@"; }}; reboot() {{ echo BAD; }}; {command}'
             answer = subprocess.run(
                 ["sh", "-c", script], capture_output=True, text=True, check=True
             )
-            self.assertIn(f"disk-{name}.raw", answer.stdout.splitlines())
+            files = [line.rpartition("/mnt/backup/")[2] for line in answer.stdout.splitlines()]
+            self.assertIn(f"disk-{name}.raw", files)
 
 
 @functools.cache
@@ -459,13 +459,13 @@ class Announced(ToolTest):
             (["optimize", "-", self.directory / "b.vma"], whole),
             (["unpack", "-", self.directory / "new"], whole),
         ]
-        for args, stream in tries:
+        for args, stream in tries[:: 1 if ALL else 2]:
             with self.subTest(what, args=args[:2], stream=stream is not None):
                 answer, memory = run_measured(*args, input=stream)
                 self.check_error(answer, status=BAD)
                 self.assertLess(memory, usual_memory() + 64 * MIB)
         found = {path.name for path in self.directory.iterdir()}
-        self.assertEqual(found, {"a.vma", "a.vma.gz"})
+        self.assertLessEqual(found, {"a.vma", "a.vma.gz"})
 
     def headers(self) -> Iterator[tuple[str, bytes]]:
         data = golden("odd-size")
@@ -473,14 +473,51 @@ class Announced(ToolTest):
             changed = bytearray(data)
             struct.pack_into(">I", changed, 56, size)
             yield f"header_size {size}", bytes(changed)
-        for size in (4 << 60, (1 << 64) - 1, 1 << 48):
+        for size in (4 << 60, (1 << 64) - 512, 1 << 48):
             yield (
                 f"device of {size} bytes",
                 archives.edit(data, 4096 + 32 + 8, struct.pack(">Q", size)),
             )
 
+    def headers_alone(self) -> Iterator[tuple[str, bytes]]:
+        """Yield some kilobytes without a cluster."""
+        disks = [Device(n, f"drive-scsi{n}", b"", 1 << 48) for n in range(1, 255)]
+        far = Archive(disks[:1])
+        last = archives.extent_bytes(far.uuid, [(0, 1, 0xFFFFFFFF)], [])
+        yield "device of 256 TiB", archives.header_bytes(far)
+        yield "its last cluster only", archives.header_bytes(far) + last
+        yield "254 devices of 256 TiB", archives.header_bytes(Archive(disks))
+        for name, size in (
+            ("drive-scsi0", 1 << 40),
+            ("drive-scsi0", 1 << 62),
+            ("vmstate", (1 << 64) - 512),
+        ):
+            archive = Archive([Device(1, name, b"", size)])
+            yield f"{name} of {size} bytes", archives.header_bytes(archive)
+        data = archives.header_bytes(Archive())
+        for size in (0xFFFFFE00, 17 * MIB):
+            yield f"header of {size} bytes", data[:56] + struct.pack(">I", size) + data[60:]
+
+    def test_headers_alone(self) -> None:
+        """No command trips over them, and nothing is written."""
+        for number, (what, data) in enumerate(self.headers_alone()):
+            path = self.file("a.vma", data)
+            self.assertLess(len(data), 30000)
+            for command in ("verify", "extract", "unpack", "optimize"):
+                more = [self.directory / "out"] if command != "verify" else []
+                with self.subTest(what, command=command):
+                    self.bad(command, path, *more)
+                    self.bad(command, "-", *more, input=data)
+                    self.assertEqual(os.listdir(self.directory), ["a.vma"])
+            for args, stream in ((["verify", path], None), (["verify", "-"], data)):
+                if ALL or number % 3 == 0:
+                    with self.subTest(what, args=args):
+                        answer, peak = run_measured(*args, timeout=10, input=stream)
+                        self.check_error(answer, status=BAD)
+                        self.assertLess(peak, 64 * MIB)
+
     def test_headers(self) -> None:
-        for what, data in self.headers():
+        for what, data in list(self.headers())[::FEW]:
             self.check_refused(what, data)
 
     def test_clusters(self) -> None:
@@ -534,7 +571,7 @@ class Bombs(ToolTest):
 
     def test_stored_zeros(self) -> None:
         """Some hundred megabytes of zeros: a good archive, that is read to its end."""
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         pieces = list(self.zeros(size))
         for suffix, compress in (
             ("gz", lambda data: gzip.compress(data, 1)),
@@ -550,7 +587,7 @@ class Bombs(ToolTest):
 
     def test_zstd(self) -> None:
         program = require_program("zstd", "zstd")
-        size = 58 * CLUSTER * 50
+        size = 58 * CLUSTER * 35
         path = self.directory / "a.vma.zst"
         with subprocess.Popen(
             [program, "-q", "-1", "-o", str(path)], stdin=subprocess.PIPE
@@ -564,7 +601,7 @@ class Bombs(ToolTest):
     def test_not_an_archive(self) -> None:
         """Of zeros, or of anything else, no more than the beginning is read."""
         for start in (b"", b"VMA\0", golden("odd-size")[:12288]):
-            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 64]))
+            path = self.file("a.vma.gz", members(gzip.compress, [start, *[bytes(16 * MIB)] * 24]))
             for command in ("list", "verify"):
                 with self.subTest(start=start[:4], command=command):
                     self.check_error(self.measure(command, path), status=BAD)
@@ -574,7 +611,7 @@ class Bombs(ToolTest):
         archive = Archive(configs=[("a.conf", b"")])
         empty = archives.extent_bytes(archive.uuid, [], []) * 2048
         start = archives.header_bytes(archive)
-        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 96]))
+        path = self.file("a.vma.gz", members(gzip.compress, [start, *[empty] * 80]))
         self.assertEqual(self.measure("verify", path).returncode, 0)
         self.assertEqual(self.measure("list", path).returncode, 0)
 
@@ -591,7 +628,7 @@ class Bombs(ToolTest):
                 blockinfo = infos.tobytes()
                 yield start + hashlib.md5(start + bytes(16) + blockinfo).digest() + blockinfo
 
-        count = 59 * 40000
+        count = 59 * 25000
         data = gzip.compress(b"".join(pieces(count)), 1)
         path = self.file("a.vma.gz", data)
         self.assertEqual(self.measure("list", path).returncode, 0)

@@ -14,7 +14,7 @@ from typing import Any
 from tests import archives
 from tests.archives import Archive, Device
 from tests.damage import device_damages, extents, good, good_archive, header_damages
-from tests.support import BAD, ToolTest, call_tool, golden, manifest, run_tool
+from tests.support import BAD, FEW, ToolTest, call_tool, golden, manifest, run_tool
 
 
 def with_uuid(data: bytes, uuid: bytes) -> bytes:
@@ -51,6 +51,10 @@ class Listing(ToolTest):
                                 {"dev_id": d["dev_id"], "name": d["name"], "size": d["size"]}
                                 for d in want["devices"]
                             ],
+                            "compression": None,
+                            "compressed_size": None,
+                            "seekable": args != ["-"],
+                            "frames": None,
                         },
                     )
 
@@ -235,7 +239,7 @@ class BadArchives(ToolTest):
         """Whatever a header holds, the answer is a list or one line."""
         rng = random.Random(5)
         header = archives.header_bytes(good_archive())
-        for seed in range(300):
+        for seed in range(0, 300, FEW):
             data = bytearray(header)
             for _ in range(rng.randint(1, 4)):
                 offset = rng.choice([rng.randrange(60), rng.randrange(2044, len(data))])

@@ -15,6 +15,7 @@ from tests import archives
 from tests.archives import CLUSTER, MIB, Archive, Device
 from tests.faults import forked
 from tests.support import (
+    FEW,
     Argument,
     ToolTest,
     call_tool,
@@ -97,7 +98,7 @@ class WithDescription(PackTest):
 
     def test_random_archives(self) -> None:
         """Any disks, with any dev_ids, and a vmstate that is longer than its size."""
-        for seed in range(15):
+        for seed in range(0, 15, FEW):
             rng = random.Random(seed)
             ids = rng.sample(range(1, 255), 4)
             sizes = [512, 3584, 4608, CLUSTER, 59 * CLUSTER, rng.randrange(512, 40 * CLUSTER, 512)]

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -374,7 +373,7 @@ class Lies(SeekableTest):
 
     def test_said(self) -> None:
         """verify says that a table or an index is damaged, and nothing of one that is not there."""
-        archive, plain = seekable()
+        _, plain = seekable()
         source = self.file("a.vma", plain)
         path = self.directory / "a.vma.zst"
         self.ok("optimize", source, path)
