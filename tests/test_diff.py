@@ -468,6 +468,7 @@ class Errors(DiffTest):
                 ("diff", base, path, self.output),
                 ("diff", path, new, self.output),
                 ("list", "--scan", path),
+                *([("rescue", path, self.path("x"))] if path == plain else []),
             ):
                 with self.subTest(args=args):
                     says = ["'base.vma'", content]
