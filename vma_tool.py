@@ -858,6 +858,12 @@ def parse_difference(header: Header) -> Difference:
         raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
 
 
+def needs_base(header: Header) -> FormatError:
+    """Return the error that says what a difference is, and what it needs."""
+    base = parse_difference(header).base.title
+    return FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+
+
 def whole_header(header: Header) -> Header:
     """Return the header of the archive that a difference makes; any other one as it is."""
     if header.magic != DIFFERENCE_MAGIC:
@@ -2625,9 +2631,9 @@ def read_header(source: Input, whole: bool = True) -> Header:
         count = source.readinto(data[HEADER_FIXED_SIZE:])
         header = parse_header(data[: HEADER_FIXED_SIZE + count])
         if header.magic == DIFFERENCE_MAGIC:
-            base = parse_difference(header).base.title
+            needs = needs_base(header)  # also checks what it says
             if whole:
-                raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+                raise needs
         return header
 
 
@@ -3221,7 +3227,7 @@ class IndexedContents(Contents):
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
-        while self._checked[device.dev_id] < first + len(entries):
+        while entries and self._checked[device.dev_id] < first + len(entries):
             self._check_next(device)
         return entries
 
@@ -5934,6 +5940,9 @@ class Rescue:
         """Read the header, or what is left of it, and return the first chain of extents."""
         window = self.window
         header: Header | None = None
+        if window.peek(0, 4) == DIFFERENCE_MAGIC:  # without its base, it has no whole disks
+            size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
+            raise needs_base(parse_header(window.peek(0, size), check_md5=False))
         try:
             size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
             header = parse_header(window.peek(0, size))
@@ -7205,7 +7214,7 @@ def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
     with open_input(args.archive, index=False) as source:
-        configs = dict(read_header(source).configs)
+        configs = dict(read_header(source, whole=False).configs)
     data = configs.get(args.config)
     if data is None:
         there = ", ".join(map(quote, configs)) or "none"
