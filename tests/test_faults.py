@@ -659,8 +659,8 @@ CHANGING = (
 )  # fmt: skip
 # What may fail without harm: it only saves time, or there is nothing left to lose.
 # What does not tell where its holes are has none. Without mmap, buffers are in small pages. What an
-# earlier run left behind is only looked for to be mentioned.
-HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", "listdir", "open", READ_CLOSE)
+# earlier run left behind is only looked for to be mentioned. Where a link cannot be, a rename can.
+HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", "listdir", "open", "link", READ_CLOSE)
 # Each message names what it is about.
 NAMED = r"\b(in\.vma|\w+\.vma\b|new\b|empty|full|map|standard \w+|temporary file|device)"
 
