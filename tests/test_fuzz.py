@@ -87,15 +87,9 @@ class SandboxFinds(ToolTest):
         """Return what is found if `fault` is called in the tool in the middle of a command."""
         real = vma_tool.read_header
 
-<<<<<<< HEAD
-        def read_header(source: vma_tool.Input, *args: Any) -> vma_tool.Header:
-            fault()
-            return real(source, *args)
-=======
         def read_header(*args: Any, **kw: Any) -> vma_tool.Header:
             fault()
             return real(*args, **kw)
->>>>>>> tests
 
         with (
             mock.patch.object(vma_tool, "read_header", read_header),
