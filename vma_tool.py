@@ -858,6 +858,12 @@ def parse_difference(header: Header) -> Difference:
         raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
 
 
+def needs_base(header: Header) -> FormatError:
+    """Return the error that says what a difference is, and what it needs."""
+    base = parse_difference(header).base.title
+    return FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+
+
 def whole_header(header: Header) -> Header:
     """Return the header of the archive that a difference makes; any other one as it is."""
     if header.magic != DIFFERENCE_MAGIC:
@@ -2625,9 +2631,9 @@ def read_header(source: Input, whole: bool = True) -> Header:
         count = source.readinto(data[HEADER_FIXED_SIZE:])
         header = parse_header(data[: HEADER_FIXED_SIZE + count])
         if header.magic == DIFFERENCE_MAGIC:
-            base = parse_difference(header).base.title
+            needs = needs_base(header)  # also checks what it says
             if whole:
-                raise FormatError(f"a difference, which needs --base ARCHIVE: {base}")
+                raise needs
         return header
 
 
@@ -3227,7 +3233,7 @@ class IndexedContents(Contents):
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
-        while self._checked[device.dev_id] < first + len(entries):
+        while entries and self._checked[device.dev_id] < first + len(entries):
             self._check_next(device)
         return entries
 
@@ -5944,6 +5950,9 @@ class Rescue:
         """Read the header, or what is left of it, and return the first chain of extents."""
         window = self.window
         header: Header | None = None
+        if window.peek(0, 4) == DIFFERENCE_MAGIC:  # without its base, it has no whole disks
+            size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
+            raise needs_base(parse_header(window.peek(0, size), check_md5=False))
         try:
             size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
             header = parse_header(window.peek(0, size))
@@ -6817,15 +6826,25 @@ def cmd_extract(args: Namespace) -> int:
 
 
 def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
-    """Return the devices chosen by lists of names with commas: all, if there are no lists."""
+    """Return the devices chosen by lists of names with commas: all, if there are no lists.
+
+    A part of a name between dashes will do where one device has it: scsi0 for drive-scsi0.
+    """
     known = {device.name: device for device in header.devices}
-    chosen = set(known)
-    if lists is not None:  # a name may have a comma itself
-        chosen = set().union(*([text] if text in known else text.split(",") for text in lists))
-    unknown = chosen - known.keys()
-    if unknown:
-        there = ", ".join(map(quote, known)) or "none"
-        raise VmaError(f"no device {quote(min(unknown))}, there are {there}")
+    if lists is None:
+        return list(known.values())
+    chosen = set()
+    for text in lists:
+        for word in [text] if text in known else text.split(","):  # a name may have a comma itself
+            fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
+            if word in known:
+                fitting = [word]
+            if len(fitting) > 1:
+                raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
+            if not fitting:
+                there = ", ".join(map(quote, known)) or "none"
+                raise VmaError(f"no device {quote(word)}, there are {there}")
+            chosen.update(fitting)
     return [device for name, device in known.items() if name in chosen]
 
 
@@ -7205,7 +7224,7 @@ def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
     with open_input(args.archive, index=False) as source:
-        configs = dict(read_header(source).configs)
+        configs = dict(read_header(source, whole=False).configs)
     data = configs.get(args.config)
     if data is None:
         there = ", ".join(map(quote, configs)) or "none"
@@ -7355,9 +7374,10 @@ def check_contents(
         written = output.read_back(require_zstd() if level else None)
         stack.enter_context(written)
         if contents.ordered:  # a stream is read once: it is opened again
-            temporary = directory_beside(args.archive)
+            # Standard input only comes here in place, so OUTPUT still is the same file.
+            path = args.output if args.archive == "-" else args.archive
             contents = stack.enter_context(
-                open_archive(args.archive, args.base, args.memory, temporary)
+                open_archive(path, args.base, args.memory, directory_beside(path))
             )
         progress.finish()
         progress.begin("comparing", output.position, written.position)
@@ -7369,6 +7389,14 @@ def check_contents(
 # ---------------------------------------------------------------------------------------------
 # Command line
 
+COMMAND_GROUPS = {
+    "look": ("list", "config"),
+    "check": ("verify",),
+    "get data out": ("extract", "mount", "unpack", "rescue"),
+    "make": ("create", "pack"),
+    "rewrite": ("optimize", "diff"),
+    "shell": ("completion",),
+}
 EXAMPLES = """
 examples:
   vma-tool optimize vzdump-qemu-100.vma            rewrite it in place
@@ -7381,6 +7409,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
     _intermixed = False
+    title = ""  # what the command does, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -7474,14 +7503,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vma-tool",
         parents=[common_options(False)],
-        description="Make Proxmox VE backups (.vma) deduplicate, and get data out of them.",
+        usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
+    # argparse lists commands as they were added; the description lists them in groups.
+    commands = parser.add_subparsers(
+        prog="vma-tool", metavar="COMMAND", required=True,
+        parser_class=CommandParser, help=argparse.SUPPRESS,
+    )  # fmt: skip
     again = common_options(argparse.SUPPRESS)  # global options may also precede the command
     add_reading_commands(functools.partial(add_command, commands, again))
     add_writing_commands(functools.partial(add_command, commands, again))
+    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
+    for group, names in COMMAND_GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<12}{commands.choices[name].title}" for name in names]
+    parser.description = "\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."])
     return parser
 
 
@@ -7498,10 +7536,10 @@ def add_command(
     command = commands.add_parser(
         name,
         parents=[common, *parents],
-        help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  vma-tool {name} {example}",
     )
+    command.title = text
     command.set_defaults(func=func)
     added: Callable[..., argparse.Action] = command.add_argument
     return added
@@ -7555,10 +7593,8 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg(**ARCHIVE)
     arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
 
-    text = "show configs, disks and partitions as files in a directory, read-only"
-    arg = add(
-        cmd_mount, text, "backup.vma /mnt/backup -- sha256sum /mnt/backup/disk-drive-scsi0.raw"
-    )
+    text = "show configs, disks and partitions as files, read-only"
+    arg = add(cmd_mount, text, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw")
     arg("--base", **BASE)
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
@@ -7661,10 +7697,13 @@ def cmd_completion(args: Namespace) -> int:
     for name, command in commands.items():
         words: list[str] = []
         for action in command._actions:
-            if action.choices and action.option_strings:
-                pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
+            if action.choices and pattern:
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
-            if action.option_strings:
+            elif pattern and str(action.metavar).startswith("NAME"):  # one that the archive has
+                kind = {"devices": "device +[0-9]+", "config": "config"}[action.dest]
+                cases.append(f"    {pattern}) kind='{kind}' ;;")
+            if pattern:
                 words += action.option_strings
             else:
                 words = [*(action.choices or ()), *words]
@@ -7674,15 +7713,34 @@ def cmd_completion(args: Namespace) -> int:
         print("autoload -U +X bashcompinit && bashcompinit")
     else:
         print("# bash completion of vma-tool: source this from ~/.bashrc")
+    # compgen expands its words, so of the archive's names only harmless ones are given to it.
     print(f"""_vma_tool() {{
-  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=
+  local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
+  local words= kind= prefix= archive= word=
   if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
+    case $current in # --align=1 is one word in zsh, and three in bash
+    =) current= ;;
+    --*=*) prefix=${{current%%=*}}= previous=${{current%%=*}} current=${{current#*=}} ;;
+    *) if [[ $previous == = ]]; then previous=${{COMP_WORDS[COMP_CWORD-2]}}; fi ;;
+    esac
     case ${{COMP_WORDS[1]}}:$previous in
 {chr(10).join(cases)}
     esac
+    if [[ -n $kind ]]; then # ask the archive on the line
+      for word in "${{COMP_WORDS[@]:2}}"; do
+        word=${{word/#\\~\\//$HOME/}}
+        if [[ -f $word ]]; then archive=$word; fi
+      done
+      if [[ $kind == device* && $current == *,* ]]; then
+        prefix=${{current%,*}}, current=${{current##*,}}
+      fi
+      [[ -z $archive ]] || words=$("${{COMP_WORDS[0]}}" list -- "$archive" 2>/dev/null </dev/null |
+        sed -nE "s/^$kind +([A-Za-z0-9._-]+)  .*/\\1/p")
+    fi
     if [[ $words == -* && $current != -* ]]; then words=; fi # files, until a dash is typed
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current"))
+  if [[ -n $prefix ]]; then COMPREPLY=("${{COMPREPLY[@]/#/$prefix}}"); fi
 }}
 complete -o default -F _vma_tool vma-tool vma_tool.py""")
     return 0

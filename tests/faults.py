@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import contextlib
+import dataclasses
 import fcntl
 import fnmatch
 import functools
@@ -342,6 +343,11 @@ WRITING = (
     Road("extract a stream", ("extract", "-", "new"), EXTRACTED, "-"),
     Road("extract frames", ("extract", "frames.vma.zst", "new"), EXTRACTED, "frames.vma.zst"),
     Road("extract into a directory", ("extract", "in.vma", "empty"), there(EXTRACTED, "empty")),
+    Road("diff", ("diff", "base.vma", "in.vma", "out.vmad"), ("out.vmad",)),
+    Road("optimize a difference", ("optimize", "--base", "base.vma", "in.vmad", "out.vma"),
+         OPTIMIZED, "in.vmad"),
+    Road("extract a difference", ("extract", "--base", "base.vma", "in.vmad", "new"), EXTRACTED,
+         "in.vmad"),
 )  # fmt: skip
 PRINTING = (
     Road("optimize to a pipe", ("optimize", "in.vma", "-")),
@@ -355,6 +361,8 @@ PRINTING = (
     Road("verify --digest", ("verify", "--digest", "in.vma")),
     Road("verify --digest a stream", ("verify", "--digest", "-"), (), "-"),
     Road("verify --against", ("verify", "in.vma", "--against", "same.vma")),
+    Road("diff to a pipe", ("diff", "--compress", "none", "base.vma", "in.vma", "-")),
+    Road("verify a difference", ("verify", "--base", "base.vma", "in.vmad"), (), "in.vmad"),
 )
 # Its disks go where they cannot be taken back, so this one has none.
 MAPPED = Road("extract by a map", ("extract", "-r", "map", "in.vma", "new"), CONFIGS)
@@ -384,6 +392,17 @@ def in_frames(data: bytes) -> bytes:
     return answer.stdout
 
 
+def day_before(archive: Archive) -> Archive:
+    """Return an archive from which the given one differs at a few places."""
+    devices = []
+    for device in archive.devices:
+        data = bytearray(device.data)
+        data[100:200] = bytes(100)
+        data[-1:] = b"x"
+        devices.append(dataclasses.replace(device, data=bytes(data)))
+    return dataclasses.replace(archive, devices=devices, ctime=archive.ctime - 86400)
+
+
 class Workshop:
     """A directory in which roads are gone: the archive in all forms, and what comes of it."""
 
@@ -404,6 +423,8 @@ class Workshop:
         self.write("frames.vma.zst", in_frames(self.data))
         (directory / "empty").mkdir()
         call_tool("unpack", directory / "in.vma", directory / "full")
+        self.write("base.vma", archives.build(day_before(self.archive)))
+        call_tool("diff", directory / "base.vma", directory / "in.vma", directory / "in.vmad")
         self.description = sha256(directory / "full" / "vma.json")
         for path in directory.rglob("*"):
             os.utime(path, ns=(10**18, 10**18))  # long ago: any change shows
@@ -425,7 +446,9 @@ class Workshop:
         after = dict(self.before)
         for path in road.makes:
             name = Path(path).name
-            if name.endswith(".zst"):
+            if name.endswith(".vmad"):
+                after[path] = self.before["in.vmad"]
+            elif name.endswith(".zst"):
                 after[path] = sha256(in_frames(data or self.data))
             elif name.endswith(".vma"):
                 after[path] = sha256(archives.canonical(parsed.archive, stored=parsed.masks))

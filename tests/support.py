@@ -515,8 +515,8 @@ def both_ways() -> Iterator[tuple[str, contextlib.AbstractContextManager[object]
 # The command line
 
 COMMANDS = (
-    "list", "verify", "extract", "unpack", "config", "mount", "rescue", "create", "pack", "optimize",
-    "diff", "completion",
+    "list", "verify", "extract", "unpack", "config", "mount", "rescue", "create", "pack",
+    "optimize", "diff", "completion",
 )  # fmt: skip
 
 

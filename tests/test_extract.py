@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+import vma_tool
 from tests import archives
 from tests.archives import BLOCK, CLUSTER, MIB, Archive, Device
 from tests.damage import damages, good, good_archive
@@ -124,6 +125,24 @@ class ExtractOne(ToolTest):
                 disks = [entry.name for entry in target.glob("*.raw")]
                 self.assertEqual(disks, ["disk-drive-scsi0.raw"])
 
+    def test_short_names(self) -> None:
+        """A part of a name between dashes will do where it fits one device only."""
+        path = self.file("a.vma", good())
+        self.ok("extract", "-d", "scsi0", "-o", self.output, path)
+        self.assertEqual(sha256(self.output), sha256(good_archive().devices[1].data))
+        self.ok("extract", "-d", "efidisk0,drive-scsi0,scsi0", path, self.directory / "two")
+        disks = sorted(entry.name for entry in (self.directory / "two").glob("*.raw"))
+        self.assertEqual(disks, ["disk-drive-efidisk0.raw", "disk-drive-scsi0.raw"])
+        with vma_tool.open_input(str(path)) as source:
+            header = vma_tool.read_header(source)
+        for names, want in (
+            (["drive-tpmstate0-backup", "backup"], "tpmstate0"),
+            (["a", "a-b"], "a"),  # its whole name counts more than a part of another one
+        ):
+            devices = tuple(vma_tool.Device(n, name, 512) for n, name in enumerate(names, 1))
+            (found,) = vma_tool.choose(header._replace(devices=devices), [want])
+            self.assertEqual(found.name, names[0])
+
     def test_existing_file(self) -> None:
         """With --force, it is replaced when the new one is complete; its mode and links stay."""
         path = self.file("a.vma", good())
@@ -172,6 +191,8 @@ class ExtractOne(ToolTest):
         for names, says in (
             ("nope", "no device 'nope', there are 'drive-efidisk0', 'drive-scsi0', 'vmstate'"),
             ("drive-scsi0,drive-efidisk0", "-o writes one disk"),
+            ("drive", "device 'drive' may be 'drive-efidisk0', 'drive-scsi0'"),
+            ("scsi", "no device 'scsi', there are 'drive-efidisk0', 'drive-scsi0', 'vmstate'"),
             ("", "no device ''"),
             ("drive-scsi0,", "no device ''"),
         ):

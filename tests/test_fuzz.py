@@ -10,6 +10,7 @@ import tempfile
 import unittest
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import vma_tool
@@ -86,9 +87,9 @@ class SandboxFinds(ToolTest):
         """Return what is found if `fault` is called in the tool in the middle of a command."""
         real = vma_tool.read_header
 
-        def read_header(source: vma_tool.Input) -> vma_tool.Header:
+        def read_header(source: vma_tool.Input, *args: Any) -> vma_tool.Header:
             fault()
-            return real(source)
+            return real(source, *args)
 
         with (
             mock.patch.object(vma_tool, "read_header", read_header),

@@ -38,8 +38,20 @@ class Help(ToolTest):
 
     def test_each_command_is_listed(self) -> None:
         text = self.help()
-        for command in COMMANDS:
-            self.assertRegex(text, rf"(?m)^ +{command} ")
+        self.assertEqual(sorted(re.findall(r"(?m)^  ([a-z]+)  ", text)), sorted(COMMANDS))
+
+    def test_groups(self) -> None:
+        """Each command is in one group, by what it is for."""
+        groups = {}
+        for paragraph in self.help().split("\n\n"):
+            title, _, lines = paragraph.partition(":\n")
+            if names := re.findall(r"(?m)^  ([a-z]+)  ", lines):
+                groups[title] = names
+        self.assertEqual(list(groups)[:5], ["look", "check", "get data out", "make", "rewrite"])
+        self.assertEqual(groups["check"], ["verify"])
+        self.assertEqual(groups["get data out"], ["extract", "mount", "unpack", "rescue"])
+        self.assertIn("optimize", groups["rewrite"])
+        self.assertEqual(groups, {k: list(v) for k, v in vma_tool.COMMAND_GROUPS.items()})
 
     def test_each_option_is_explained(self) -> None:
         """Each option has a text; sizes name their unit, and a default is said."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import vma_tool
-from tests import archives
+from tests import archives, frames
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.support import (
     ROOT,
@@ -352,6 +352,84 @@ class Contents(MountTest):
             blocks = sum(bin(masks[number]).count("1") for number in stored)
             self.assertEqual(sum(end - start for start, end in runs), blocks * BLOCK)
             self.assertEqual(os.fstat(fd).st_blocks * 512, blocks * BLOCK)
+
+
+class Seekable(MountTest):
+    """A compressed canonical archive."""
+
+    def compressed(self) -> tuple[Path, Path]:
+        """Return one, and a directory with what extract writes of it."""
+        plain, out = self.directory / "a.vma", self.directory / "out"
+        rng = random.Random(8)
+        archive = Archive([Device(1, "drive-scsi0", archives.disk(rng, 150 * CLUSTER))], [])
+        plain.write_bytes(archives.build(archive, archives.live_order(archive, rng)))
+        path = self.directory / "a.vma.zst"
+        self.check_ok(run_tool("optimize", "-q", plain, path))
+        self.check_ok(run_tool("extract", plain, out))
+        return path, out
+
+    def test_reading(self) -> None:
+        path, out = self.compressed()
+        self.mount(path)
+        rng = random.Random(9)
+        data = (out / "disk-drive-scsi0.raw").read_bytes()
+        with open(self.mnt / "disk-drive-scsi0.raw", "rb", buffering=0) as file:
+            for _ in range(200):
+                offset, size = rng.randrange(len(data)), rng.choice([1, 4096, 70001, 3 * MIB])
+                found = os.pread(file.fileno(), size, offset)
+                self.assertEqual(found, data[offset : offset + size])
+        self.assertEqual(sha256(self.mnt / "disk-drive-scsi0.raw"), sha256(data))
+
+    def test_damage(self) -> None:
+        """What a damaged frame holds is an error, everything else is there."""
+        path, out = self.compressed()
+        whole = (out / "disk-drive-scsi0.raw").read_bytes()
+        found = frames.split(path.read_bytes())
+        number = max(range(len(found.sizes)), key=found.sizes.__getitem__)
+        damaged = bytearray(found.frames[number])
+        damaged[-6] ^= 0x55
+        found.frames[number] = bytes(damaged)
+        path.write_bytes(frames.join(found))
+        process = self.start("-q", "-f", path, self.mnt)
+        bad = []
+        with open(self.mnt / "disk-drive-scsi0.raw", "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+            for offset in range(0, len(whole), CLUSTER):
+                try:
+                    data = os.pread(file.fileno(), CLUSTER, offset)
+                    self.assertEqual(data, whole[offset : offset + CLUSTER])
+                except OSError as error:
+                    self.assertEqual(error.errno, errno.EIO)
+                    bad.append(offset // CLUSTER)
+        self.assertTrue(0 < len(bad) <= 16, bad)
+        self.umount()
+        status, said = self.ended(process)
+        self.assertEqual(status, 0)
+        lines = set(said.splitlines())
+        self.assertLessEqual(len(lines), len(bad))
+        for line in lines:
+            self.assertRegex(line, "disk-drive-scsi0.raw: .*a.vma.zst: .*frame is damaged")
+
+    def test_an_index_that_lies(self) -> None:
+        """The extents' headers are held against it before anything is taken from a place."""
+        path, _ = self.compressed()
+        found = frames.split(path.read_bytes())
+        # Two clusters that store as many blocks change their masks: all sizes are as they were.
+        masks = [*struct.unpack(f"<{150}H", program_zstd("-dc", found.masks))]
+        first = next(i for i in range(58, 150) if 0 < bin(masks[i]).count("1") < 16)
+        masks[first] = (masks[first] << 1 | masks[first] >> 15) & 0xFFFF
+        lying = found._replace(masks=frames.raw_frame(struct.pack("<150H", *masks)))
+        path.write_bytes(frames.join(lying))
+        self.mount(path)
+        with open(self.mnt / "disk-drive-scsi0.raw", "rb", buffering=0) as file:
+            with self.assertRaises(OSError) as caught:
+                os.pread(file.fileno(), 1, first * CLUSTER)
+            self.assertEqual(caught.exception.errno, errno.EIO)
+
+
+def program_zstd(option: str, data: bytes) -> bytes:
+    zstd = require_program("zstd", "zstd")
+    return subprocess.run([zstd, option], input=data, stdout=subprocess.PIPE, check=True).stdout
 
 
 class Guests(MountTest):

@@ -302,11 +302,11 @@ class FileSystems(PartitionsTest):
             "--partitions",
             "-",
             input=path.read_bytes(),
-            says=["vma-tool optimize ARCHIVE FILE.vma"],
+            says=["vma-tool optimize - FILE.vma.zst"],
         )
         run(require_program("zstd", "zstd"), "-q", path)
         self.refused(
-            "list", "--partitions", f"{path}.zst", says=["vma-tool optimize ARCHIVE FILE.vma"]
+            "list", "--partitions", f"{path}.zst", says=[f"vma-tool optimize {path}.zst {path}"]
         )
 
     def test_names_in_the_command(self) -> None:

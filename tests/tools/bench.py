@@ -11,6 +11,7 @@ start more than Python itself.
     python3 tests/tools/bench.py --dir /var/tmp  also on that file system, against cp and sync
     python3 tests/tools/bench.py streams  optimize - against cat, temporary bytes
     python3 tests/tools/bench.py startup  list and --help against python3 -c pass
+    python3 tests/tools/bench.py mount  a mounted archive against cat and zstd -dc; needs root
     python3 tests/tools/bench.py --cold --dir /var/tmp  bytes read from the disk; needs root
     python3 tests/tools/bench.py --size 64M --zeros 16G --runs 2
 
@@ -21,12 +22,14 @@ Exit status: 0, also where a goal is missed; 1 if a command failed or wrote othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import multiprocessing
 import os
 import platform
 import py_compile
+import random
 import shutil
 import signal
 import statistics
@@ -332,6 +335,95 @@ def compare_all(place: Place, rows: Iterable[Row]) -> None:
         )
 
 
+# ---- a mounted archive --------------------------------------------------------------------------
+
+RANDOM_READS = 10_000
+
+
+def measure_mount(place: Place) -> None:
+    """Compare reading a mounted disk, for the first time, with reading the archive itself."""
+    plain = place.make_disk("in-order")
+    zeros = place.make_zeros("zeros", place.options.zeros)
+    say("making an archive: compressed")
+    text, compressed = place.work / "text.vma", place.work / "text.vma.zst"
+    write_text(place.work / "disk", place.options.size)
+    run(place.tool("create", "-q", text, f"drive-scsi0={place.work / 'disk'}"), place.work)
+    run(place.tool("optimize", "-q", text, compressed), place.work)
+    whole = place.work / "whole.zst"
+    run(shell('zstd -q -T0 -3 -o "$2" "$1"', text, whole), place.work)
+    (place.work / "disk").unlink()
+    print_heading("mounted", "what", SECONDS, "compared with", SECONDS, "MB/s: ratio (goal)")
+    disk = plain.cluster_count * archives.CLUSTER
+    rows: tuple[tuple[Path, str, Argv, int, str], ...] = (
+        (plain.path, "cat ARCHIVE", ["cat", plain.path], plain.path.stat().st_size, "0.5"),
+        (text, "cat ARCHIVE", ["cat", text], text.stat().st_size, "0.5"),
+        (compressed, "zstd -dc", ["zstd", "-dc", whole], text.stat().st_size, "1.0"),
+    )
+    for path, title, reference, size, goal in rows:
+        seconds, others = [], []
+        for _ in range(place.options.runs):
+            others.append(timed(reference))
+            with mounted(place, path) as file:
+                seconds.append(timed(["cat", file]))
+                length = file.stat().st_size
+        ratio = length / min(seconds) / (size / min(others))
+        cells = spread(seconds), title, spread(others), f"{ratio:.2f} ({goal})"
+        print_cells(path.name, "cat of the disk", *cells)
+    with mounted(place, plain.path) as file, open(file, "rb", buffering=0) as opened:
+        rng = random.Random(1)
+        delays = []
+        for _ in range(RANDOM_READS):
+            offset = rng.randrange(disk // archives.BLOCK) * archives.BLOCK
+            start = time.perf_counter()
+            os.pread(opened.fileno(), archives.BLOCK, offset)
+            delays.append(time.perf_counter() - start)
+    median = statistics.median(delays) * 1000
+    print(f"{RANDOM_READS} times 4 KiB at random places: median {median:.3f} ms (0.25)")
+    for source in (plain, zeros):
+        words = "-c", "1", place.work / "mnt" / "disk-drive-scsi0.raw"
+        first = place.tool("mount", "-q", source.path, place.work / "mnt", "--", "head", *words)
+        pairs = [
+            (
+                run(first, place.work),
+                run(place.tool("verify", "-q", "--quick", source.path), place.work),
+            )
+            for _ in range(place.options.runs)
+        ]
+        seconds, others = [a.seconds for a, _ in pairs], [b.seconds for _, b in pairs]
+        more = f"{min(seconds) - min(others):+.2f} s (+0.2)"
+        cells = spread(seconds), "verify --quick", spread(others), more
+        print_cells(source.path.name, "to the first byte", *cells)
+
+
+def write_text(path: Path, size: int) -> None:
+    """Write a file that compresses as a guest's files do, to about a third."""
+    rng = random.Random(2)
+    words = [rng.randbytes(rng.randrange(2, 9)) for _ in range(5000)]
+    pool = b" ".join(rng.choices(words, k=4 << 20))
+    with open(path, "wb") as file:
+        for _ in range(0, size, archives.CLUSTER):
+            start = rng.randrange(len(pool) - archives.CLUSTER)
+            file.write(pool[start : start + archives.CLUSTER])
+
+
+def timed(argv: Argv) -> float:
+    start = time.monotonic()
+    subprocess.run(argv, stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def mounted(place: Place, archive: Path) -> Iterator[Path]:
+    """Mount an archive, of which nothing is in the page cache then; yield its disk."""
+    point = place.work / "mnt"
+    point.mkdir(exist_ok=True)
+    subprocess.run(place.tool("mount", archive, point), check=True)
+    try:
+        yield point / "disk-drive-scsi0.raw"
+    finally:
+        subprocess.run(["umount", "--lazy", point], check=True)
+
+
 # ---- streams: against cat -----------------------------------------------------------------------
 
 
@@ -516,9 +608,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "streams", "startup"],
+        choices=["speed", "streams", "startup", "mount"],
         default="speed",
-        help="against cp (the default), against cat, or only the start of a process",
+        help="against cp (the default), against cat, only the start of a process, or mounted",
     )
     parser.add_argument(
         "--size", type=parse_size, default="1536M", help="data in an archive; default: 1536M"
@@ -550,6 +642,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--cold goes with speed only")
     if args.cold and os.geteuid() != 0:
         parser.error("--cold needs root, to drop the page cache")
+    if args.what == "mount" and (os.geteuid() != 0 or not os.path.exists("/dev/fuse")):
+        parser.error("mount needs root and /dev/fuse")
     return args
 
 
@@ -577,12 +671,14 @@ def measure(args: argparse.Namespace) -> None:
             elif args.what == "streams":
                 compare_all(place, stream_rows(place))
                 measure_memory(place)
+            elif args.what == "mount":
+                measure_mount(place)
             elif args.what == "speed":
                 compare_all(place, speed_rows(place))
             # What the disk has no part in is measured once.
             if directory == directories[0] and not args.cold and args.what == "speed":
                 compare_all(place, zeros_rows(place))
-            if directory == directories[0] and not args.cold and args.what != "streams":
+            if directory == directories[0] and not args.cold and args.what in ("speed", "startup"):
                 compare_all(place, startup_rows(place))
 
 
