@@ -914,13 +914,14 @@ class Sandbox:
 
     def expect_verdict(self, good: bool, expected: bool | None = None) -> None:
         wanted = self.judgement.contents is not None if expected is None else expected
-        if self.compressed and self.excused(good):
+        if good != wanted and self.compressed and self.excused(good):
             raise ExcusedError
         if good != wanted:
             said = self.answer.stderr.decode().strip() or "success"
             why = self.judgement.fault or "it restores completely"
             raise FindingError(f"the format says: {why}; the tool says: {said}")
-        if self.judgement.contents is None and expected is None:
+        streams = self.compressed and b"a stream does not allow" in self.answer.stderr
+        if self.judgement.contents is None and expected is None and not streams:
             self.expect(self.answer.returncode == 3, f"exit status {self.answer.returncode}")
 
     def excused(self, good: bool) -> bool:
@@ -929,7 +930,8 @@ class Sandbox:
             return not self.reads_all
         # Only verify sees through an index that lies in all detail.
         says = self.answer.stderr
-        return b"contradict each other" in says or b"a stream does not allow" in says
+        lies = rb"contradict each other|frame holds \d+ bytes, not|a stream does not allow"
+        return bool(re.search(lies, says))
 
     def expect_files(self, *more: Path) -> None:
         """Check that there is the archive, unchanged, and nothing else but what is named."""
