@@ -4215,7 +4215,7 @@ def data_masks(part: Part) -> list[int]:
 
 
 class Waiting(Target):
-    """What is written before its place is known: in memory, or if it is much in a temporary file."""
+    """What is written before its place is known: in memory, a lot of it in a temporary file."""
 
     def __init__(self, directory: str) -> None:
         super().__init__(-1, "", seekable=True)
