@@ -3748,14 +3748,11 @@ class CanonicalWriter(Consumer):
             # As Proxmox writes an archive that has only configs.
             self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
 
-    def take(self, body: CanonicalWriter, spool: Spool) -> None:
-        """Write the extents that another writer wrote into a temporary file, and finish."""
+    def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
+        """Write the extents that another writer has written somewhere else, and finish."""
         self.digest = body.digest
-        buffer = memoryview(bytearray(SPILL_SIZE))
-        for start in range(0, spool.position, SPILL_SIZE):
-            view = buffer[: spool.position - start]
-            spool.source.read_at([(start, view)])
-            self.target.append([view])
+        for data in written:
+            self.target.append([data])
 
     def _write_header(self, header: bytes) -> None:
         self.target.append([header])
@@ -3852,12 +3849,13 @@ class CompressedWriter(CanonicalWriter):
             output += map(self._add, pieces)
         self.target.append(output)
 
-    def take(self, body: CanonicalWriter, spool: Spool) -> None:
+    def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
+        rest = []
         if isinstance(body, CompressedWriter):
-            spool.append(body._end_run())
+            rest = body._end_run()
             self._sizes.extend(body._sizes)
-        super().take(body, spool)
-        self.target.append([pack_seek_table(self._sizes)])
+        super().take(body, written)
+        self.target.append([*rest, pack_seek_table(self._sizes)])
 
     def finish(self) -> None:
         index = pack_index(self.zstd, self._masks, self.level)
@@ -4165,6 +4163,7 @@ def differing_runs(
 # a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
 
 DIFFERENCE_ALIGN = "4K"
+WAITING_SIZE = 64 << 20  # of a difference that is kept in memory
 
 
 class ContentDigest(Consumer):
@@ -4229,19 +4228,54 @@ def data_masks(part: Part) -> list[int]:
     return find_data(part.image, block_spans(part.masks), len(part.masks))
 
 
+class Waiting(Target):
+    """What is written before its place is known: in memory, a lot of it in a temporary file."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(-1, "", seekable=True)
+        self._directory = directory
+        self._held: list[bytes] = []
+        self._spool: Spool | None = None
+
+    def append(self, parts: Sequence[Buffer]) -> None:
+        self.position += sum(map(len, parts))
+        if self._spool:
+            self._spool.append(parts)
+            return
+        self._held += map(bytes, parts)
+        if self.position > WAITING_SIZE:
+            self._spool = Spool(self._directory)
+            self._spool.append(self._held)
+            self._held = []
+
+    def written(self) -> Iterator[Buffer]:
+        """Yield everything, in order."""
+        yield from self._held
+        if spool := self._spool:
+            buffer = memoryview(bytearray(SPILL_SIZE))
+            for start in range(0, self.position, SPILL_SIZE):
+                view = buffer[: self.position - start]
+                spool.source.read_at([(start, view)])
+                yield view
+
+    def close(self) -> None:
+        if self._spool:
+            self._spool.source.close()
+
+
 class DifferenceWriter:
     """Compares two archives, and writes the clusters in which the second one differs."""
 
-    def __init__(self, base: Contents, new: Contents, spool: Spool, level: int) -> None:
+    def __init__(self, base: Contents, new: Contents, level: int, directory: str) -> None:
         for contents in (base, new):
             require_full(contents)
         if len(new.header.configs) == CONFIG_COUNT:
             raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
         self.both = base, new
-        self.spool = spool
         self.level = level
-        # The header is written first, but has the digests of all that follows.
-        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], spool, level)
+        # The header comes first, but has the digests of all that is read.
+        self.waiting = Waiting(directory)
+        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], self.waiting, level)
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
 
     def write_extents(self, progress: Progress) -> None:
@@ -4300,7 +4334,7 @@ class DifferenceWriter:
         configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
         writer = canonical_writer(self.body.align, output, self.level)
         writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
-        writer.take(self.body, self.spool)
+        writer.take(self.body, self.waiting.written())
         return writer
 
 
@@ -7310,9 +7344,8 @@ def cmd_diff(args: Namespace) -> int:
             "standard input" if path == "-" else name_from_disk(os.path.basename(path))
             for path in (args.base, args.archive)
         ]
-        spool = Spool(temporary)
-        stack.callback(spool.source.close)
-        difference = DifferenceWriter(base, new, spool, level)
+        difference = DifferenceWriter(base, new, level, temporary)
+        stack.callback(difference.waiting.close)
         difference.write_extents(progress)
         with warning_of_partial(output):
             writer = difference.finish(names, output)

@@ -231,7 +231,7 @@ class FullDisks(RoadTest):
         require_program("mke2fs", "e2fsprogs")
         image, mount = self.directory / "image", self.directory / "mount"
         image.touch()
-        os.truncate(image, 12 << 20)
+        os.truncate(image, 14 << 20)
         mount.mkdir()
         subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", str(image)], check=True)
         subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)

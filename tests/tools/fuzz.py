@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -37,7 +38,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import vma_tool
-from tests import archives, frames
+from tests import archives, differences, frames
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, HEADER, SECTOR, Archive, Device
 from tests.faults import build_parser, has_child, memory_directory, open_files
 from tests.support import Answer, call_tool, golden, manifest
@@ -671,6 +672,15 @@ MUTATIONS: tuple[tuple[Callable[[random.Random, Draft], str], int], ...] = (
 )
 
 
+BASE, NEW = "live-order", "live-order-day2"
+
+
+@functools.cache
+def difference() -> bytes:
+    """Return what `diff` makes of two golden archives."""
+    return differences.build(golden(BASE), golden(NEW))
+
+
 class Case(NamedTuple):
     """An archive to try: what it was made of and by which mutations."""
 
@@ -832,6 +842,7 @@ class Sandbox:
         "list", "scan", "json", "partitions", "config", "verify", "verify stream", "digest",
         "digest stream", "against", "against stream", "optimize", "optimize stream", "in place",
         "unpack", "unpack stream", "extract", "extract stream", "one", "one stream",
+        "diff", "diff stream", "base", "base stream", "changed", "changed stream",
     )  # fmt: skip
 
     def __init__(self, directory: Path) -> None:
@@ -839,6 +850,8 @@ class Sandbox:
         self.source = directory / "in.vma"
         self.output = directory / "out.vma"
         self.target = directory / "target"
+        self.base = directory / "base.vma"
+        self.difference = directory / "out.vmad"
         self.data = b""
         self.judgement = Judgement(None, "", None)
 
@@ -1063,6 +1076,54 @@ class Sandbox:
         self.expect_files(*([self.output] if good else []))
         if good and device is not None:
             self.expect(self.output.read_bytes() == device.data, "another disk")
+
+    def run_diff(self, rng: random.Random, stream: bool) -> None:
+        """Write the difference from a golden archive, and make the archive of it again."""
+        base = golden(rng.choice(sorted(manifest())))
+        self.base.write_bytes(base)
+        source = "-" if stream else self.source
+        args = ["diff", "-q", "--compress", rng.choice(["none", "zstd:1"])]
+        good = self.call(*args, self.base, source, self.difference, stream=stream)
+        self.expect_verdict(good)
+        self.expect_files(self.base, *([self.difference] if good else []))
+        contents = self.judgement.contents
+        if good and contents:
+            args = ["optimize", "-q", "--align", "4K", "--base", str(self.base)]
+            self.expect(self.call(*args, self.difference, self.output), "its own difference")
+            masks = archives.data_masks(contents.archive)
+            for device in contents.archive.devices:
+                for number in range(device.cluster_count if device.is_vmstate else 0):
+                    place = device.dev_id, number
+                    masks[place] = contents.masks[place]
+            wanted = archives.canonical(contents.archive, 4096, masks)
+            self.expect(self.output.read_bytes() == wanted, "not the archive that it was")
+
+    def run_base(self, rng: random.Random, stream: bool) -> None:
+        """Take the archive for the base of a difference that was made from another one."""
+        self.difference.write_bytes(difference())
+        self.make("-" if stream else self.source, self.difference, stream)
+
+    def run_changed(self, rng: random.Random, stream: bool) -> None:
+        """Change a difference, whose base is right."""
+        self.base.write_bytes(golden(BASE))
+        self.data = mutate(rng, difference(), rng.choice([1, 1, 2])).data
+        self.source.write_bytes(self.data)
+        self.make(self.base, "-" if stream else self.source, stream)
+
+    def make(self, base: str | Path, difference: str | Path, stream: bool) -> None:
+        """Make an archive of a base and a difference: no other disks than those of the new one."""
+        good = self.call(
+            "optimize", "-q", "--base", base, difference, self.output, stream=stream
+        )  # fmt: skip
+        if not good:
+            self.expect(self.answer.returncode == 3, f"exit status {self.answer.returncode}")
+            self.expect(not self.output.exists(), "an output")
+            return
+        made = judge(self.output.read_bytes()).contents
+        assert made is not None
+        disks = {device.raw_name: device.data for device in made.archive.devices}
+        wanted = {d.raw_name: d.data for d in archives.parse(golden(NEW)).archive.devices}
+        self.expect(disks == wanted, "other disks")
 
     def restore(
         self, command: str, name: Callable[[Device], bytes], more: bytes, rng: random.Random,
