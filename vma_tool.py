@@ -937,6 +937,13 @@ class Zstd:
         """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
         raise NotImplementedError
 
+    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Decompress one frame given as its header, its blocks and its checksum, piece by piece.
+
+        Raises FormatError at the first damaged one; what was before has been given.
+        """
+        raise NotImplementedError
+
 
 class ModuleZstd(Zstd):
     """zstd by Python's compression.zstd, or by backports.zstd, which has the same interface."""
@@ -967,6 +974,14 @@ class ModuleZstd(Zstd):
             raise FormatError(f"it holds more than {len(view)} bytes")
         view[: len(data)] = data
         return len(data)
+
+    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        decompressor = self.module.ZstdDecompressor()
+        for piece in pieces:
+            try:
+                yield decompressor.decompress(piece)
+            except self.module.ZstdError as error:
+                raise FormatError(str(error).rpartition(": ")[2].lower()) from None
 
 
 class LibraryZstd(Zstd):
@@ -1048,6 +1063,37 @@ class LibraryZstd(Zstd):
         self._decompressors.append(context)  # the next frame begins anew, also after an error
         return self._checked(size)
 
+    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        import ctypes
+
+        class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer: address, size, position
+            _fields_ = (
+                ("address", ctypes.c_void_p),
+                ("size", ctypes.c_size_t),
+                ("position", ctypes.c_size_t),
+            )
+
+        library = self.library
+        library.ZSTD_decompressStream.restype = ctypes.c_size_t
+        library.ZSTD_freeDCtx.argtypes = [ctypes.c_void_p]
+        output = ctypes.create_string_buffer(FRAME_BLOCK_MAX)
+        context = ctypes.c_void_p(self._created(library.ZSTD_createDCtx()))
+        try:
+            for piece in pieces:
+                data = ctypes.create_string_buffer(piece, len(piece))
+                source = Buffer(ctypes.addressof(data), len(piece), 0)
+                target = Buffer(ctypes.addressof(output), len(output), 0)
+                while source.position < source.size or target.position == target.size:
+                    target.position = 0
+                    self._checked(
+                        library.ZSTD_decompressStream(
+                            context, ctypes.byref(target), ctypes.byref(source)
+                        )
+                    )
+                    yield output.raw[: target.position]
+        finally:
+            library.ZSTD_freeDCtx(context)
+
     def _created(self, context: Any) -> Any:
         if not context:
             raise VmaError("no memory for zstd")
@@ -1083,44 +1129,56 @@ class Frame(NamedTuple):
     has_checksum: bool
 
 
-def parse_frame(data: Buffer, offset: int = 0) -> Frame:
-    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+class CutError(FormatError):
+    """A frame of which only the beginning is there."""
 
-    def number(start: int, size: int) -> int:
-        field = bytes(data[start : start + size])
-        if len(field) < size:
-            raise FormatError("the zstd frame is cut off")
-        return int.from_bytes(field, "little")
 
-    magic = number(offset, 4)
-    if magic in SKIPPABLE_MAGICS:
-        size = SKIPPABLE.size + number(offset + 4, 4)
-        if size > len(data) - offset:
-            raise FormatError("the skippable frame is cut off")
-        return Frame(size, 0, False)
+def frame_number(data: Buffer, start: int, size: int) -> int:
+    field = bytes(data[start : start + size])
+    if len(field) < size:
+        raise CutError("the zstd frame is cut off")
+    return int.from_bytes(field, "little")
+
+
+def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
+    """Return what a frame's header says of it, `size` being the header's; raises FormatError."""
+    magic = frame_number(data, offset, 4)
     if magic != FRAME_MAGIC:
         raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
-    descriptor = number(offset + 4, 1)
+    descriptor = frame_number(data, offset + 4, 1)
     single_segment = descriptor >> 5 & 1
     if descriptor & 8:
         raise FormatError("the zstd frame is of a later format: a reserved bit is set")
     # Window_Descriptor, which a single segment lacks, then Dictionary_ID
     position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
     size = (single_segment, 2, 4, 8)[descriptor >> 6]
-    content_size = number(position, size) + (256 if size == 2 else 0) if size else None
-    position += size
+    content_size = None
+    if size:
+        content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
+    return Frame(position + size - offset, content_size, bool(descriptor & 4))
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+    if frame_number(data, offset, 4) in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + frame_number(data, offset + 4, 4)
+        if size > len(data) - offset:
+            raise CutError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    frame = parse_frame_start(data, offset)
+    position = offset + frame.size
     last = 0
     while not last:
-        block = number(position, 3)
+        block = frame_number(data, position, 3)
         last, kind, size = block & 1, block >> 1 & 3, block >> 3
         if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
             at = position - offset
             raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
         position += 3 + (1 if kind == 1 else size)
-    position += 4 * (descriptor >> 2 & 1)
+    position += 4 if frame.has_checksum else 0
     if position > len(data):
-        raise FormatError("the zstd frame is cut off")
-    return Frame(position - offset, content_size, bool(descriptor & 4))
+        raise CutError("the zstd frame is cut off")
+    return frame._replace(size=position - offset)
 
 
 class SeekTable(NamedTuple):
@@ -2058,6 +2116,10 @@ def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
                 start += data
             except BlockingIOError:
                 wait_for_data(fd)
+            except OSError:
+                if not seekable:
+                    raise
+                break  # whoever reads it comes to that again, and rescue goes on behind it
         size = None
         if seekable:
             size = os.lseek(fd, 0, os.SEEK_END)
@@ -5733,12 +5795,16 @@ class Salvage:
         self.doubtful: list[Range] = []
         self.breaks: list[int] = []
         self.flaws: list[Flaw] = []
-        # A checksum over everything does not match, and does not tell what is wrong.
-        self.unverified = False
+        # A checksum over everything does not match: 1 if only it may be damaged, 2 if not
+        self.suspect = 0
 
     def readinto(self, view: memoryview) -> int:
         """Fill view with the next bytes; return how many there were before the end."""
         raise NotImplementedError
+
+    def index(self, header: Header) -> ArchiveIndex | None:
+        """Return the archive's index, if there is one."""
+        return None
 
 
 class RawSalvage(Salvage):
@@ -5827,6 +5893,12 @@ class Window:
             end = min(end, breaks[following])
         return self._view[offset - self._base : max(end, offset) - self._base]
 
+    def skip(self, offset: int) -> None:
+        """Read up to an offset, and let everything before it go."""
+        while self.end < offset and not self._ended:
+            self.forget(self.end)
+            self._fill(min(offset, self.end + READ_SIZE))
+
     def ends_at(self, offset: int) -> bool:
         """Say whether an offset is the end of everything."""
         self._fill(offset + 1)
@@ -5882,6 +5954,579 @@ class Window:
             self._reading = True
             start = self.end - self._base
             self._orders.put(self._view[start : start + min(room, READ_SIZE)])
+
+
+# ---------------------------------------------------------------------------------------------
+# Rescue, compressed files: what they give up to the damage, and from the next frame or block on
+
+PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # what a frame or block decompressed at once may have
+DECODE_SIZE = 64 << 10  # what is decompressed by one call, and lost if that finds damage
+LATE_BLOCKS = 4  # of zstd, that may have passed before damage is noticed
+HOLD_SIZE = 2 << 20  # by so many bytes a decompressor may notice damage late
+ZSTD_PATTERN = re.compile(re.escape(FRAME_MAGIC.to_bytes(4, "little")))
+XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
+XZ_CHECK_SIZE = 8  # of CRC64, as usual
+XZ_END_SIZE = 1 << 20  # room for the index, which lists all blocks
+XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")  # the LZMA2 filter in a block's header
+BZIP2_MAGICS = BZIP2_BLOCK, BZIP2_END = 0x314159265359, 0x177245385090  # of 48 bits, at any bit
+BZIP2_START = 32  # bits in front of the first block
+BZIP2_PATTERN = re.compile(
+    b"|".join(
+        re.escape((magic >> shift & (1 << 40) - 1).to_bytes(5, "big"))
+        for magic in BZIP2_MAGICS
+        for shift in range(8)
+    )
+)
+LZOP_BLOCK = struct.Struct(">II")  # sizes, plain and stored
+LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")  # of 256 KiB, as usual
+RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", ".bz2": "bzip2"}
+
+
+class Chunk(NamedTuple):
+    """What a decompressor gives: bytes, or a flaw and as many zeros as bytes are lost there.
+
+    With a flaw, None stands for an unknown number of bytes.
+    """
+
+    data: Buffer | None
+    flaw: str = ""
+    doubtful: bool = False
+
+
+class DecodedSalvage(Salvage):
+    """What a damaged compressed file still holds; its codec gives that in chunks.
+
+    `position` is where in the file the codec is.
+    """
+
+    def __init__(self, file: Input, window: Window, codec: str) -> None:
+        super().__init__()
+        self.file = file
+        self.window = window
+        self.position = 0
+        self._chunks: Iterator[Chunk] = getattr(self, f"_{codec}")()
+        self._data = memoryview(b"")
+        self._end = 0  # of the bytes in all chunks
+        self._fault = ""
+        self._frame_whole = False  # so far, apart from its checksum
+        self._at_checksum = False
+        self._table: SeekTable | None = None
+        self._masks = array.array("H")
+        self._number = 0  # of the next frame in the table, -1 if that is not known
+
+    def readinto(self, view: memoryview) -> int:
+        count = 0
+        while count < len(view):
+            while not self._data:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    return count
+                self._take(chunk)
+            part = self._data[: len(view) - count]
+            view[count : count + len(part)] = part
+            self._data = self._data[len(part) :]
+            count += len(part)
+        return count
+
+    def _take(self, chunk: Chunk) -> None:
+        start = self._end
+        if chunk.flaw:
+            self.flaws.append(Flaw(start, chunk.flaw))
+        if chunk.data is None:
+            self.breaks.append(start)
+            return
+        self._data = memoryview(chunk.data)
+        self._end += len(self._data)
+        if self._data and (chunk.flaw or chunk.doubtful):
+            (self.lost if chunk.flaw else self.doubtful).append((start, self._end))
+
+    def _flaw(self, text: object, position: int | None = None) -> str:
+        return f"at byte {self.position if position is None else position} of the file: {text}"
+
+    def _feed(self, size: int) -> bytes:
+        """Return the next bytes of the file, and pass over them; raises EOFError at its end."""
+        data = bytes(self.window.peek(self.position, size))
+        if not data:
+            raise EOFError
+        self.position += len(data)
+        self.window.forget(self.position - DECODE_SIZE)
+        return data
+
+    def _in_order(self, tasks: Iterable[Callable[[], list[Chunk]]]) -> Iterator[Chunk]:
+        """Do tasks in threads; yield what they return in the order of the tasks."""
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        pending: collections.deque[Future[list[Chunk]]] = collections.deque()
+        with ThreadPoolExecutor(processor_count()) as pool:
+            for task in tasks:
+                pending.append(pool.submit(task))
+                if len(pending) > processor_count():
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+
+    def _hold(self, parts: Iterator[bytes], errors: type[Exception]) -> Iterator[Chunk]:
+        """Yield parts, late: if one of the errors comes, those before it are doubtful."""
+        held: collections.deque[bytes] = collections.deque()
+        size = 0
+        doubtful = False
+        self._fault = ""
+        try:
+            for data in parts:
+                held.append(data)
+                size += len(data)
+                while size - len(held[0]) >= HOLD_SIZE:
+                    size -= len(held[0])
+                    yield Chunk(held.popleft())
+        except EOFError:
+            self._fault = "the file is cut short"
+        except errors as error:
+            self._fault = str(error)
+            doubtful = not self._at_checksum
+        yield from (Chunk(data, doubtful=doubtful) for data in held)
+
+    # zstd: small frames at once, so either whole or lost; large ones block by block
+
+    def _zstd(self) -> Iterator[Chunk]:
+        zstd = Zstd.load()
+        if zstd is None:
+            raise VmaError(f"{self.file.name}: zstd is missing here: install the package libzstd1")
+        self._read_table(zstd)
+        while len(self.window.peek(self.position, 1)):
+            yield from self._in_order(self._zstd_frames(zstd))
+            if len(self.window.peek(self.position, 1)):
+                yield from self._zstd_blocks(zstd)
+
+    def _read_table(self, zstd: Zstd) -> None:
+        """Read the seek table and the index, as far as the file has them."""
+        if self.file.raw is None or not hasattr(os, "pread"):
+            return
+        with suppress(FormatError, OSError, ValueError):
+            fd, end = self.file.raw.fileno(), self.file.raw_size
+            tail = os.pread(fd, TAIL_SIZE, max(end - TAIL_SIZE, 0))
+            size = parse_seek_footer(tail) or 0
+            if 0 < size <= end:
+                # Frames may be missing before it, and the index may not be where it says.
+                self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
+                start = max(end - size - PIECE_ROOM, 0)
+                tail = os.pread(fd, end - size - start, start)
+                data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
+                self._masks = parse_index(zstd, data, 4 * end)
+
+    def index(self, header: Header) -> ArchiveIndex | None:
+        if self._table and self._masks:
+            devices = canonical_order(header.devices)
+            with suppress(FormatError):
+                found = index_archive(header.size, devices, self._masks, self._table)
+                return found[0] if len(found) == 1 else None
+        return None
+
+    def _sizes(self, number: int) -> tuple[int, int] | None:
+        """Return the sizes, compressed and not, of a frame by the seek table."""
+        if not self._table or not 0 <= number < len(self._table.offsets) - 1:
+            return None
+        stored, plain = self._table.compressed_offsets, self._table.offsets
+        return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
+
+    def _find_number(self, sizes: tuple[int, int], first: int) -> int:
+        """Return the number of the next frame with these sizes, -1 if it cannot be found."""
+        numbers = range(first, first + 10000) if first >= 0 else ()
+        return next((number for number in numbers if self._sizes(number) == sizes), -1)
+
+    def _zstd_frames(self, zstd: Zstd) -> Iterator[Callable[[], list[Chunk]]]:
+        """Yield what decompresses each small frame, up to one that is better read in blocks."""
+        while len(data := self.window.peek(self.position, PIECE_ROOM)):
+            start = self.position
+            if len(data) >= SKIPPABLE.size and SKIPPABLE.unpack_from(data)[0] in SKIPPABLE_MAGICS:
+                self.position += SKIPPABLE.size + int(SKIPPABLE.unpack_from(data)[1])
+                self.window.skip(self.position)
+                continue
+            head, fault, size = None, None, 0
+            try:
+                head = parse_frame_start(data)
+                size = parse_frame(data).size
+            except FormatError as error:
+                fault = error
+            plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
+            known = self._sizes(self._number)
+            cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
+            # The first frame is the header, which has a checksum of its own, or everything.
+            if head and (not start or (not known and (plain > FRAME_MAX_SIZE or cut))):
+                return
+            if fault or plain > FRAME_MAX_SIZE:
+                text = self._flaw(fault or "the zstd frame is damaged")
+                lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
+                yield functools.partial(list, [Chunk(None if lost is None else bytes(lost), text)])
+            else:
+                frame = bytes(data[:size])
+                number = self._find_number((size, plain), self._number)
+                if self._table and number > self._number >= 0:
+                    lost = self._table.offsets[number] - self._table.offsets[self._number]
+                    chunk = Chunk(
+                        bytes(min(lost, FRAME_MAX_SIZE)), self._flaw("frames are missing")
+                    )
+                    yield functools.partial(list, [chunk])
+                lost = known[1] if known and number < 0 else plain
+                yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
+                self.position += size
+                self._number = number + 1 or -1
+            self.window.forget(self.position)
+
+    def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
+        """Go on behind a damaged frame; return how many bytes are lost, None if nobody knows."""
+        first, known = self._number, self._sizes(self._number)
+        if known:
+            following = bytes(self.window.peek(self.position + known[0], 4))
+            if following in ZSTD_MAGICS:
+                self.position += known[0]
+                self._number += 1
+                return known[1]
+        self._next_frame(zstd)
+        if known and self._table:
+            self._number = -1
+            with suppress(FormatError):
+                size, found, _ = parse_frame(self.window.peek(self.position, PIECE_ROOM))
+                self._number = self._find_number((size, found or 0), first)
+            lost = self._table.offsets[self._number] - self._table.offsets[first]
+            return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
+        return plain
+
+    def _zstd_frame(
+        self, zstd: Zstd, frame: bytes, size: int, lost: int, start: int
+    ) -> list[Chunk]:
+        view = memoryview(bytearray(size))
+        try:
+            zstd.decompress_into(frame, view)
+        except FormatError as error:
+            return [Chunk(bytes(lost), self._flaw(error, start))]
+        return [Chunk(view)]
+
+    def _next_frame(self, zstd: Zstd) -> None:
+        """Go on to the next frame that decompresses, or that is too large to try."""
+        found: int | None = self.position
+        while found is not None:
+            self.position = found
+            found = self.window.search(ZSTD_PATTERN, found + 1)
+            if found is not None:
+                with suppress(FormatError):
+                    data = self.window.peek(found, PIECE_ROOM)
+                    try:
+                        size, content_size, _ = parse_frame(data)
+                    except CutError:
+                        break
+                    if content_size is None or content_size > FRAME_MAX_SIZE:
+                        break
+                    zstd.decompress_into(bytes(data[:size]), memoryview(bytearray(content_size)))
+                    break
+        self.position = self.window.end if found is None else found
+
+    def _zstd_blocks(self, zstd: Zstd) -> Iterator[Chunk]:
+        """Yield a frame's blocks up to the damage, and find out where the next frame is."""
+        self._number += 1 if self._number >= 0 else 0
+        pieces = self._zstd_pieces()
+        held: list[bytes] = []
+        size, fault = 0, ""
+        try:
+            for data in zstd.stream(pieces):
+                held.append(data)
+                size += len(data)
+                if size > FRAME_MAX_SIZE:
+                    yield from map(Chunk, held[:-LATE_BLOCKS])
+                    del held[:-LATE_BLOCKS]
+        except FormatError as error:
+            fault = self._flaw(error)
+        certain = len(held)
+        checksum = bool(fault) and self._frame_whole
+        if checksum and size <= FRAME_MAX_SIZE and not self.window.ends_at(self.position):
+            certain = 0
+        elif checksum:  # if nothing follows, it may be the checksum that is damaged
+            self.suspect = max(self.suspect, 1)
+        elif fault:
+            with suppress(FormatError):
+                for _ in pieces:
+                    pass
+            if not self._frame_whole:
+                # Bytes are missing or added. A block that holds its bytes as they are, and then
+                # what is taken for a block, may have passed.
+                certain = max(certain - LATE_BLOCKS, 0)
+                self._next_frame(zstd)
+        yield from (Chunk(data, doubtful=i >= certain) for i, data in enumerate(held))
+        if fault:
+            yield Chunk(b"" if checksum else None, fault)
+
+    def _zstd_pieces(self) -> Iterator[bytes]:
+        """Yield a frame's header, each of its blocks, and the checksum, if it has one."""
+        self._frame_whole = False
+        size, _, has_checksum = parse_frame_start(self.window.peek(self.position, DECODE_SIZE))
+        yield self._exactly(size)
+        last = 0
+        while not last:
+            block = int.from_bytes(self.window.peek(self.position, 3), "little")
+            last, kind, size = block & 1, block >> 1 & 3, block >> 3
+            if kind == 3 or size > FRAME_BLOCK_MAX:
+                raise FormatError("the zstd frame is damaged: no block")
+            yield self._exactly(3 + (1 if kind == 1 else size))
+        self._frame_whole = True
+        if has_checksum:
+            yield self._exactly(4)
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytes(self.window.peek(self.position, size))
+        if len(data) < size:
+            raise CutError("the zstd frame is cut off")
+        self.position += size
+        self.window.forget(self.position)
+        return data
+
+    # gzip: one stream, in which damage is noticed late, or only by the checksum at the end
+
+    def _gzip(self) -> Iterator[Chunk]:
+        import zlib
+
+        while len(data := self.window.peek(self.position, DECODE_SIZE)):
+            if self.position and bytes(data[:2]) != b"\x1f\x8b":
+                if any(data):
+                    yield Chunk(b"", self._flaw("garbage behind the end"))
+                return
+            self.position += gzip_header_size(bytes(data))
+            sums = [0, 0]
+            yield from self._hold(self._gzip_data(sums), zlib.error)
+            if self._fault:
+                self.suspect = max(self.suspect, 1)
+                yield Chunk(None, self._flaw(self._fault))
+                return
+            stored = struct.unpack("<II", bytes(self.window.peek(self.position, 8)).ljust(8, b"\0"))
+            if stored != (sums[0], sums[1] & 0xFFFFFFFF):
+                # If most of the checksum is right, it is the checksum itself that is damaged.
+                wrong = sum(map(operator.ne, *(n.to_bytes(4, "big") for n in (stored[0], sums[0]))))
+                whole = wrong < 3 or len(self.window.peek(self.position, 8)) < 8
+                certain = not whole and stored[1] == sums[1] & 0xFFFFFFFF
+                self.suspect = 2 if certain else 0 if whole else 1
+                yield Chunk(b"", self._flaw("the checksum does not match"))
+            self.position += 8
+
+    def _gzip_data(self, sums: list[int]) -> Iterator[bytes]:
+        """Yield what a member holds, and count its CRC and size."""
+        import zlib
+
+        decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+        while not decoder.eof:
+            piece = decoder.unconsumed_tail or self._feed(DECODE_SIZE)
+            if data := decoder.decompress(piece, DECODE_SIZE):
+                sums[:] = zlib.crc32(data, sums[0]), sums[1] + len(data)
+                yield data
+        self.position -= len(decoder.unused_data)
+
+    # xz: a stream of blocks, each of which can be the first one
+
+    def _xz(self) -> Iterator[Chunk]:
+        import lzma
+
+        start = bytes(self.window.peek(0, XZ_HEADER_SIZE))
+        while len(self.window.peek(self.position, 1)):
+            begin = self.position
+            decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            parts = self._xz_data(decoder, start if begin else b"")
+            yield from self._hold(parts, lzma.LZMAError)
+            if self._fault:
+                known = self._at_checksum
+                yield Chunk(b"" if known else None, self._flaw(self._fault))
+                if known or not self._next_xz_block(max(begin + 4, self.position - DECODE_SIZE)):
+                    self.suspect = 1
+                    return
+
+    def _xz_data(self, decoder: Any, start: bytes) -> Iterator[bytes]:
+        """Yield what blocks hold; after a `start` that stands for other blocks, up to the index."""
+        piece = start
+        self._at_checksum = False
+        while not decoder.eof:
+            if decoder.needs_input and not piece:
+                data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
+                end = 0  # size of what is behind the blocks, if it is near
+                if len(data) < DECODE_SIZE + XZ_END_SIZE:
+                    end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
+                if start and len(data) <= end:
+                    self.position = self.window.end
+                    return
+                # Of the last block, the checksum does not matter to the data. What one call gives
+                # is lost if it finds damage, so the last bytes come one by one.
+                self._at_checksum = len(data) < max(end, XZ_HEADER_SIZE) + XZ_CHECK_SIZE
+                piece = self._feed(DECODE_SIZE if len(data) > 2 * DECODE_SIZE else 1)
+            if data := decoder.decompress(piece, DECODE_SIZE):
+                yield data
+            piece = b""
+        self.position -= len(decoder.unused_data)
+
+    def _next_xz_block(self, start: int) -> bool:
+        """Go on to the next block's header, told by its filter and its CRC."""
+        import zlib
+
+        begin = start
+        while (found := self.window.search(XZ_BLOCK_PATTERN, start)) is not None:
+            for at in range(-(-max(found - 20, begin) // 4) * 4, found, 4):
+                head = bytes(self.window.peek(at, 1024))
+                size = 4 * (head[0] + 1)
+                crc = int.from_bytes(head[size - 4 : size], "little")
+                if head[0] and at + size > found and zlib.crc32(head[: size - 4]) == crc:
+                    self.position = at
+                    return True
+            start = found + 1
+        return False
+
+    # bzip2: blocks of up to 900 KB, each with its own checksum, that begin at any bit
+
+    def _bzip2(self) -> Iterator[Chunk]:
+        return self._in_order(self._bzip2_blocks())
+
+    def _bzip2_blocks(self) -> Iterator[Callable[[], list[Chunk]]]:
+        """Yield what decompresses each block."""
+        combined = 0
+        bit, magic = self._next_bits(0)
+        if bit != BZIP2_START:
+            yield functools.partial(list, [Chunk(None, self._flaw("damaged", 0))])
+        while bit is not None:
+            self.window.forget(bit // 8)
+            crc = self._bits(bit + 48, 32)
+            self.position = bit // 8
+            if magic == BZIP2_END:
+                if combined != crc:
+                    yield functools.partial(list, [Chunk(b"", self._flaw("wrong checksum"))])
+                combined = 0
+                bit, magic = self._next_bits(bit + 80)
+                continue
+            combined = (combined << 1 | combined >> 31) & 0xFFFFFFFF ^ crc
+            end, magic = self._next_bits(bit + 80)
+            size = (8 * self.window.end if end is None else end) - bit
+            if size > 8 * PIECE_ROOM:
+                size = 0  # what is between is too much for a block
+            # A stream of this block only
+            stream = self._bits(bit, size) << 80 | BZIP2_END << 32 | crc
+            stream <<= -size % 8
+            data = b"BZh9" + stream.to_bytes((size + 80 + 7) // 8, "big")
+            yield functools.partial(self._bzip2_block, data, self.position)
+            bit = end
+
+    def _bzip2_block(self, data: bytes, position: int) -> list[Chunk]:
+        import bz2
+
+        try:
+            return [Chunk(bz2.decompress(data))]
+        except (OSError, ValueError) as error:
+            return [Chunk(None, self._flaw(error, position))]
+
+    def _next_bits(self, bit: int) -> tuple[int | None, int]:
+        """Return at which bit the next block or the end is, and its magic."""
+        start = bit // 8
+        while (found := self.window.search(BZIP2_PATTERN, start)) is not None:
+            for shift in range(8):
+                at = 8 * found - 8 + shift
+                magic = self._bits(at, 48) if at >= bit else 0
+                if magic in (BZIP2_BLOCK, BZIP2_END):
+                    return at, magic
+            start = found + 1
+        return None, 0
+
+    def _bits(self, bit: int, count: int) -> int:
+        end = bit + count
+        data = self.window.peek(bit // 8, (end + 7) // 8 - bit // 8)
+        missing = (end + 7) // 8 - bit // 8 - len(data)
+        number = int.from_bytes(data, "big") << 8 * missing
+        return number >> -end % 8 & (1 << count) - 1
+
+    # lzop: blocks of 256 KiB with checksums, which its program decompresses some at a time
+
+    def _lzop(self) -> Iterator[Chunk]:
+        import shutil
+
+        program = shutil.which("lzop")
+        if program is None:
+            raise VmaError(f"{self.file.name}: lzop is missing here: install the package lzop")
+        return self._in_order(self._lzop_blocks(program))
+
+    def _lzop_blocks(self, program: str) -> Iterator[Callable[[], list[Chunk]]]:
+        """Yield what decompresses a few blocks."""
+        head = bytes(self.window.peek(0, 1024))
+        try:
+            size, flags = lzop_header(head)
+        except (IndexError, struct.error):
+            raise FormatError("lzop: the file's header is damaged", 0, self.file.name) from None
+        self.position = size
+        batch: list[tuple[bytes, int]] = []
+        total = 0
+        while len(fields := self.window.peek(self.position, LZOP_BLOCK.size)):
+            plain, stored = LZOP_BLOCK.unpack(bytes(fields).ljust(8, b"\0"))
+            sums = bin(flags & 0x101).count("1")
+            sums += bin(flags & 0x202).count("1") if stored < plain else 0
+            length = LZOP_BLOCK.size + 4 * sums + stored
+            possible = 0 < stored <= plain <= FRAME_MAX_SIZE
+            if possible:
+                batch.append((bytes(self.window.peek(self.position, length)), plain))
+                total += plain
+            if batch and (total >= READ_SIZE or not possible):
+                yield functools.partial(
+                    self._lzop_batch, program, head[:size], batch, self.position
+                )
+                batch, total = [], 0
+            if possible:
+                self.position += length
+                self.window.forget(self.position)
+                continue
+            if len(fields) >= 4 and not plain:  # the end
+                return
+            chunk = Chunk(None, self._flaw("no block of lzop"))
+            found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
+            self.position = self.window.end if found is None else found
+            yield functools.partial(list, [chunk])
+        if batch:
+            yield functools.partial(self._lzop_batch, program, head[:size], batch, self.position)
+        yield functools.partial(list, [Chunk(b"", self._flaw("the file is cut short"))])
+
+    def _lzop_batch(
+        self, program: str, head: bytes, batch: Sequence[tuple[bytes, int]], position: int
+    ) -> list[Chunk]:
+        import subprocess
+
+        # It gets all of its input at once, so it ends by itself, whatever ends us.
+        result = subprocess.run(
+            [program, "-dc"],
+            input=b"".join((head, *(block for block, _ in batch), bytes(4))),
+            capture_output=True,
+            check=False,
+            env={k: value for k, value in os.environ.items() if k not in CODEC_OPTIONS},
+        )
+        size = sum(plain for _, plain in batch)
+        if len(result.stdout) == size and not result.returncode:
+            return [Chunk(result.stdout)]
+        if len(batch) == 1:
+            return [Chunk(bytes(size), self._flaw("a damaged block of lzop", position))]
+        one_by_one = (self._lzop_batch(program, head, [block], position) for block in batch)
+        return list(itertools.chain(*one_by_one))
+
+
+def gzip_header_size(data: bytes) -> int:
+    """Return the size of a gzip member's header (RFC 1952)."""
+    flags = data[3] if len(data) > 3 else 0
+    size = 10
+    if flags & 4:
+        size += 2 + int.from_bytes(data[size : size + 2], "little")
+    for flag in 8, 16:  # name and comment, which end in a NUL
+        if flags & flag:
+            size = data.find(b"\0", size) + 1 or size
+    return size + (2 if flags & 2 else 0)
+
+
+def lzop_header(data: bytes) -> tuple[int, int]:
+    """Return the size of an lzop file's header, and its flags."""
+    version = int.from_bytes(data[9:11], "big")
+    at = 17 if version >= 0x940 else 14  # behind the method, and the level
+    (flags,) = struct.unpack_from(">I", data, at)
+    at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
+    at += 1 + data[at] + 4  # name, checksum
+    return at, flags
+
+
+# ---------------------------------------------------------------------------------------------
+# Rescue, extents: where one follows another, and where the next whole header is found
 
 
 class Found(NamedTuple):
@@ -5958,6 +6603,8 @@ class Rescue:
         self._exact = True  # the header is whole: there are no other devices
         self._offset = 0  # where the next extent is expected
         self._full = False  # the last extent, so that another one may have followed
+        self._shifted = False  # bytes are missing or added somewhere
+        self._index: ArchiveIndex | None = None
         self._chains: list[Chain] = []
         self._headers: set[bytes] = set()  # MD5s of all extents found
         self._key: Any = ()  # where the extents found end in the canonical order, None if in none
@@ -5992,6 +6639,7 @@ class Rescue:
             header = parse_header(window.peek(0, size))
             chain = self._begin(header.size, proven=True)
             self._uuid = header.uuid
+            self._index = window.source.index(header)
         except FormatError as error:
             self._exact = False
             start = bytearray(window.peek(0, READ_SIZE))
@@ -6046,6 +6694,8 @@ class Rescue:
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         if len(data) < EXTENT_HEADER_SIZE:
             return None
+        if self._index and overlaps(self.window.source.lost, offset, offset + EXTENT_HEADER_SIZE):
+            data = indexed_extent(self._index, offset) or data
         try:
             extent = parse_extent(data, offset, uuid)
         except FormatError:
@@ -6088,14 +6738,13 @@ class Rescue:
         return True
 
     def _marked(self, offset: int) -> bool:
-        """Say whether the archive's end, or what may be a damaged extent header, is there."""
+        """Say whether an extent header, perhaps a damaged one, or the archive's end is there."""
         source = self.window.source
         start = self.window.peek(offset, EXTENT_MD5.start)
         return (
             start[:4] == EXTENT_MAGIC
             or start[8:] == self._uuid
             or offset in source.breaks
-            or overlaps(source.lost, offset, offset + EXTENT_MD5.start)
             or self.window.ends_at(offset)
         )
 
@@ -6114,7 +6763,8 @@ class Rescue:
                 with suppress(FormatError, struct.error):
                     parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
                     return extents, False, True
-                return extents, self._marked(end), False
+                lost = overlaps(self.window.source.lost, end, end + EXTENT_MD5.start)
+                return extents, lost or self._marked(end), False
             extents.append(found)
             end = found.end
         return extents, True, False
@@ -6206,6 +6856,7 @@ class Rescue:
         elif following is None:
             self._end(chain)
         chain.note(offset, f"{text}; extents go on at offset 0x{self._offset:x}")
+        self._shifted = True
         return following or chain
 
     def _end(self, chain: Chain) -> Chain:
@@ -6216,9 +6867,11 @@ class Rescue:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
-        in_place = self._marked(found.end)
+        lost = overlaps(self.window.source.lost, found.end, found.end + EXTENT_MD5.start)
+        in_place = lost or self._marked(found.end)
         self._claim(found, chain)
-        stop = start + len(self.window.peek(start, size))
+        broken = start in self.window.source.breaks
+        stop = start if broken else start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
             self._write(found, chain, start, stop)
             self._offset = found.end
@@ -6231,6 +6884,7 @@ class Rescue:
             self._write(found, chain, start, stop)
             self._offset = stop
             return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
+        self._shifted = True
         end = min(self._offset, stop) if following and following.proven else stop
         self._write(found, chain, start, end, doubtful=True)
         text = "bytes are missing or added in the extent"
@@ -6384,7 +7038,7 @@ class Rescue:
                 for cluster_num in range(first, end):
                     disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
                 state = 0
-            if state == FOUND_STORED and self.window.source.unverified:
+            if state == FOUND_STORED and self.window.source.suspect + self._shifted > 1:
                 state = FOUND_DOUBTFUL
             if state in (0, FOUND_DOUBTFUL):
                 ranges = doubtful if state else lost
@@ -6421,17 +7075,36 @@ def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
     return i > 0 and ranges[i - 1][1] > start
 
 
+def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
+    """Return the extent header at an offset of a canonical archive as its index has it."""
+    place = offset + EXTENT_HEADER_SIZE << 16
+    for dev_id, entries in index.entries.items():
+        first = bisect.bisect_left(entries, place)
+        masks = [entry & FULL_MASK for entry in entries[first : first + index.cluster_count]]
+        if masks and entries[first] >> 16 == place >> 16 and first % index.cluster_count == 0:
+            infos = [mask << 48 | dev_id << 32 | first + i for i, mask in enumerate(masks)]
+            return pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
+    return None
+
+
 @contextmanager
 def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
     """Open a damaged archive: the file, and the bytes of it that can be had."""
     name = display_name(path, "input")
-    raw, _, size = open_raw(path, name)
+    raw, start, size = open_raw(path, name)
     with Input(name, raw) as file, ExitStack() as stack:
         if size is not None:
             with os_errors_as(name):
                 file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
+        codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
+        if not codec and not HEADER_MAGIC.startswith(start[:4]):
+            # Its beginning may be damaged: then the name tells.
+            codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
         window = Window(RawSalvage(file))
         stack.callback(window.close)
+        if codec:
+            window = Window(DecodedSalvage(file, window, codec))
+            stack.callback(window.close)
         yield file, window
 
 
