@@ -218,8 +218,8 @@ class Readme(RecipeTest):
         seen = set()
         for text in texts:
             # What another shell is given within quotes is run by the test of its recipe.
-            text = re.sub(r"bash -c '[^']*'", "", text.replace("\\\n", " "))
-            for words in command_lines(text.replace(" -- ", "\n")):
+            plain = re.sub(r"bash -c '[^']*'", "", text.replace("\\\n", " "))
+            for words in command_lines(plain.replace(" -- ", "\n")):
                 if words[1:] and words[0] != "COMMAND":
                     with self.subTest(words=words):
                         vma_tool.parse_args(words)
