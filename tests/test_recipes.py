@@ -912,7 +912,7 @@ class Restore(ScriptTest):
         self.assertNotEqual(self.script("rescue", "nothing.vma").returncode, 0)
         # The block of the README's example is one of the large file.
         shutil.copy(self.work / "disk", self.work / "work.raw")
-        where_answer = self.bash("debugfs -R 'blocks /etc/blob' 'work.raw?offset=1048576'")
+        where_answer = self.bash("debugfs -R 'blocks etc/blob' 'work.raw?offset=1048576'")
         where = where_answer.stdout.split()
         hit = blocks()["hit"].replace("5242880", str(int(where[len(where) // 2]) * 4096 + 1048576))
         answer = self.bash(hit)
