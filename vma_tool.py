@@ -8272,7 +8272,7 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
     arg("--base", **BASE)
     arg("--json", **FLAG, help="print one JSON object, for scripts")
-    arg("--partitions", **FLAG, help="show what the disks hold (of a plain file only)")
+    arg("--partitions", **FLAG, help="show what the disks hold (not of a stream)")
     arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
     arg(**ARCHIVE)
 

@@ -218,8 +218,8 @@ class Readme(RecipeTest):
         seen = set()
         for text in texts:
             # What another shell is given within quotes is run by the test of its recipe.
-            plain = re.sub(r"bash -c '[^']*'", "", text.replace("\\\n", " "))
-            for words in command_lines(plain.replace(" -- ", "\n")):
+            shown = re.sub(r"bash -c '[^']*'", "", text.replace("\\\n", " "))
+            for words in command_lines(shown.replace(" -- ", "\n")):
                 if words[1:] and words[0] != "COMMAND":
                     with self.subTest(words=words):
                         vma_tool.parse_args(words)
@@ -624,7 +624,7 @@ class Hook(ScriptTest):
         """Full on Sunday, differences on Monday and Tuesday, full on the next Sunday."""
         self.install("hook-diff")
         name = "vzdump-qemu-100-2025_11_{}-02_00_00"
-        self.put("vzdump-qemu-101-2025_11_23-03_00_00.vma", golden("three-disks"))  # another guest
+        self.put("vzdump-qemu-101-2025_11_23-03_00_00.vma", golden("interleaved"))  # another guest
         for day, source, suffix, kept in (
             (23, "live-order", ".vma.zst", ".vma.zst"),
             (24, "live-order-day2", ".vma.zst", ".vmad"),
@@ -912,7 +912,7 @@ class Restore(ScriptTest):
         self.assertNotEqual(self.script("rescue", "nothing.vma").returncode, 0)
         # The block of the README's example is one of the large file.
         shutil.copy(self.work / "disk", self.work / "work.raw")
-        where_answer = self.bash("debugfs -R 'blocks /etc/blob' 'work.raw?offset=1048576'")
+        where_answer = self.bash("debugfs -R 'blocks etc/blob' 'work.raw?offset=1048576'")
         where = where_answer.stdout.split()
         hit = blocks()["hit"].replace("5242880", str(int(where[len(where) // 2]) * 4096 + 1048576))
         answer = self.bash(hit)
