@@ -1481,6 +1481,7 @@ class Input:
         self.name = name
         self.file = file
         self.offset = 0
+        self._scratch = memoryview(b"")
 
     def __enter__(self) -> Input:
         return self
@@ -1510,9 +1511,10 @@ class Input:
 
     def skip(self, size: int) -> int:
         """Pass over the next bytes; return how many there were before the end."""
-        view = memoryview(bytearray(min(size, SCRATCH_SIZE)))
+        if not self._scratch and size:
+            self._scratch = memoryview(bytearray(SCRATCH_SIZE))  # new memory each time is slow
         skipped = 0
-        while skipped < size and (count := self.readinto(view[: size - skipped])):
+        while skipped < size and (count := self.readinto(self._scratch[: size - skipped])):
             skipped += count
         return skipped
 
@@ -2094,8 +2096,11 @@ def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | N
         return None, str(error)
 
 
-def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
-    """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere."""
+def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, bytes, int | None]:
+    """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere.
+
+    The first bytes of a `damaged` file may be missing.
+    """
     with ExitStack() as undo, os_errors_as(name):
         # A copy, so that a caller of main finds its standard input open afterwards.
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
@@ -2117,9 +2122,9 @@ def open_raw(path: str, name: str) -> tuple[io.FileIO, bytes, int | None]:
             except BlockingIOError:
                 wait_for_data(fd)
             except OSError:
-                if not seekable:
+                if not (seekable and damaged):
                     raise
-                break  # whoever reads it comes to that again, and rescue goes on behind it
+                break  # rescue comes to that again, and goes on behind it
         size = None
         if seekable:
             size = os.lseek(fd, 0, os.SEEK_END)
@@ -7091,7 +7096,7 @@ def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
 def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
     """Open a damaged archive: the file, and the bytes of it that can be had."""
     name = display_name(path, "input")
-    raw, start, size = open_raw(path, name)
+    raw, start, size = open_raw(path, name, damaged=True)
     with Input(name, raw) as file, ExitStack() as stack:
         if size is not None:
             with os_errors_as(name):
