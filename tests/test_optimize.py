@@ -7,7 +7,6 @@ import random
 import stat
 import subprocess
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import vma_tool
@@ -527,25 +526,6 @@ class Care(ToolTest):
     def setUp(self) -> None:
         super().setUp()
         self.source = self.file("a.vma", good())
-
-    def test_on_the_disk_before_it_has_its_name(self) -> None:
-        """fsync of the file, rename, fsync of the directory."""
-        calls: list[str] = []
-        replace_file = os.replace
-
-        def fsync(fd: int) -> None:
-            calls.append(f"fsync {'directory' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file'}")
-
-        def rename(*args: Any, **kw: Any) -> None:
-            calls.append("replace")
-            replace_file(*args, **kw)
-
-        for args in ([self.source], [self.source, self.directory / "out.vma"]):
-            calls.clear()
-            with mock.patch("os.fsync", fsync), mock.patch("os.replace", rename):
-                self.ok("optimize", *args)
-            self.assertEqual(calls, ["fsync file", "replace", "fsync directory"])
-            self.source.write_bytes(good())
 
     def test_executable(self) -> None:
         """The file runs by itself, as it is copied onto a hypervisor."""
