@@ -40,7 +40,7 @@ TOOL = ROOT / "vma_tool.py"
 DATA = ROOT / "tests" / "data"
 
 # Where a test tries thousands of cases, it takes every eleventh; of fewer that take long, every
-# third. With VMA_TOOL_TESTS=all it takes all of them, as CI does under one Python.
+# third. With VMA_TOOL_TESTS=all it takes all of them.
 ALL = os.environ.get("VMA_TOOL_TESTS") == "all"
 STEP, FEW = (1, 1) if ALL else (11, 3)
 
