@@ -857,11 +857,11 @@ class Sandbox:
 
     def check(self, data: bytes, commands: Sequence[str] = COMMANDS, rng_seed: int = 0) -> None:
         """Give an archive to these commands; raises FindingError, whatever went wrong."""
-        self.data = data
         self.compressed = data[:4] == b"\x28\xb5\x2f\xfd"
         plain = frames.decode(data) if self.compressed else data
         self.judgement = judge(b"" if plain is None else plain)
         for number, command in enumerate(commands):
+            self.data = data
             self.source.write_bytes(data)
             try:
                 with mock.patch("os.fsync"), mock.patch("tempfile.tempdir", memory_directory()):
