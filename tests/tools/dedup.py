@@ -7,7 +7,8 @@ written as an archive as a live backup writes it: its own uuid and ctime, cluste
 which 16 readers finish, some of them early. Then restic, borg, rdiff, xdelta3, zstd and a count
 of fixed blocks tell how much new data the second day is: for the archives as written, for what
 `vma_tool.py optimize` makes of them, plain and compressed, and for the raw disks, which are the
-limit. What comes back from restic, borg, rdiff and xdelta3 is compared byte by byte, and verified.
+limit. What comes back from restic, borg, rdiff, xdelta3 and `vma_tool.py diff` is compared byte by
+byte, and verified.
 
     python3 tests/tools/dedup.py  the table of the README, in ten to twenty minutes
     python3 tests/tools/dedup.py --size small  a smaller guest, in a few minutes
@@ -21,6 +22,7 @@ missed; 1 if something that was restored is not what was stored, or a program fa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import mmap
@@ -55,6 +57,7 @@ COLUMNS = [WRITTEN, *(f"--align {align}" for align in ALIGNS), FRAMES, RAW]
 # A table of its own: FRAMES beside what zstd makes of the archives as written
 ONE_FRAME, RSYNCABLE = "one zstd frame", "zstd --rsyncable"
 COMPRESSED = [FRAMES, ONE_FRAME, RSYNCABLE]
+DIFF = "vma-tool diff"
 ARCHIVE = "vzdump-qemu-100.vma"
 DISKS = {"drive-efidisk0": "efidisk0.raw", "drive-scsi0": "scsi0.raw", "drive-tpmstate0": "tpm.raw"}
 
@@ -643,11 +646,20 @@ class Bench:
     work: Path
     tool: Path
     table: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     restored: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def note(self, measured: str, column: str, size: float) -> None:
         self.table.setdefault(measured, {})[column] = size
+
+    @contextlib.contextmanager
+    def timed(self, program: str, entry: Set) -> Iterator[None]:
+        """Add to the seconds that a program takes."""
+        start = time.monotonic()
+        yield
+        column = self.seconds.setdefault(program, {})
+        column[entry.column] = column.get(entry.column, 0.0) + time.monotonic() - start
 
     def prove(self, program: str, original: Path, restored: Path) -> None:
         """Compare what came back, verify it if it is an archive, and delete it."""
@@ -741,7 +753,8 @@ def measure_xdelta3(bench: Bench, entry: Set, disks: Path) -> None:
     delta, restored = bench.work / "delta", bench.work / "restored"
     total = 0
     for old, new in entry.pairs():
-        run("xdelta3", "-e", "-f", "-s", old, new, delta)
+        with bench.timed("xdelta3", entry):
+            run("xdelta3", "-e", "-f", "-s", old, new, delta)
         total += delta.stat().st_size
         run("xdelta3", "-d", "-f", "-s", old, delta, restored)
         bench.prove("xdelta3", new, restored)
@@ -749,6 +762,22 @@ def measure_xdelta3(bench: Bench, entry: Set, disks: Path) -> None:
             extract_difference(bench, old, delta, disks)
         delta.unlink()
     bench.note("xdelta3", entry.column, total)
+
+
+def measure_diff(bench: Bench, entry: Set, disks: Path) -> None:
+    """Take the size of the tool's own difference, which goes all the way back to disks."""
+    delta, folder = bench.work / "difference.vmad", bench.work / "disks"
+    total = 0
+    for old, new in entry.pairs():
+        with bench.timed(DIFF, entry):
+            run(sys.executable, bench.tool, "diff", "-q", old, new, delta)
+        total += delta.stat().st_size
+        run(sys.executable, bench.tool, "extract", "-q", "--base", old, delta, folder)
+        for name, file_name in DISKS.items():
+            bench.prove(DIFF, disks / file_name, folder / f"disk-{name}.raw")
+        shutil.rmtree(folder)
+        delta.unlink()
+    bench.note(DIFF, entry.column, total)
 
 
 def extract_difference(bench: Bench, old: Path, delta: Path, disks: Path) -> None:
@@ -829,6 +858,9 @@ def measure(bench: Bench, sets: list[Set]) -> None:
             continue
         say(f"{entry.column}: xdelta3")
         measure_xdelta3(bench, entry, disks)
+        if entry.column != RAW:
+            say(f"{entry.column}: {DIFF}")
+            measure_diff(bench, entry, disks)
 
 
 # ---- telling ------------------------------------------------------------------------------------
@@ -862,6 +894,17 @@ def markdown(table: dict[str, dict[str, float]], columns: Sequence[str]) -> str:
             continue
         cells = [number(table[row][column]) for column in columns]
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(bench: Bench) -> str:
+    """Return the table of the programs that make a difference of two archives."""
+    lines = [f"| | {' | '.join(COLUMNS[:-1])} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
+    for program in ("xdelta3", DIFF):
+        sizes = [number(bench.table[program][column]) for column in COLUMNS[:-1]]
+        seconds = [f"{bench.seconds[program][column]:.1f}" for column in COLUMNS[:-1]]
+        lines.append(f"| {program}, MiB | {' | '.join(sizes)} |")
+        lines.append(f"| {program}, seconds | {' | '.join(seconds)} |")
     return "\n".join(lines)
 
 
@@ -962,6 +1005,8 @@ def main() -> int:
     print(markdown(bench.table, COLUMNS))
     print("\nCompressed archives, and what zstd makes of them as they were written:\n")
     print(markdown(bench.table, COMPRESSED))
+    print("\nA difference of both archives, and the time that it takes to make it:\n")
+    print(differences(bench))
     print(f"\n{versions()}\n")
     print("\n".join(goals(bench.table)))
     same = bench.restored - len(bench.wrong)
