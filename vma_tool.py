@@ -2732,8 +2732,8 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                 )
 
 
-def lazy_numbers(count: int, kind: str) -> Any:
-    """Return a view of so many zeros, in a format of struct.
+def lazy_numbers(device: Device, count: int, kind: str) -> Any:
+    """Return a zero for each of a device's clusters, in a format of struct; raises FormatError.
 
     The kernel gives memory only for what is written to: a device that is announced but not there
     costs nothing.
@@ -2742,7 +2742,10 @@ def lazy_numbers(count: int, kind: str) -> Any:
 
     private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     size = struct.calcsize(kind) * count
-    memory = mmap.mmap(-1, size, **({"flags": private} if private else {}))
+    try:
+        memory = mmap.mmap(-1, size, **({"flags": private} if private else {}))
+    except (OSError, OverflowError, ValueError) as error:
+        raise FormatError(f"{device.title}: no memory for its {count} clusters") from error
     with suppress(AttributeError, OSError):  # huge pages would make each cluster cost 2 MiB
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     view: Any = memoryview(memory)
@@ -2768,11 +2771,7 @@ class DeviceIndex:
             self.last = -1  # so that each cluster of it is looked at
             self.entries = array.array("Q")  # as many clusters as come, one after the other
         else:
-            try:
-                self.entries = lazy_numbers(count, "Q")
-            except (OSError, OverflowError, ValueError) as error:
-                message = f"{device.title}: no memory for its {count} clusters"
-                raise FormatError(message) from error
+            self.entries = lazy_numbers(device, count, "Q")
 
     @property
     def disk_size(self) -> int:
@@ -5834,8 +5833,8 @@ class RawSalvage(Salvage):
                 if not self._failing:
                     self._failing = True
                     continue
-                got = len(page)
-                page[:] = bytes(got)
+                got = min(len(page), self.file.raw_size - offset)
+                page[:got] = bytes(got)
                 self._lose(offset, got, error)
                 self.file.raw.seek(offset + got)
             else:
@@ -6158,6 +6157,14 @@ class DecodedSalvage(Salvage):
             # The first frame is the header, which has a checksum of its own, or everything.
             if head and (not start or (not known and (plain > FRAME_MAX_SIZE or cut))):
                 return
+            following = bytes(data[size : size + 4])
+            if not fault and plain <= FRAME_MAX_SIZE and following not in (b"", *ZSTD_MAGICS):
+                # Bytes may be missing or added, so that it does not end there.
+                with memoryview(bytearray(plain)) as view:
+                    try:
+                        zstd.decompress_into(bytes(data[:size]), view)
+                    except FormatError as error:
+                        fault = error
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
                 lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
@@ -6580,7 +6587,13 @@ class RescuedDisk:
         self.target = target
         self.exact = exact and not device.is_vmstate
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
-        self.entries = lazy_numbers(self.limit, "I")
+        try:
+            self.entries = lazy_numbers(device, self.limit, "I")
+        except FormatError:
+            if exact:
+                raise
+            self.limit = ANY_SIZE  # the size is wrong
+            self.entries = lazy_numbers(device, self.limit, "I")
         self.end = 0  # of the clusters found
 
     def spans(self, cluster_count: int) -> Iterator[tuple[int, int, int]]:
@@ -6649,7 +6662,7 @@ class Rescue:
             self._exact = False
             start = bytearray(window.peek(0, READ_SIZE))
             # An extent tells the uuid, and the first one where the header ends.
-            found = self._search(min(4, len(start)))
+            found = self._search(0)
             for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
                 header = header or guess_header(start[:size], self._uuid)
             if not header and not found:
@@ -6661,7 +6674,8 @@ class Rescue:
         for config in header.configs if header else ():
             fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
             if fault or config.name in self._names:
-                chain.note(0, f"config {quote(config.name)} {fault or 'occurs twice'}: left out")
+                text = f"config name {quote(config.name)} {fault or 'occurs twice'}: left out"
+                chain.note(0, text)
                 continue
             self._names.add(config.name)
             self._create(config.name).append([config.data])
@@ -6872,6 +6886,8 @@ class Rescue:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
+        # Which ranges are lost is only known when they have been read.
+        self.window.peek(start, size + EXTENT_HEADER_SIZE)
         lost = overlaps(self.window.source.lost, found.end, found.end + EXTENT_MD5.start)
         in_place = lost or self._marked(found.end)
         self._claim(found, chain)
@@ -7018,7 +7034,12 @@ class Rescue:
             if device.is_vmstate or disk.end > count:
                 size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
             lost, doubtful = self._unsure(disk, max(count, disk.end), size)
-            disk.target.truncate(size)
+            try:
+                disk.target.truncate(size)
+            except VmaError:
+                if disk.exact:
+                    raise
+                disk.target.truncate(disk.end * CLUSTER_SIZE)  # the size is wrong
             if lost:
                 number = sum(-(-each // CLUSTER_SIZE) for _, each in lost)
                 text = f"{device.title}: {plural(number, 'cluster')} not found"
@@ -7742,14 +7763,9 @@ def cmd_rescue(args: Namespace) -> int:
             directory.commit(False, source.check_unchanged)
     if args.json:
         print(to_json(found))
-    else:
+    elif not args.quiet:
         print_rescued(source.name, found)
-    return (
-        EXIT_BAD
-        if found["damage"]
-        or any(device["lost"] or device["doubtful"] for device in found["devices"])
-        else 0
-    )
+    return EXIT_BAD if found["damage"] else 0
 
 
 def print_rescued(archive: str, found: Mapping[str, Any]) -> None:

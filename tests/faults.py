@@ -312,6 +312,7 @@ UNPACKED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/drive-efid
 EXTRACTED = ("new", "new/qemu-server.conf", "new/qemu-server.fw", "new/disk-drive-efidisk0.raw",
              "new/disk-drive-scsi0.raw", "new/disk-drive-tpmstate0-backup.raw")  # fmt: skip
 CONFIGS = EXTRACTED[:3]
+RESCUED = (*EXTRACTED, "new/rescue.json")
 
 
 def there(files: tuple[str, ...], directory: str) -> tuple[str, ...]:
@@ -343,6 +344,9 @@ WRITING = (
     Road("extract a stream", ("extract", "-", "new"), EXTRACTED, "-"),
     Road("extract frames", ("extract", "frames.vma.zst", "new"), EXTRACTED, "frames.vma.zst"),
     Road("extract into a directory", ("extract", "in.vma", "empty"), there(EXTRACTED, "empty")),
+    Road("rescue", ("rescue", "in.vma", "new"), RESCUED),
+    Road("rescue a stream", ("rescue", "-", "new"), RESCUED, "-"),
+    Road("rescue frames", ("rescue", "frames.vma.zst", "new"), RESCUED, "frames.vma.zst"),
     Road("diff", ("diff", "base.vma", "in.vma", "out.vmad"), ("out.vmad",)),
     Road("optimize a difference", ("optimize", "--base", "base.vma", "in.vmad", "out.vma"),
          OPTIMIZED, "in.vmad"),
@@ -427,6 +431,9 @@ class Workshop:
         self.write("base.vma", archives.build(day_before(self.archive)))
         call_tool("diff", directory / "base.vma", directory / "in.vma", directory / "in.vmad")
         self.description = sha256(directory / "full" / "vma.json")
+        call_tool("rescue", directory / "in.vma", directory / "rescued")
+        self.report = sha256(directory / "rescued" / "rescue.json")
+        shutil.rmtree(directory / "rescued")
         for path in directory.rglob("*"):
             os.utime(path, ns=(10**18, 10**18))  # long ago: any change shows
         self.before = digests(directory)
@@ -455,6 +462,8 @@ class Workshop:
                 after[path] = sha256(archives.canonical(parsed.archive, stored=parsed.masks))
             elif name == "vma.json":
                 after[path] = self.description
+            elif name == "rescue.json":
+                after[path] = self.report
             else:
                 after[path] = sha256(files[name]) if name in files else ""
         return after

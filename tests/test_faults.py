@@ -166,7 +166,8 @@ class EveryCall(RoadTest):
                     self.assertRegex(answer.stderr.decode(), f"({NAMED}|{self.directory}).*{why}")
                 else:
                     self.check_done(road, answer, printed)
-                    self.assertIn(nth.name, HARMLESS)
+                    rescue = HARMLESS_TO_RESCUE if "rescue" in road.name else ()
+                    self.assertIn(nth.name, (*HARMLESS, *rescue))
 
             self.assertGreater(self.each(road, fail, check), 10)
 
@@ -660,6 +661,8 @@ CHANGING = (
 # What may fail without harm: it only saves time, or there is nothing left to lose.
 # What does not tell where its holes are has none. Without mmap, buffers are in small pages. What an
 # earlier run left behind is only looked for to be mentioned. Where a link cannot be, a rename can.
+# What cannot be read, rescue reads again, in smaller pieces; without a seek table, it goes on.
+HARMLESS_TO_RESCUE = ("FileIO.readinto", "read", "pread")
 HARMLESS = ("posix_fadvise", "open()", "lseek", "mmap", "listdir", "open", "link", READ_CLOSE)
 # Each message names what it is about.
 NAMED = r"\b(in\.vma|\w+\.vma\b|new\b|empty|full|map|standard \w+|temporary file|device)"
