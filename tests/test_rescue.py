@@ -5,21 +5,45 @@ An oracle of its own reads damaged archives by the rules, byte by byte and with 
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import lzma
+import os
 import random
+import signal
+import stat
 import struct
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from tests import archives
+import vma_tool
+from tests import archives, frames
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Cluster
-from tests.support import STEP, Answer, ToolTest, call_tool
-
-MIB = 1 << 20
-
+from tests.faults import in_frames
+from tests.support import (
+    ALL,
+    STEP,
+    Answer,
+    ProcessTest,
+    ToolTest,
+    call_tool,
+    golden,
+    require_program,
+    require_root,
+    run_measured,
+    sha256,
+    skip,
+    tool_command,
+)
 
 # ---- the oracle ---------------------------------------------------------------------------------
 
@@ -373,3 +397,471 @@ class NestedTest(RescueTest):
                 for cluster, content in self.contents(archive, target).items():
                     if cluster not in unsure:
                         self.assertEqual(content, whole[cluster], cluster)
+
+
+class Whole(RescueTest):
+    """An archive that is whole gives what extract gives, and status 0."""
+
+    def test_golden(self) -> None:
+        for name in ("three-disks", "vmstate", "odd-size", "config-only", "no-config",
+                     "live-order", "legal-oddities", "interleaved", "full-mask"):  # fmt: skip
+            data = golden(name)
+            for how, source in (("file", data), ("frames", in_frames(data))):
+                with self.subTest(name, how=how):
+                    path = self.file("whole", source)
+                    report, target = self.rescue(path, status=0)
+                    self.assertEqual(report["damage"], [])
+                    extracted = self.directory / f"extracted{self.count}"
+                    self.ok("extract", path, extracted)
+                    files = {f.name: sha256(f) for f in target.iterdir() if f.name != "rescue.json"}
+                    self.assertEqual(files, {f.name: sha256(f) for f in extracted.iterdir()})
+
+    def test_every_compression(self) -> None:
+        archive, data = some_archive(1)
+        for name, packed in compressed(data).items():
+            with self.subTest(name):
+                _, target = self.rescue(self.file(f"a.vma.{name}", packed), status=0)
+                self.assertEqual(self.contents(archive, target), truth(archive))
+                _, target = self.rescue(Path("-"), status=0, input=packed)
+                self.assertEqual(self.contents(archive, target), truth(archive))
+
+    def test_mode(self) -> None:
+        path = self.file("a.vma", golden("odd-size"))
+        path.chmod(0o600)
+        _, target = self.rescue(path, status=0)
+        self.assertEqual({stat.S_IMODE(f.stat().st_mode) for f in target.iterdir()}, {0o600})
+
+
+def some_archive(seed: int, slots: int = 10) -> tuple[Archive, bytes]:
+    """Return an archive of some megabytes in live order, most of which does not compress."""
+    rng = random.Random(seed)
+    archive = archives.three_disks(rng)
+    return archive, archives.build(archive, archives.live_order(archive, rng), slots=slots)
+
+
+def program(*command: str, data: bytes) -> bytes:
+    require_program(command[0], command[0])
+    return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def compressed(data: bytes) -> dict[str, bytes]:
+    """Return an archive compressed in many ways, by file suffix."""
+    pieces = [data[at : at + 1000003] for at in range(0, len(data), 1000003)]
+    return {
+        "zst": program("zstd", "-qc", data=data),
+        "frames.zst": b"".join(program("zstd", "-qc", data=piece) for piece in pieces),
+        "gz": gzip.compress(data, 1),
+        "members.gz": b"".join(gzip.compress(piece, 1) for piece in pieces),
+        "lzo": program("lzop", "-c", data=data),
+        "xz": lzma.compress(data, preset=0),
+        "blocks.xz": program("xz", "-0", "--block-size=1MiB", "-T2", "-c", data=data),
+        "bz2": bz2.compress(data, 1),
+    }
+
+
+class Compressed(RescueTest):
+    """What damage to compressed archives costs, and what is right nevertheless."""
+
+    def check(self, archive: Archive, data: bytes, name: str) -> tuple[int, int]:
+        """Check that everything not reported is right; return how much is lost and doubtful."""
+        report, target = self.rescue(self.file(name, data), status=3)
+        lost, doubtful = told(report, "lost"), told(report, "doubtful")
+        self.check_contents(archive, target, lost, doubtful)
+        return len(lost), len(doubtful)
+
+    def check_contents(
+        self, archive: Archive, target: Path, lost: set[Cluster], doubtful: set[Cluster]
+    ) -> None:
+        whole = truth(archive)
+        for cluster, content in self.contents(archive, target).items():
+            if cluster in lost:
+                self.assertEqual(content, bytes(CLUSTER), cluster)
+            elif cluster not in doubtful:
+                self.assertEqual(content, whole[cluster], cluster)
+
+    def frames_of(self, archive: Archive) -> tuple[list[bytes], bytes, bytes, list[set[Cluster]]]:
+        """Return frames, what follows them, the plain archive, and each frame's clusters."""
+        plain = archives.canonical(archive)
+        packed = in_frames(plain)
+        parts = frames.split(packed).frames
+        places = [place for place in stored_ranges(plain) if place[1] < place[2]]
+        owners, at = [], 0
+        for size in frames.cuts(plain):
+            owners.append({c for c, start, end in places if start < at + size and at < end})
+            at += size
+        return parts, packed[sum(map(len, parts)) :], plain, owners
+
+    def test_frames(self) -> None:
+        """Each damaged frame costs its own clusters, with or without a seek table."""
+        archive, _ = some_archive(2)
+        parts, tail, plain, owners = self.frames_of(archive)
+        starts = itertools.accumulate(frames.cuts(plain), initial=0)
+        headers = {i for i, at in zip(range(len(parts)), starts) if plain[at : at + 4] == b"VMAE"}
+        damages: dict[str, Callable[[bytes, int], bytes]] = {
+            "a bit": lambda f, half: f[:half] + bytes([f[half] ^ 16]) + f[half + 1 :],
+            "the beginning": lambda f, half: bytes(8) + f[8:],
+            "the checksum": lambda f, half: f[:-1] + bytes([f[-1] ^ 1]),
+            "all zeros": lambda f, half: bytes(len(f)),
+            "a byte gone": lambda f, half: f[:half] + f[half + 1 :],
+            "gone": lambda f, half: b"",
+        }
+        cases = [
+            (table, end, what, i)
+            for table, end in (("table", tail), ("no table", b""), ("cut table", tail[:-30]))
+            for what in damages
+            for i in range(1, len(parts))
+            if what != "gone" or end == tail  # else nobody knows how much that was
+        ]
+        for table, end, what, i in cases[:: 1 if ALL else 3]:
+            with self.subTest(table, what=what, frame=i):
+                changed = damages[what](parts[i], len(parts[i]) // 2)
+                data = b"".join((*parts[:i], changed, *parts[i + 1 :], end))
+                report, target = self.rescue(data, status=3)
+                lost = told(report, "lost")
+                if i not in headers:
+                    self.assertEqual(lost, owners[i])
+                elif table == "table":
+                    self.assertEqual(lost, set())  # the index knows what it said
+                self.assertEqual(told(report, "doubtful"), set())
+                self.check_contents(archive, target, lost, set())
+
+    def test_random_damage_to_frames(self) -> None:
+        archive, _ = some_archive(3)
+        parts, tail, _, _ = self.frames_of(archive)
+        packed = b"".join(parts)
+        for seed in range(0, 60, STEP):
+            rng = random.Random(seed)
+            at = rng.randrange(len(parts[0]), len(packed))
+            size = rng.choice([1, 20, 3000, 200000])
+            kept = packed[at + (size if seed % 3 < 2 else 0) :]
+            new = rng.randbytes(min(size, len(packed) - at)) if seed % 3 != 1 else b""
+            with self.subTest(seed=seed, at=at, size=size):
+                data = packed[:at] + new + kept
+                if data != packed:
+                    self.check(archive, data + tail, "a.vma.zst")
+
+    def test_up_to_the_damage(self) -> None:
+        """What is before a cut, or behind an overwritten part, is right or reported."""
+        archive, data = some_archive(4)
+        for name, packed in compressed(data).items():
+            for seed in range(0, 20, STEP):
+                rng = random.Random(seed)
+                at = rng.randrange(len(packed) // 2, len(packed) - 9000)
+                with self.subTest(name, seed=seed, at=at, what="cut"):
+                    self.check(archive, packed[:at], f"a.vma.{name}")
+                size = rng.choice([1, 100, 5000])
+                damaged = packed[:at] + rng.randbytes(size) + packed[at + size :]
+                # Of one frame or block, only a checksum at the end may tell, and not where.
+                if damaged != packed and name not in ("zst", "xz"):
+                    with self.subTest(name, seed=seed, at=at, size=size):
+                        self.check(archive, damaged, f"a.vma.{name}")
+
+    def test_one_frame(self) -> None:
+        """A checksum that does not match may be all that is wrong with one frame; it is told."""
+        archive, data = some_archive(5)
+        packed = compressed(data)["zst"]
+        for seed in range(0, 40, STEP):
+            rng = random.Random(seed)
+            at = rng.randrange(len(packed) // 2, len(packed) - 9000)
+            size = rng.choice([1, 100, 5000])
+            new = rng.randbytes(size) if seed % 2 else b""
+            damaged = packed[:at] + new + packed[at + size :]
+            if damaged == packed:
+                continue
+            with self.subTest(seed=seed, at=at, size=size):
+                report, target = self.rescue(self.file("a.vma.zst", damaged), status=3)
+                if not any("checksum" in flaw["text"] for flaw in report["damage"]):
+                    lost, doubtful = told(report, "lost"), told(report, "doubtful")
+                    self.check_contents(archive, target, lost, doubtful)
+
+    def test_checksum_at_the_end(self) -> None:
+        """It costs nothing, and is told."""
+        archive, data = some_archive(6)
+        places = {"zst": (1, 4), "frames.zst": (1, 4), "gz": (1, 5, 8), "xz": (1, 4, 30)}
+        for name, packed in compressed(data).items():
+            for place in places.get(name, ()):
+                damaged = bytearray(packed)
+                damaged[-place] ^= 1
+                with self.subTest(name, place=place):
+                    report, target = self.rescue(self.file(f"a.vma.{name}", bytes(damaged)), 3)
+                    self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+                    self.check_contents(archive, target, set(), set())
+                    self.assertEqual(len(report["damage"]), 1)
+
+    def test_gzip_with_wrong_bytes(self) -> None:
+        """Its checksum tells that something is wrong, not what: everything stored is doubtful."""
+        _, data = some_archive(7)
+        packed = bytearray(compressed(data)["gz"])
+        packed[len(packed) // 2] ^= 4
+        report, _ = self.rescue(self.file("a.vma.gz", bytes(packed)), status=3)
+        stored = {c for c, start, end in stored_ranges(data) if end > start}
+        self.assertGreaterEqual(told(report, "lost") | told(report, "doubtful"), stored)
+
+    def test_behind_the_damage(self) -> None:
+        """Where blocks or frames are independent, it goes on with the next of them."""
+        archive, data = some_archive(8)
+        last = archives.slots(data, archives.extent_offsets(data)[-1])
+        for name in ("frames.zst", "lzo", "blocks.xz", "bz2"):
+            packed = compressed(data)[name]
+            at = len(packed) // 2
+            damaged = packed[:at] + random.Random(1).randbytes(40) + packed[at + 40 :]
+            with self.subTest(name):
+                report, _ = self.rescue(self.file(f"a.vma.{name}", damaged), status=3)
+                unsure = told(report, "lost") | told(report, "doubtful")
+                self.assertFalse({(s.dev_id, s.cluster_num) for s in last} & unsure)
+                self.assertLess(len(unsure), len(every_cluster(archive)) * 2 // 3)
+
+    def test_missing_decompressor(self) -> None:
+        _, data = some_archive(9)
+        for name, hidden, package in (
+            ("lzo", mock.patch("shutil.which", lambda name: None), "lzop"),
+            ("zst", mock.patch.object(vma_tool.Zstd, "load", lambda: None), "libzstd1"),
+        ):
+            path = self.file(f"a.vma.{name}", compressed(data)[name])
+            with self.subTest(name), hidden:
+                self.refused("rescue", path, self.directory / "new", says=[path.name, package])
+                self.assertFalse((self.directory / "new").exists())
+
+    def test_named_by_its_suffix(self) -> None:
+        """The first bytes of a compressed file are gone, and with them the header."""
+        archive, _ = some_archive(10)
+        packed = in_frames(archives.canonical(archive))
+        path = self.file("a.vma.zst.dat", bytes(3) + packed[3:])
+        report, target = self.rescue(path, status=3)
+        self.assertEqual([d["name"] for d in report["devices"]], ["dev1", "dev2", "dev3"])
+        for device in archive.devices:
+            data = (target / f"disk-dev{device.dev_id}.raw").read_bytes()
+            self.assertEqual(data, device.data.ljust(len(data), b"\0"))
+
+
+class Headers(RescueTest):
+    """A damaged header is used as far as it can be read."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.archive, self.data = some_archive(11)
+
+    def check(self, data: bytes, named: bool = True) -> list[str]:
+        report, target = self.rescue(data, status=3)
+        self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+        for device in self.archive.devices:
+            name = device.raw_name.decode() if named else f"dev{device.dev_id}"
+            found = (target / f"disk-{name}.raw").read_bytes()
+            size = len(device.data) if named else -(-len(device.data) // CLUSTER) * CLUSTER
+            self.assertEqual(found, device.data.ljust(size, b"\0"))
+        self.assertEqual(report["damage"][0]["offset"], 0)
+        self.assertIn("header", report["damage"][0]["text"])
+        return [config["name"] for config in report["configs"]]
+
+    def edited(self, at: int, new: bytes) -> bytes:
+        return self.data[:at] + new + self.data[at + len(new) :]
+
+    def test_md5_wrong(self) -> None:
+        names = [name for name, _ in self.archive.configs]
+        for at, new in ((33, b"xx"), (9, b"xx"), (0, b"XXXX"), (56, bytes(4))):
+            with self.subTest(at=at):  # MD5, uuid, magic, header_size
+                self.assertEqual(self.check(self.edited(at, new)), names)
+
+    def test_first_sector_gone(self) -> None:
+        self.check(self.edited(0, bytes(512)))
+        self.check(self.edited(0, bytes(4096)))
+
+    def test_nothing_of_it_left(self) -> None:
+        size = archives.extent_offsets(self.data)[0]
+        self.assertEqual(self.check(self.edited(0, bytes(size)), named=False), [])
+        self.assertEqual(self.check(self.data[size:], named=False), [])
+        self.assertEqual(self.check(b"garbage" + self.data[size:], named=False), [])
+
+    def test_a_device_gone(self) -> None:
+        """The header has it no more, but its extents are there."""
+        report, target = self.rescue(self.edited(4096 + 32 * 2, bytes(32)), status=3)
+        found = (target / "disk-dev2.raw").read_bytes()
+        self.assertEqual(found, self.archive.devices[1].data.ljust(len(found), b"\0"))
+        self.assertEqual({d["dev_id"] for d in report["devices"]}, {1, 2, 3})
+
+    def test_a_size_wrong(self) -> None:
+        for size in (1 << 62, 65536, 12345):
+            with self.subTest(size=size):
+                _, target = self.rescue(self.edited(4096 + 64 + 8, struct.pack(">Q", size)), 3)
+                found = (target / "disk-drive-scsi0.raw").read_bytes()
+                self.assertEqual(found, self.archive.devices[1].data.ljust(len(found), b"\0"))
+
+    def test_no_archive(self) -> None:
+        for data in (b"", b"hello world\n" * 3000, bytes(100000), gzip.compress(b"x" * 9999)):
+            with self.subTest(data[:5]):
+                line = self.bad("rescue", self.file("a.vma", data), self.directory / "new")
+                self.assertIn("a.vma", line)
+                self.assertFalse((self.directory / "new").exists())
+
+
+class Names(RescueTest):
+    """Names that are no file's names do not keep anything else from being rescued."""
+
+    def test_hostile(self) -> None:
+        rng = random.Random(12)
+        for name in ("../evil", "/tmp/evil", "a\nb", "x" * 250, "scsi0"):
+            archive = archives.three_disks(rng)
+            archive.devices[1].name = name
+            archive.devices[2].name = "scsi0"
+            archive.configs = [(name, b"evil"), ("qemu-server.conf", b"good")]
+            with self.subTest(name=name):
+                report, target = self.rescue(archives.build(archive), status=3)
+                files = {path.name for path in target.iterdir()}
+                wanted = {"qemu-server.conf", "rescue.json", "disk-drive-efidisk0.raw"}
+                self.assertLess(wanted | {"disk-scsi0.raw"}, files)
+                self.assertEqual(len(files), 5 if name != "scsi0" else 6)
+                self.assertEqual(told(report, "lost"), set())
+                for flaw in report["damage"]:
+                    self.assertIn("name", flaw["text"])
+
+    def test_report_is_no_config(self) -> None:
+        archive = archives.three_disks(random.Random(13))
+        archive.configs.append(("rescue.json", b"not the report"))
+        report, _ = self.rescue(archives.build(archive), status=3)
+        self.assertEqual(len(report["configs"]), len(archive.configs) - 1)
+
+
+class Unreadable(RescueTest):
+    """Places that cannot be read are damage like any other."""
+
+    def test_pages(self) -> None:
+        archive, data = some_archive(14)
+        extents = archives.extent_offsets(data)
+        whole = truth(archive)
+        for seed in range(0, 40, STEP):
+            rng = random.Random(seed)
+            at = rng.choice([rng.randrange(12800, len(data)), rng.choice(extents)])
+            at = max(at // 4096, 4) * 4096
+            end = min(at + 4096 * rng.choice([1, 1, 2, 16, 200]), len(data))
+
+            class Failing(io.FileIO):
+                def readinto(self, buffer: Any, /, start: int = at, end: int = end) -> int:
+                    here = self.tell()
+                    if start <= here < end:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    room = start - here if here < start else len(buffer)
+                    return super().readinto(memoryview(buffer)[:room]) or 0
+
+            with self.subTest(seed=seed, at=at, end=end):
+                path = self.file("a.vma", data)
+                with mock.patch("io.FileIO", Failing):
+                    report, target = self.rescue(path, status=3)
+                places = stored_ranges(data)
+                hit = {c for c, start, last in places if start < last and start < end and at < last}
+                zeroed = data[:at] + bytes(end - at) + data[end:]
+                for extent in extents:
+                    header = slice(extent, extent + EXTENT_HEADER)
+                    if zeroed[header] != data[header]:  # else nothing of it is lost
+                        hit |= {(s.dev_id, s.cluster_num) for s in archives.slots(data, extent)}
+                hit.discard((0, 0))
+                self.assertEqual(told(report, "lost"), hit)
+                self.assertEqual(told(report, "doubtful"), set())
+                for cluster, content in self.contents(archive, target).items():
+                    self.assertEqual(content, bytes(CLUSTER) if cluster in hit else whole[cluster])
+                places_told = [flaw["offset"] for flaw in report["damage"]]
+                self.assertIn(at, places_told)
+
+    def test_other_errors(self) -> None:
+        """Of a disk that is gone, nothing more can be read."""
+
+        class Gone(io.FileIO):
+            def readinto(self, buffer: Any, /) -> int:
+                if self.tell() > 100000:
+                    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+                return super().readinto(memoryview(buffer)[:50000]) or 0
+
+        path = self.file("a.vma", some_archive(15)[1])
+        with mock.patch("io.FileIO", Gone):
+            self.refused("rescue", path, self.directory / "new", says=[os.strerror(errno.ENXIO)])
+        self.assertFalse((self.directory / "new").exists())
+
+    def test_real_file_system(self) -> None:
+        """A mounted archive answers EIO where its frame is damaged; an archive is its disk."""
+        require_root()
+        if not Path("/dev/fuse").exists():
+            skip("no /dev/fuse")
+        archive, inner = some_archive(16)
+        outer = Archive([archives.Device(1, "disk", inner + bytes(-len(inner) % 512))])
+        packed = in_frames(archives.canonical(outer))
+        table = frames.split(packed)
+        number = next(i for i, size in enumerate(table.sizes) if i > 3 and size > 100000)
+        at = sum(map(len, table.frames[:number])) + len(table.frames[number]) // 2
+        path = self.file("outer.vma.zst", packed[:at] + bytes([packed[at] ^ 8]) + packed[at + 1 :])
+        mount = self.directory / "mount"
+        mount.mkdir()
+        subprocess.run(tool_command("mount", path, mount), check=True)
+        try:
+            report, target = self.rescue(mount / "disk-disk.raw", status=3)
+        finally:
+            subprocess.run(["umount", str(mount)], check=True)
+        unsure = told(report, "lost") | told(report, "doubtful")
+        self.assertTrue(unsure)
+        self.assertLess(len(unsure), 100)
+        self.assertTrue(any("read" in flaw["text"] for flaw in report["damage"]))
+        for cluster, content in self.contents(archive, target).items():
+            if cluster not in unsure:
+                self.assertEqual(content, truth(archive)[cluster], cluster)
+
+
+class Surroundings(RescueTest, ProcessTest):
+    """The target directory, the report, memory, signals."""
+
+    def test_target_must_be_empty(self) -> None:
+        path = self.file("a.vma", golden("odd-size"))
+        target = self.directory / "full"
+        target.mkdir()
+        (target / "file").touch()
+        self.refused("rescue", path, target, says=[os.strerror(errno.ENOTEMPTY)])
+        self.assertEqual([p.name for p in target.iterdir()], ["file"])
+        (target / "file").unlink()
+        self.ok("rescue", "-q", path, target)
+
+    def test_table(self) -> None:
+        _, data = some_archive(17)
+        at = archives.extent_offsets(data)[3]
+        path = self.file("a.vma", data[: at + 50] + b"xx" + data[at + 52 :])
+        answer = call_tool("rescue", path, self.directory / "new")
+        self.assertEqual((answer.returncode, answer.stderr), (3, b""))
+        text = answer.stdout.decode()
+        self.assertIn(f"offset 0x{at:x}: the extent header's MD5 does not match", text)
+        report = json.loads((self.directory / "new" / "rescue.json").read_text())
+        for device in report["devices"]:
+            self.assertIn(device["name"], text)
+            for offset, size in device["lost"]:
+                self.assertIn(f"{offset} + {size}", text)
+
+    def test_neighbours_are_one_range(self) -> None:
+        archive, _ = some_archive(18)
+        data = archives.build(archive, archives.in_order(archive))
+        report, _ = self.rescue(data[: archives.extent_offsets(data)[1]], status=3)
+        for device in report["devices"]:
+            self.assertLessEqual(len(device["lost"]), 1)
+        self.assertEqual(report["devices"][2]["lost"], [[0, 4 << 20]])
+
+    def test_memory(self) -> None:
+        """As for extract; a little more where damage makes it look ahead."""
+        path = self.directory / "large.vma"
+        archives.write_large(path, size=8 << 30, data_bytes=100 << 20)
+        _, extracting = run_measured("extract", "-q", path, self.directory / "extracted")
+        answer, memory = run_measured("rescue", "-q", path, self.directory / "new")
+        self.assertEqual(answer.returncode, 0, answer.stderr)
+        self.assertLess(memory, extracting + (4 << 20))
+        with path.open("r+b") as file:
+            for at in range(20 << 20, 90 << 20, 10 << 20):
+                file.seek(at)
+                file.write(bytes(4 << 20))
+        answer, memory = run_measured("rescue", "-q", path, self.directory / "new2")
+        self.assertEqual(answer.returncode, 3, answer.stderr)
+        self.assertLess(memory, extracting + (24 << 20))
+
+    def test_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = self.start("rescue", "-", self.directory / "new", stdin=subprocess.PIPE)
+            assert process.stdin is not None
+            process.stdin.write(some_archive(19)[1][: 2 << 20])
+            process.stdin.flush()
+            self.wait_for(lambda: list((self.directory / "new").glob("*.partial")))
+            process.send_signal(number)
+            answer = self.answer(process)
+            self.assertEqual(answer.returncode, 128 + number)
+            self.assertFalse((self.directory / "new").exists())
