@@ -546,7 +546,7 @@ class Compressed(RescueTest):
         for name, packed in compressed(data).items():
             for seed in range(0, 20, STEP):
                 rng = random.Random(seed)
-                at = rng.randrange(len(packed) // 2, len(packed) - 9000)
+                at = rng.randrange(len(packed) // 2, len(packed) * 4 // 5)  # not the last frame
                 with self.subTest(name, seed=seed, at=at, what="cut"):
                     self.check(archive, packed[:at], f"a.vma.{name}")
                 size = rng.choice([1, 100, 5000])
