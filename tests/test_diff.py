@@ -481,7 +481,7 @@ class Errors(DiffTest):
                 ("diff", base, path, self.output),
                 ("diff", path, new, self.output),
                 ("list", "--scan", path),
-                *([("rescue", path, self.path("x"))] if path == plain else []),
+                ("rescue", path, self.path("x")),
             ):
                 with self.subTest(args=args):
                     says = ["'base.vma'", content]

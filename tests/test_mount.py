@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import vma_tool
-from tests import archives, frames
+from tests import archives, differences, frames
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.support import (
+    BAD,
+    FAILED,
     ROOT,
     Answer,
     Argument,
@@ -430,6 +432,53 @@ class Seekable(MountTest):
 def program_zstd(option: str, data: bytes) -> bytes:
     zstd = require_program("zstd", "zstd")
     return subprocess.run([zstd, option], input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+class Differences(MountTest):
+    """A difference and its base, as the archive that they make."""
+
+    def test_reading(self) -> None:
+        base, new = golden("live-order"), golden("live-order-day2")
+        archive = archives.parse(base).archive
+        bases = [
+            self.file("a.vma", base),
+            self.file("a.vma.zst", frames.compress(archives.canonical(archive))),
+        ]
+        plain, compressed = self.file("d.vmad", differences.build(base, new)), self.path("z.vmad")
+        source = self.file("b.vma", new)
+        self.ok("diff", "-q", bases[0], source, compressed)
+        out = self.path("out")
+        self.ok("extract", source, out)
+        files = {path.name: sha256(path) for path in out.iterdir()}
+        for path in bases:
+            for difference in (plain, compressed):
+                with self.subTest(base=path.name, difference=difference.name):
+                    self.mount(difference, "--base", path)
+                    self.assertEqual({p.name: sha256(p) for p in self.mnt.iterdir()}, files)
+                    copy = self.path("copy")
+                    for name, digest in files.items():
+                        run("cp", "--sparse=always", self.mnt / name, copy)
+                        self.assertEqual(sha256(copy), digest, "through its holes")
+                    self.umount()
+
+    def test_refused(self) -> None:
+        base, new = golden("live-order"), golden("live-order-day2")
+        path = self.file("a.vma", base)
+        difference = self.file("d.vmad", differences.build(base, new))
+        other = self.file("other.vma", golden("interleaved"))
+        changed = bytearray(base)
+        changed[40] ^= 1
+        for args, status, says in (
+            ((difference,), BAD, "--base"),
+            (("--base", other, difference), BAD, "the wrong base"),
+            (("--base", self.file("bad.vma", bytes(changed)), difference), BAD, "MD5"),
+            (("--base", path, other), FAILED, "a full archive"),
+        ):
+            self.refused("mount", *args, self.mnt, status=status, says=[says])
+        self.assertEqual(self.mounts(), [])
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
 
 
 class Guests(MountTest):
