@@ -6,6 +6,7 @@ here knows the format.
 
 from __future__ import annotations
 
+import atexit
 import bz2
 import contextlib
 import functools
@@ -16,6 +17,7 @@ import io
 import json
 import lzma
 import os
+import py_compile
 import re
 import shlex
 import shutil
@@ -48,6 +50,7 @@ STEP, FEW = (1, 1) if ALL else (11, 3)
 # what their caller ignores stays ignored.
 for _number, _handler in (
     (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
     (signal.SIGHUP, signal.SIG_DFL),
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
@@ -119,9 +122,9 @@ def sha256(source: bytes | os.PathLike[str]) -> str:
 
 
 def unmeasured() -> dict[str, str]:
-    """Return the environment for a tool that gets a signal: without measuring its coverage.
+    """Return the environment for a tool whose coverage is not measured.
 
-    Where a signal's exception comes out of the middle of the measuring, that waits forever.
+    The measuring takes memory, writes a file, and waits forever where a signal ends its middle.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
 
@@ -148,9 +151,20 @@ def run_tool(
     return subprocess.run([*prefix, *tool_command(*args)], check=False, **settings)
 
 
+@functools.cache
+def compiled_tool() -> str:
+    """Return the path of the tool's bytecode: a script would be compiled at each of its starts."""
+    directory = tempfile.mkdtemp(prefix="vma-tool-test-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.chmod(directory, 0o755)  # for the tests that go on as another user
+    path = os.path.join(directory, "vma_tool.pyc")
+    py_compile.compile(str(TOOL), path, doraise=True)
+    return path
+
+
 def tool_command(*args: Argument) -> list[str]:
     """Return the command line of a child that runs the tool."""
-    return [sys.executable, str(TOOL), *(os.fspath(argument) for argument in args)]
+    return [sys.executable, compiled_tool(), *(os.fspath(argument) for argument in args)]
 
 
 # Between the tests, which may be large, and the tool: what a child's peak memory begins with is
@@ -170,6 +184,7 @@ def run_measured(*args: Argument, **kw: Any) -> tuple[Answer[bytes], int]:
     """Run the tool as `run_tool` does; return its answer and its peak memory in bytes."""
     with tempfile.NamedTemporaryFile("r") as report:
         prefix = [sys.executable, "-c", MEASURE, report.name]
+        kw.setdefault("env", unmeasured())
         return run_tool(*args, prefix=prefix, **kw), int(report.read())
 
 

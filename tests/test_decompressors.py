@@ -25,6 +25,7 @@ from tests.support import (
     sha256,
     skip,
     small_file_system,
+    unmeasured,
 )
 
 PACKAGES = {
@@ -103,7 +104,7 @@ class NoTemporaryFile(DecompressorTest):
         if probe.returncode:
             skip(f"unshare -m: {probe.stderr.decode().strip()}")
         prefix = [unshare, "-m", "sh", "-c", self.READ_ONLY, "sh", *places, "--"]
-        environment = {**os.environ, "TMPDIR": temporary}
+        environment = {**unmeasured(), "TMPDIR": temporary}
         for program in PACKAGES:
             packed = self.file(f"a.vma.{program}", compress(program, golden("live-order")))
             with self.subTest(program):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 from tests import archives
 from tests.archives import BLOCK, CLUSTER
@@ -87,7 +88,8 @@ class Force(CheckedTest):
         wait_for(lambda: not child.running(), 10)
         return child.answer()
 
-    def test_with(self) -> None:
+    @mock.patch("time.time", return_value=1_700_000_000.0)  # which `create` writes down
+    def test_with(self, _: mock.Mock) -> None:
         for name, args in self.commands.items():
             with self.subTest(name):
                 self.existing.write_bytes(OLDER)
