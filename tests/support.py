@@ -157,7 +157,7 @@ def compiled_tool() -> str:
     directory = tempfile.mkdtemp(prefix="vma-tool-test-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.chmod(directory, 0o755)  # for the tests that go on as another user
-    path = os.path.join(directory, "vma_tool.pyc")
+    path = os.path.join(directory, "bytecode", "vma_tool.pyc")
     py_compile.compile(str(TOOL), path, doraise=True)
     return path
 
