@@ -19,8 +19,9 @@ from tests.support import FEW, OsProxy, ToolTest, call_tool, sha256
 
 # What some system in use lacks: an old kernel or C library, macOS, Windows.
 CALLS = (
-    ["preadv"], ["pwritev"], ["readv"], ["writev"], ["posix_fadvise"], ["posix_fallocate"],
-    ["SEEK_DATA", "SEEK_HOLE"], ["O_NOFOLLOW"], ["O_CLOEXEC"], ["fchown", "fchmod"],
+    ["preadv"], ["pwritev"], ["readv"], ["writev"], ["sendfile"], ["posix_fadvise"],
+    ["posix_fallocate"], ["SEEK_DATA", "SEEK_HOLE"], ["O_NOFOLLOW"], ["O_CLOEXEC"],
+    ["fchown", "fchmod"],
 )  # fmt: skip
 ALL_CALLS = [name for names in CALLS for name in names]
 
