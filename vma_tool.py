@@ -5436,7 +5436,8 @@ class FuseServer:
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.EAGAIN):  # a request that was taken back
                     continue
-                if error.errno != errno.ENODEV:  # unmounted
+                # unmounted, the second while the kernel handed a request over
+                if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
                     self.log(f"/dev/fuse: {system_message(error)}")
                 return
             self._answer(request[:size], buffer)
