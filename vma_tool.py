@@ -6371,15 +6371,16 @@ class DecodedSalvage(Salvage):
             if decoder.needs_input and not piece:
                 data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
                 end = 0  # size of what is behind the blocks, if it is near
-                if len(data) < DECODE_SIZE + XZ_END_SIZE:
+                if len(data) < DECODE_SIZE + XZ_END_SIZE and bytes(data[-2:]) == b"YZ":
                     end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
                 if start and len(data) <= end:
                     self.position = self.window.end
                     return
                 # Of the last block, the checksum does not matter to the data. What one call gives
-                # is lost if it finds damage, so the last bytes come one by one.
-                self._at_checksum = len(data) < max(end, XZ_HEADER_SIZE) + XZ_CHECK_SIZE
-                piece = self._feed(DECODE_SIZE if len(data) > 2 * DECODE_SIZE else 1)
+                # is lost if it finds damage, so those bytes come one by one.
+                size = len(data) - max(end, XZ_HEADER_SIZE) - XZ_CHECK_SIZE
+                self._at_checksum = size < 0
+                piece = self._feed(max(min(size, DECODE_SIZE), 1))
             if data := decoder.decompress(piece, DECODE_SIZE):
                 yield data
             piece = b""
@@ -8241,6 +8242,7 @@ def layout_options() -> CommandParser:
     return options
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each command sets `func` to the function that runs it."""
     parser = argparse.ArgumentParser(

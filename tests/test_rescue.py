@@ -418,7 +418,8 @@ class Whole(RescueTest):
 
     def test_every_compression(self) -> None:
         archive, data = some_archive(1)
-        for name, packed in compressed(data).items():
+        for name, compress in COMPRESSIONS.items():
+            packed = compress(data)
             with self.subTest(name):
                 _, target = self.rescue(self.file(f"a.vma.{name}", packed), status=0)
                 self.assertEqual(self.contents(archive, target), truth(archive))
@@ -444,19 +445,23 @@ def program(*command: str, data: bytes) -> bytes:
     return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
 
 
-def compressed(data: bytes) -> dict[str, bytes]:
-    """Return an archive compressed in many ways, by file suffix."""
-    pieces = [data[at : at + 1000003] for at in range(0, len(data), 1000003)]
-    return {
-        "zst": program("zstd", "-qc", data=data),
-        "frames.zst": b"".join(program("zstd", "-qc", data=piece) for piece in pieces),
-        "gz": gzip.compress(data, 1),
-        "members.gz": b"".join(gzip.compress(piece, 1) for piece in pieces),
-        "lzo": program("lzop", "-c", data=data),
-        "xz": lzma.compress(data, preset=0),
-        "blocks.xz": program("xz", "-0", "--block-size=1MiB", "-T2", "-c", data=data),
-        "bz2": bz2.compress(data, 1),
-    }
+def pieces(data: bytes) -> list[bytes]:
+    return [data[at : at + 1000003] for at in range(0, len(data), 1000003)]
+
+
+# Ways to compress an archive, by file suffix
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "zst": lambda data: program("zstd", "-qc", data=data),
+    "frames.zst": lambda data: b"".join(
+        program("zstd", "-qc", data=piece) for piece in pieces(data)
+    ),
+    "gz": lambda data: gzip.compress(data, 1),
+    "members.gz": lambda data: b"".join(gzip.compress(piece, 1) for piece in pieces(data)),
+    "lzo": lambda data: program("lzop", "-c", data=data),
+    "xz": lambda data: lzma.compress(data, preset=0),
+    "blocks.xz": lambda data: program("xz", "-0", "--block-size=1MiB", "-T2", "-c", data=data),
+    "bz2": lambda data: bz2.compress(data, 1),
+}
 
 
 class Compressed(RescueTest):
@@ -543,7 +548,8 @@ class Compressed(RescueTest):
     def test_up_to_the_damage(self) -> None:
         """What is before a cut, or behind an overwritten part, is right or reported."""
         archive, data = some_archive(4)
-        for name, packed in compressed(data).items():
+        for name, compress in COMPRESSIONS.items():
+            packed = compress(data)
             for seed in range(0, 20, STEP):
                 rng = random.Random(seed)
                 at = rng.randrange(len(packed) // 2, len(packed) * 4 // 5)  # not the last frame
@@ -559,7 +565,7 @@ class Compressed(RescueTest):
     def test_one_frame(self) -> None:
         """A checksum that does not match may be all that is wrong with one frame; it is told."""
         archive, data = some_archive(5)
-        packed = compressed(data)["zst"]
+        packed = COMPRESSIONS["zst"](data)
         for seed in range(0, 40, STEP):
             rng = random.Random(seed)
             at = rng.randrange(len(packed) // 2, len(packed) - 9000)
@@ -578,8 +584,9 @@ class Compressed(RescueTest):
         """It costs nothing, and is told."""
         archive, data = some_archive(6)
         places = {"zst": (1, 4), "frames.zst": (1, 4), "gz": (1, 5, 8), "xz": (1, 4, 30)}
-        for name, packed in compressed(data).items():
-            for place in places.get(name, ()):
+        for name, ends in places.items():
+            packed = COMPRESSIONS[name](data)
+            for place in ends:
                 damaged = bytearray(packed)
                 damaged[-place] ^= 1
                 with self.subTest(name, place=place):
@@ -591,7 +598,7 @@ class Compressed(RescueTest):
     def test_gzip_with_wrong_bytes(self) -> None:
         """Its checksum tells that something is wrong, not what: everything stored is doubtful."""
         _, data = some_archive(7)
-        packed = bytearray(compressed(data)["gz"])
+        packed = bytearray(COMPRESSIONS["gz"](data))
         packed[len(packed) // 2] ^= 4
         report, _ = self.rescue(self.file("a.vma.gz", bytes(packed)), status=3)
         stored = {c for c, start, end in stored_ranges(data) if end > start}
@@ -602,7 +609,7 @@ class Compressed(RescueTest):
         archive, data = some_archive(8)
         last = archives.slots(data, archives.extent_offsets(data)[-1])
         for name in ("frames.zst", "lzo", "blocks.xz", "bz2"):
-            packed = compressed(data)[name]
+            packed = COMPRESSIONS[name](data)
             at = len(packed) // 2
             damaged = packed[:at] + random.Random(1).randbytes(40) + packed[at + 40 :]
             with self.subTest(name):
@@ -617,7 +624,7 @@ class Compressed(RescueTest):
             ("lzo", mock.patch("shutil.which", lambda name: None), "lzop"),
             ("zst", mock.patch.object(vma_tool.Zstd, "load", lambda: None), "libzstd1"),
         ):
-            path = self.file(f"a.vma.{name}", compressed(data)[name])
+            path = self.file(f"a.vma.{name}", COMPRESSIONS[name](data))
             with self.subTest(name), hidden:
                 self.refused("rescue", path, self.directory / "new", says=[path.name, package])
                 self.assertFalse((self.directory / "new").exists())
