@@ -12,7 +12,7 @@ byte, and verified.
 
     python3 tests/tools/dedup.py  the table of the README, in ten to twenty minutes
     python3 tests/tools/dedup.py --size small  a smaller guest, in a few minutes
-    python3 tests/tools/dedup.py --svg docs/gains.svg
+    python3 tests/tools/dedup.py --svg tests/data/dedup.svg  its picture as well
 
 Needs no root and mounts nothing, though mmdebstrap may want user namespaces. The Debian packages:
 mmdebstrap e2fsprogs restic borgbackup rdiff xdelta3 zstd. Exit status: 0, also where a goal is
@@ -58,6 +58,13 @@ COLUMNS = [WRITTEN, *(f"--align {align}" for align in ALIGNS), FRAMES, RAW]
 ONE_FRAME, RSYNCABLE = "one zstd frame", "zstd --rsyncable"
 COMPRESSED = [FRAMES, ONE_FRAME, RSYNCABLE]
 DIFF = "vma-tool diff"
+# The picture: of these rows these columns, each with its style and its title
+PICTURE_ROWS = ("restic, compression auto", "borg", "rdiff")
+FORMS = {
+    WRITTEN: ("plain", "as vzdump writes it"),
+    "--align 128K": ("optimized", "optimized"),
+    FRAMES: ("compressed", "optimized, .vma.zst"),
+}
 ARCHIVE = "vzdump-qemu-100.vma"
 DISKS = {"drive-efidisk0": "efidisk0.raw", "drive-scsi0": "scsi0.raw", "drive-tpmstate0": "tpm.raw"}
 
@@ -918,36 +925,36 @@ def goals(table: dict[str, dict[str, float]]) -> list[str]:
 
 
 def svg(table: dict[str, dict[str, float]]) -> str:
-    """Draw the table as bars, one group for each row, all to one scale."""
-    colours = dict(zip(COLUMNS, ["#c0392b", "#9ec5e8", "#2e86c1", "#1b4f72", "#8e44ad", "#95a5a6"]))
-    rows = ROWS[:-1]
-    largest = max(table[row][column] for row in rows for column in COLUMNS)
-    left, width, bar, gap = 190, 520, 11, 14
-    top = 58
-    group = len(COLUMNS) * bar + gap
-    height = top + len(rows) * group + 10
+    """Draw what three programs store of the three forms as bars, all to one scale."""
+    largest = max(table[row][form] for row in PICTURE_ROWS for form in FORMS)
+    left, width, bar, top = 100, 500, 20, 64
+    group = len(FORMS) * (bar + 2) + 18
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 90}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{left + width + 90}" height="{height}" fill="#ffffff"/>',
-        '<text x="10" y="20" font-size="14" font-weight="bold">'
-        "What the second backup of a guest costs, MiB</text>",
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 '
+        f'{top + len(PICTURE_ROWS) * group}" font-family="sans-serif" font-size="14">',
+        "<style>text { fill: #1f2328 } .plain { fill: #cf222e } .optimized { fill: #0969da } "
+        ".compressed { fill: #1a7f37 } @media (prefers-color-scheme: dark) { text { fill: #e6edf3 }"
+        " .plain { fill: #f85149 } .optimized { fill: #4493f8 } .compressed { fill: #3fb950 } }"
+        "</style>",
+        '<text x="0" y="18" font-size="16" font-weight="bold">'
+        "New data that the second day's backup of a guest costs, MiB</text>",
     ]
-    for place, column in enumerate(COLUMNS):
-        x = 10 + place * 130
-        out.append(f'<rect x="{x}" y="32" width="11" height="11" fill="{colours[column]}"/>')
-        out.append(f'<text x="{x + 16}" y="42">{column}</text>')
-    for line, row in enumerate(rows):
+    x = left
+    for style, title in FORMS.values():
+        out.append(f'<rect class="{style}" x="{x}" y="34" width="14" height="14" rx="2"/>')
+        out.append(f'<text x="{x + 20}" y="46">{title}</text>')
+        x += 36 + 8 * len(title)
+    for line, row in enumerate(PICTURE_ROWS):
         y = top + line * group
-        out.append(f'<text x="{left - 8}" y="{y + group // 2}" text-anchor="end">{row}</text>')
-        for place, column in enumerate(COLUMNS):
-            size = table[row][column]
+        middle = y + len(FORMS) * (bar + 2) // 2 + 4
+        out.append(f'<text x="0" y="{middle}" font-weight="bold">{row.split(",")[0]}</text>')
+        for place, (form, (style, _)) in enumerate(FORMS.items()):
+            size = table[row][form]
             length = max(1.0, width * size / largest)
+            at = y + place * (bar + 2)
             out.append(
-                f'<rect x="{left}" y="{y + place * bar}" width="{length:.1f}" height="{bar - 1}" '
-                f'fill="{colours[column]}"/>'
-                f'<text x="{left + length + 4:.1f}" y="{y + place * bar + bar - 2}" '
-                f'font-size="9">{number(size)}</text>'
+                f'<rect class="{style}" x="{left}" y="{at}" width="{length:.1f}" height="{bar}" '
+                f'rx="2"/><text x="{left + length + 6:.1f}" y="{at + 15}">{number(size)}</text>'
             )
     return "\n".join([*out, "</svg>", ""])
 
@@ -975,7 +982,7 @@ def main() -> int:
         description="Measure what the second backup of a guest costs with restic, borg and others."
     )
     parser.add_argument("--size", choices=SCALES, default="normal", help="default: normal")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw the table as a picture")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw a picture")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: TMPDIR")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in a new DIR and keep it")
     parser.add_argument("--rootfs", type=Path, metavar="TAR", help="a root file system made before")
