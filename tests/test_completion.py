@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from tests import archives
 from tests.damage import good, good_archive
 from tests.support import (
     COMMANDS,
-    TOOL,
     ToolTest,
     call_tool,
     options_of,
     require_program,
+    tool_command,
 )
 
 
@@ -30,7 +30,9 @@ class Completion(ToolTest):
 
     def environment(self) -> Mapping[str, str]:
         """Return an environment in which vma-tool can be run, and home is the directory."""
-        program = self.file("vma-tool", f'#!/bin/sh\nexec {sys.executable} {TOOL} "$@"\n'.encode())
+        program = self.file(
+            "vma-tool", f'#!/bin/sh\nexec {shlex.join(tool_command())} "$@"\n'.encode()
+        )
         program.chmod(0o755)
         path = f"{self.directory}:{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "HOME": str(self.directory)}

@@ -37,6 +37,7 @@ from tests.support import (
     sha256,
     small_file_system,
     snapshot,
+    tool_command,
 )
 
 WORDS = 1200  # outside of what is collapsed
@@ -116,7 +117,8 @@ class RecipeTest(ToolTest):
         super().setUp()
         self.bin = self.directory / "usr" / "local" / "bin"
         self.bin.mkdir(parents=True)
-        self.program("vma-tool", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {TOOL} "$@"\n')
+        tool = shlex.join(tool_command())
+        self.program("vma-tool", f'#!/bin/sh\nexec {tool} "$@"\n')
         self.program("vzdump", VZDUMP.replace("$path", VZDUMP_PATH))
         self.program("qmrestore", QMRESTORE.format(python=sys.executable, root=str(ROOT)))
         self.work = self.directory / "work"
