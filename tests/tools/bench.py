@@ -12,6 +12,10 @@ start more than Python itself.
     python3 tests/tools/bench.py streams  optimize - against cat, temporary bytes
     python3 tests/tools/bench.py startup  list and --help against python3 -c pass
     python3 tests/tools/bench.py mount  a mounted archive against cat and zstd -dc; needs root
+    python3 tests/tools/bench.py compressed  .vma.zst against zstd
+    python3 tests/tools/bench.py rescue  against extract, and searching against cat
+    python3 tests/tools/bench.py diff  against sha256sum
+    python3 tests/tools/bench.py --before OLD.py  against another version of the tool
     python3 tests/tools/bench.py --cold --dir /var/tmp  bytes read from the disk; needs root
     python3 tests/tools/bench.py --size 64M --zeros 16G --runs 2
 
@@ -25,6 +29,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import mmap
 import multiprocessing
 import os
 import platform
@@ -91,9 +96,10 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a finished command took: seconds, and bytes of memory at its peak."""
+    """What a finished command took: seconds, of processors too, and bytes of memory at its peak."""
 
     seconds: float
+    cpu: float
     peak: int
 
 
@@ -118,7 +124,9 @@ silence = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 started = time.perf_counter()
 pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=silence)
 _, status, usage = os.wait4(pid, 0)
-print(time.perf_counter() - started, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status))
+seconds = time.perf_counter() - started
+cpu = usage.ru_utime + usage.ru_stime
+print(seconds, cpu, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status))
 """
 
 
@@ -141,10 +149,10 @@ def run(argv: Argv, directory: Path) -> Run:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         raise
-    seconds, peak_size, status = (answer or "0 0 -1").split()
+    seconds, cpu, peak_size, status = (answer or "0 0 0 -1").split()
     if int(status):
         raise BenchError(f"{' '.join(words)}: exit status {status}: {errors.strip()[-500:]}")
-    return Run(float(seconds), int(peak_size))
+    return Run(float(seconds), float(cpu), int(peak_size))
 
 
 def sha256(path: Path) -> str:
@@ -177,6 +185,10 @@ class Place:
         self.script = self.work / "tool" / "vma_tool.py"
         self.script.parent.mkdir()
         self.script.write_bytes(code)
+        self.before = self.work / "before" / "vma_tool.py"
+        if options.before:
+            self.before.parent.mkdir()
+            shutil.copyfile(options.before, self.before)
         venv.create(self.work / "python", symlinks=True)
         self.python = self.work / "python" / "bin" / "python3"
 
@@ -225,6 +237,11 @@ class Place:
         self.clear()
         return run(command.argv, self.work)
 
+    def by_other_version(self, row: Row) -> Row:
+        """Return a row that compares the command with the same one by the tool of --before."""
+        argv = [self.before if word == self.script else word for word in row.command.argv]
+        return row._replace(reference=Command("before", argv), goal="1.05")
+
     def compare(self, row: Row) -> tuple[list[Run], list[Run]]:
         """Run the two commands in turn; return the command's runs and the reference's."""
         say(f"{row.command.title}: beside {row.reference.title}")
@@ -265,7 +282,10 @@ def speed_rows(place: Place) -> Iterator[Row]:
     pack = place.tool("pack", "-q", disks, out / "new.vma")
     yield Row(Command("pack", pack, memory), cp, "1.2")
     verify = place.tool("verify", "-q", live.path)
-    yield Row(Command("verify", verify, memory), cp, "0.2")
+    cat = Command("cat", ["cat", live.path])
+    yield Row(Command("verify", verify, memory), cat, "1.1 + start")
+    verify = place.tool("verify", "-q", "--quick", live.path)
+    yield Row(Command("verify --quick", verify, memory), cat)
 
     if shutil.which("vma"):
         config, image = disks / "qemu-server.conf", f"drive-scsi0={disks / 'drive-scsi0'}"
@@ -318,18 +338,157 @@ def startup_rows(place: Place) -> Iterator[Row]:
     source.path.unlink()
 
 
+# ---- compressed, rescue, diff -------------------------------------------------------------------
+
+
+def usr_files() -> Iterator[Path]:
+    """Yield the files of this machine's /usr, in the order of their names."""
+    for folder, _, names in sorted(os.walk("/usr")):
+        for path in sorted(Path(folder, name) for name in names):
+            if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK):
+                yield path
+
+
+def make_files(place: Place, name: str) -> Source:
+    """Write an archive of a disk of --size bytes at most, filled with files as a guest has them."""
+    say(f"making an archive: {name}")
+    disk = place.work / "disk"
+    with open(disk, "wb") as output:
+        for path in usr_files():
+            data = path.read_bytes()[: place.options.size - output.tell()]
+            output.write(data + bytes(-len(data) % archives.BLOCK))
+    size = disk.stat().st_size
+    path = place.work / f"{name}.vma"
+    run(place.tool("create", "-q", path, f"drive-scsi0={disk}"), place.work)
+    disk.unlink()
+    return Source(path, -(-size // archives.CLUSTER))
+
+
+def compressed_rows(place: Place) -> Iterator[Row]:
+    """Compare with the program zstd, on files as a guest has them."""
+    plain = make_files(place, "files")
+    out, memory = place.out, plain.memory()
+    frame, seekable = place.work / "frame.vma.zst", place.work / "seekable.vma.zst"
+    run(["zstd", "-q", "-3", plain.path, "-o", frame], place.work)
+    run(place.tool("optimize", "-q", plain.path, seekable), place.work)
+    target = out / "new.vma.zst"
+    yield Row(
+        Command(
+            "optimize a.vma b.vma.zst", place.tool("optimize", "-q", plain.path, target), memory
+        ),
+        Command("zstd -T0 -3", ["zstd", "-q", "-T0", "-3", plain.path, "-o", target]),
+        "1.1",
+    )
+    yield Row(
+        Command("optimize frame.vma.zst b.vma.zst", place.tool("optimize", "-q", frame, target), 0),
+        Command(
+            "zstd -dc, zstd -T0 -3",
+            shell('zstd -dc "$1" | zstd -q -T0 -3 -o "$2"', frame, target),
+        ),
+        "1.2",
+    )
+    yield Row(
+        Command("extract", place.tool("extract", "-q", seekable, out / "disks"), memory),
+        Command("zstd -dc, cat", shell('zstd -dc "$1" | cat >"$2"', frame, out / "plain")),
+        "0.75",
+    )
+    yield Row(
+        Command("verify", place.tool("verify", "-q", seekable), memory),
+        Command("zstd -t", ["zstd", "-q", "-t", frame]),
+        "0.65",
+    )
+    zeros = place.make_zeros("zeros", place.options.zeros)
+    zeros_seekable = place.work / "zeros.vma.zst"
+    run(place.tool("optimize", "-q", zeros.path, zeros_seekable), place.work)
+    for words in (["verify", "-q", "--quick"], ["list", "--scan"]):
+        for what, source, archive in (
+            ("files", plain, seekable),
+            (f"{place.options.zeros >> 30} GiB of zeros", zeros, zeros_seekable),
+        ):
+            title = f"{' '.join(word for word in words if word != '-q')}, {what}"
+            yield Row(
+                Command(title, place.tool(*words, archive), source.memory()),
+                Command("the plain archive", place.tool(*words, source.path)),
+                "1.5",
+            )
+    size = seekable.stat().st_size / frame.stat().st_size
+    print(f"\nsize: {seekable.stat().st_size / MIB:.1f} MiB, {size:.3f} of one zstd frame (1.03)")
+
+
+def rescue_rows(place: Place) -> Iterator[Row]:
+    """Compare with extract of the same archive; a search, with reading alone."""
+    plain = make_files(place, "files")
+    memory = plain.memory()
+    seekable = place.work / "seekable.vma.zst"
+    run(place.tool("optimize", "-q", plain.path, seekable), place.work)
+    for title, path in (("plain", plain.path), (".vma.zst", seekable)):
+        rescue = place.tool("rescue", "-q", path, place.out / "new")
+        yield Row(
+            Command(f"rescue, {title}", rescue, memory),
+            Command("extract", place.tool("extract", "-q", path, place.out / "new")),
+            "1.2",
+        )
+    # Without its extents' headers, all of it is searched.
+    size = plain.path.stat().st_size
+    with open(plain.path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        found = view.find(b"VMAE")
+        while found >= 0:
+            view[found : found + archives.EXTENT_HEADER] = bytes(archives.EXTENT_HEADER)
+            found = view.find(b"VMAE", found)
+    rescue = place.tool("rescue", "-q", plain.path, place.out / "new")
+    yield Row(
+        Command("rescue, all searched", shell('"$@"; [ $? = 3 ]', *rescue), memory),
+        Command("cat", ["cat", plain.path]),
+        f"{size / 500e6:.1f} s: 500 MB/s",
+    )
+
+
+def diff_rows(place: Place) -> Iterator[Row]:
+    """Compare with sha256sum of what is read, both archives at once."""
+    base = make_files(place, "base")
+    disk, new = place.work / "disk", place.work / "new.vma"
+    run(place.tool("extract", "-q", "-d", "drive-scsi0", "-o", disk, base.path), place.work)
+    rng = random.Random(3)
+    with open(disk, "r+b") as file:
+        for _ in range(200):
+            file.seek(rng.randrange(place.options.size // 2))
+            file.write(rng.randbytes(200_000))
+    run(place.tool("create", "-q", new, f"drive-scsi0={disk}"), place.work)
+    disk.unlink()
+    difference = place.work / "new.vmad"
+    run(place.tool("diff", "-q", base.path, new, difference), place.work)
+    both = shell('sha256sum "$1" & sha256sum "$2"; wait', base.path, new)
+    yield Row(
+        Command(
+            "diff", place.tool("diff", "-q", base.path, new, place.out / "d"), 2 * base.memory()
+        ),
+        Command("sha256sum of both", both),
+        "1.3",
+    )
+    extract = "extract", "-q", "--base", base.path, difference, place.out / "disks"
+    yield Row(
+        Command("extract --base", place.tool(*extract), 2 * base.memory()),
+        Command("sha256sum", ["sha256sum", new]),
+        "1.2",
+    )
+
+
 def compare_all(place: Place, rows: Iterable[Row]) -> None:
     """Run rows, and print each as soon as it is measured."""
-    print_heading("", SECONDS, "compared with", SECONDS, "ratio (goal)", "peak MiB (limit)")
-    for row in rows:
+    print_heading(
+        "", SECONDS, "CPU", "compared with", SECONDS, "CPU", "ratio (goal)", "peak MiB (limit)"
+    )
+    for row in map(place.by_other_version, rows) if place.options.before else rows:
         runs, references = place.compare(row)
         seconds, others = [r.seconds for r in runs], [r.seconds for r in references]
         goal = f" ({row.goal})" if row.goal and place.on_tmpfs else ""
         print_cells(
             row.command.title,
             spread(seconds),
+            number(min(r.cpu for r in runs)),
             row.reference.title,
             spread(others),
+            number(min(r.cpu for r in references)),
             f"{min(seconds) / min(others):.2f}{goal}",
             peak(runs, row.command.memory),
         )
@@ -592,6 +751,9 @@ def machine() -> str:
 # ---- command line -------------------------------------------------------------------------------
 
 
+ROWS = {"compressed": compressed_rows, "rescue": rescue_rows, "diff": diff_rows}
+
+
 def parse_size(text: str) -> int:
     shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
     try:
@@ -608,9 +770,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "streams", "startup", "mount"],
+        choices=["speed", "streams", "startup", "mount", *ROWS],
         default="speed",
-        help="against cp (the default), against cat, only the start of a process, or mounted",
+        help="default: speed, against cp",
     )
     parser.add_argument(
         "--size", type=parse_size, default="1536M", help="data in an archive; default: 1536M"
@@ -634,6 +796,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tool", type=Path, metavar="FILE", default=TOOL, help="vma_tool.py to use"
+    )
+    parser.add_argument(
+        "--before", type=Path, metavar="FILE", help="compare with this vma_tool.py instead"
     )
     args = parser.parse_args()
     if args.runs < 1:
@@ -673,6 +838,8 @@ def measure(args: argparse.Namespace) -> None:
                 measure_memory(place)
             elif args.what == "mount":
                 measure_mount(place)
+            elif args.what in ROWS:
+                compare_all(place, ROWS[args.what](place))
             elif args.what == "speed":
                 compare_all(place, speed_rows(place))
             # What the disk has no part in is measured once.
