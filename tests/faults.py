@@ -46,9 +46,6 @@ from tests.support import (
     snapshot,
 )
 
-# Making the command line's parser takes longer than most archives here.
-build_parser = functools.cache(vma_tool.build_parser)
-
 # ---- what a process has -------------------------------------------------------------------------
 
 
@@ -496,7 +493,6 @@ class Workshop:
                 # where call_tool keeps what is printed
                 stack.enter_context(mock.patch("tempfile.tempdir", memory_directory()))
                 stack.enter_context(mock.patch.object(vma_tool, "main", main))
-                stack.enter_context(mock.patch.object(vma_tool, "build_parser", build_parser))
                 command, *rest = road.args
                 quiet = [] if command in ("list", "verify") else ["-q"]
                 stream = self.data if road.reads == "-" else None

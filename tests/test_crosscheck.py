@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from tests.support import (
+    FEW,
     Golden,
     golden,
     manifest,
@@ -35,10 +36,10 @@ class DissectReadsOptimized(unittest.TestCase):
 
     def test_every_golden_archive(self) -> None:
         self.assertTrue(manifest())
-        for name, want in manifest().items():
+        for number, (name, want) in enumerate(manifest().items()):
             source = self.directory / f"{name}.vma"
             source.write_bytes(golden(name))
-            for align in want["optimized_sha256"]:
+            for align in [*want["optimized_sha256"]][number % FEW :: FEW]:
                 with self.subTest(archive=name, align=align):
                     output = self.directory / f"{name}-{align}.vma"
                     result = run_tool("optimize", "--align", align, source, output)

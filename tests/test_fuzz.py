@@ -93,6 +93,7 @@ class SandboxFinds(ToolTest):
 
         with (
             mock.patch.object(vma_tool, "read_header", read_header),
+            mock.patch.object(fuzz, "CLOSE_LIMIT", 0.5),
             self.assertRaises(FindingError) as caught,
         ):
             Sandbox(self.directory).check(data, [command])

@@ -37,16 +37,16 @@ from unittest import mock
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import vma_tool
 from tests import archives, differences, frames
 from tests.archives import ALIGNS, BLOCK, CLUSTER, EXTENT_HEADER, HEADER, SECTOR, Archive, Device
-from tests.faults import build_parser, has_child, memory_directory, open_files
+from tests.faults import has_child, memory_directory, open_files
 from tests.support import Answer, call_tool, golden, manifest
 
 MEMORY_LIMIT = 64 << 20  # over what the process has before
 CPU_LIMIT = 5.0  # seconds of processor time for one command
 ZERO_BLOCK, ZERO_CLUSTER = bytes(BLOCK), bytes(CLUSTER)
 HANG_LIMIT = 120  # seconds that a command may take on a machine however busy
+CLOSE_LIMIT = 10  # seconds that a thread may take to close a pipe after its command has ended
 
 
 # ---- what the format says of an archive ---------------------------------------------------------
@@ -892,15 +892,14 @@ class Sandbox:
         `says` is what standard error must be if it fails, a regular expression; `raw` allows
         anything on standard output.
         """
-        one_parser = mock.patch.object(vma_tool, "build_parser", build_parser)
         before = open_files()
         start = time.process_time()
-        with time_limit(HANG_LIMIT), one_parser, Memory() as memory:
+        with time_limit(HANG_LIMIT), Memory() as memory:
             answer = call_tool(*args, input=self.data if stream else None)
         took = time.process_time() - start
         self.expect(took < CPU_LIMIT, f"{args[0]} took {took:.1f} s")
         self.expect(memory.taken < MEMORY_LIMIT, f"{args[0]} took {memory.taken >> 20} MiB")
-        end = time.monotonic() + 10
+        end = time.monotonic() + CLOSE_LIMIT
         while open_files() != before and time.monotonic() < end:
             time.sleep(0.001)  # threads that feed a decompressor, or listen to it
         self.expect(open_files() == before, f"left open: {set(open_files()) - set(before)}")
