@@ -2351,15 +2351,16 @@ class Directory:
                         os.close(fd)
         return found
 
-    def create(self, name: str, replaces: bool = False) -> PartialFile:
+    def create(self, name: str, replaces: bool = False, keeps: bool = False) -> PartialFile:
         """Return a new file that gets its name by `commit`.
 
-        One that replaces another keeps its mode, owner, access list and extended attributes.
+        One that replaces another is no more readable than that; or, with `keeps`, has the same
+        mode, owner, access list and extended attributes.
         """
         if len(encode_name(name)) > NAME_MAX_SIZE:
             raise os_error(self.full(name), errno.ENAMETOOLONG)
         with os_errors_as(self.full(name)):
-            file = PartialFile(self, name, replaces)
+            file = PartialFile(self, name, replaces, keeps)
         self._files.append(file)
         return file
 
@@ -2422,8 +2423,9 @@ class Directory:
 class PartialFile(Target):
     """A file of a `Directory` that has not got its name yet."""
 
-    def __init__(self, directory: Directory, final: str, replaces: bool) -> None:
+    def __init__(self, directory: Directory, final: str, replaces: bool, keeps: bool) -> None:
         self.directory = directory
+        self._keeps = keeps
         self.final = final
         self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
         self.times: os.stat_result | None = None  # those that it is to have, if not its own
@@ -2437,19 +2439,24 @@ class PartialFile(Target):
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
                 self._old = os.open(directory.at(final), flags, dir_fd=directory.fd)
                 undo.callback(os.close, self._old)
+            readers = directory.readers
+            if replaces and not keeps:
+                state = os.fstat(self._old)
+                old = Readers(state.st_mode, state.st_gid, has_acl(self._old))
+                readers = common_readers([readers, old])
             # A random name, and made by us: nobody can have put a link to another file there.
             # Nobody else may read it until it is known who may.
-            private = replaces or directory.readers is not None
+            private = keeps or readers is not None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | nofollow
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
             super().__init__(fd, directory.full(final), seekable=True)
             lock_partial(fd)
-            if directory.readers and not replaces and hasattr(os, "fchmod"):
+            if readers and not keeps and hasattr(os, "fchmod"):
                 # An access list here was inherited from the directory; a group bit would put it
                 # in force.
-                mode = 0o600 if has_acl(fd) else directory.readers.mode_for(os.fstat(fd).st_gid)
+                mode = 0o600 if has_acl(fd) else readers.mode_for(os.fstat(fd).st_gid)
                 umask = os.umask(0o077)
                 os.umask(umask)
                 os.fchmod(fd, mode & ~umask)
@@ -2488,7 +2495,7 @@ class PartialFile(Target):
         return source
 
     def sync(self) -> None:
-        if self._old >= 0:
+        if self._keeps:
             with os_errors_as(f"{self.name}: cannot keep owner and mode"):
                 keep_attributes(self._old, self.fd, self.name)
         if self.times and os.utime in os.supports_fd:
@@ -2567,12 +2574,17 @@ def allocates_cheaply(fd: int) -> bool:
 
 @contextmanager
 def open_output(
-    path: str, force: bool = False, readers: Readers | None = None, device: Device | None = None
+    path: str,
+    force: bool = False,
+    readers: Readers | None = None,
+    device: Device | None = None,
+    in_place: bool = False,
 ) -> Iterator[Target]:
     """Open a file to be written and then committed, or (`-`) standard output, or a special file.
 
-    `force` replaces a file that exists. A block device only takes a `device` that it has room for.
-    What is not committed at the end is removed.
+    `force` replaces a file that exists; `in_place` replaces the archive by itself, and keeps its
+    owner and mode. A block device only takes a `device` that it has room for. What is not
+    committed at the end is removed.
     """
     name = display_name(path, "output")
     old = None
@@ -2589,7 +2601,7 @@ def open_output(
         refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
         yield Target(1, name, seekable=False)
     elif stat.S_ISREG(kind):
-        with open_new_file(path, name, old, force, readers) as output:
+        with open_new_file(path, name, old, force or in_place, readers, in_place) as output:
             yield output
     elif stat.S_ISBLK(kind):
         with open_destination(path, device, force) as output:
@@ -2612,7 +2624,12 @@ def refuse_existing(path: str, force: bool, hint: str = "") -> None:
 
 @contextmanager
 def open_new_file(
-    path: str, name: str, old: os.stat_result | None, force: bool, readers: Readers | None
+    path: str,
+    name: str,
+    old: os.stat_result | None,
+    force: bool,
+    readers: Readers | None,
+    keeps: bool,
 ) -> Iterator[PartialFile]:
     """Create a file that takes its name, perhaps that of an old one, when it is committed."""
     # As cp does: what a symbolic link points to is written, the link stays.
@@ -2626,7 +2643,7 @@ def open_new_file(
         if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
             raise VmaError(f"{name}: the file has no name under which it could be replaced")
     with Directory(os.path.dirname(path), readers=readers) as directory:
-        yield directory.create(os.path.basename(path), replaces=old is not None)
+        yield directory.create(os.path.basename(path), old is not None, keeps)
 
 
 @contextmanager
@@ -8008,7 +8025,9 @@ def cmd_optimize(args: Namespace) -> int:
             if not args.quiet:
                 print(f"{source.name}: is canonical already (--align {args.align})")
             return 0
-        output = stack.enter_context(open_output(path, args.force or in_place, contents.readers))
+        output = stack.enter_context(
+            open_output(path, args.force, contents.readers, in_place=in_place)
+        )
         file = output if isinstance(output, PartialFile) else None
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")

@@ -141,6 +141,32 @@ class Elsewhere(ReadersTest):
                     self.assertLessEqual(self.readers(path), {"user:", "group:"})
                     self.assertEqual(mode(path) & 0o007, 0)
 
+    def test_replaced(self) -> None:
+        """With --force, neither the archive nor what it replaces was readable for more people."""
+        require_root()
+        new = self.directory / "new.vma"
+        for own, old, want in (
+            (0o600, 0o644, 0o600),
+            (0o644, 0o600, 0o600),
+            (0o640, 0o644, 0o640),
+            (0o644, 0o644, 0o644),
+        ):
+            with self.subTest(own=oct(own), old=oct(old)):
+                new.write_bytes(b"old")
+                os.chown(new, NOBODY, -1)
+                new.chmod(old)
+                self.source.chmod(own)
+                self.ok("optimize", "-q", "--force", self.source, new)
+                self.assertEqual(oct(mode(new)), oct(want))
+                self.assertEqual(new.stat().st_uid, os.getuid())
+        self.set_acl("-m", f"u:{NOBODY}:r", new)
+        self.ok("optimize", "-q", "--force", self.source, new)
+        self.assertEqual((oct(mode(new)), self.readers(new)), (oct(0o600), {"user:"}))
+        new.chmod(0o600)
+        answer = run_tool("optimize", "-q", "--force", "-", new, input=self.source.read_bytes())
+        self.check_ok(answer)
+        self.assertEqual(oct(mode(new)), oct(0o600), "from a pipe")
+
     def test_while_it_is_written(self) -> None:
         """The partial file is closed to all others from its first byte on."""
         require_root()
