@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests import archives
+from tests import archives, frames
 from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, MIB, Archive, Device
 from tests.faults import ROADS, Nth, Road, Workshop, has_child, open_files
 from tests.support import (
@@ -597,6 +597,27 @@ class Bombs(ToolTest):
                 process.stdin.write(piece)
         answer = self.measure("verify", path)
         self.assertEqual((answer.returncode, answer.stderr), (0, b""))
+
+    def test_index(self) -> None:
+        """An index of some kilobytes that becomes a gigabyte, whether it says so or not."""
+        plain, path = self.file("a.vma", golden("live-order")), self.directory / "a.vma.zst"
+        self.ok("optimize", plain, path)
+        found = frames.split(path.read_bytes())
+        size = 1 << 30
+        blocks = size // frames.BLOCK_MAX
+        for said in (size, len(found.masks), 0):
+            header = struct.pack("<IBQ", frames.ZSTD_MAGIC, 0b11100000, said)
+            block = frames.BLOCK_MAX << 3 | 1 << 1  # one byte, repeated
+            data = b"".join(
+                struct.pack("<I", block | (number == blocks - 1))[:3] + b"\1"
+                for number in range(blocks)
+            )
+            path.write_bytes(frames.join(found._replace(masks=header + data)))
+            with self.subTest(said=said):
+                # The frames themselves are whole: it is read as a stream.
+                self.assertEqual(self.measure("verify", path).returncode, 0)
+                self.assertEqual(self.measure("list", "--scan", path).returncode, 0)
+                self.measure("rescue", path, self.directory / f"rescued-{said}")
 
     def test_not_an_archive(self) -> None:
         """Of zeros, or of anything else, no more than the beginning is read."""
