@@ -2804,11 +2804,6 @@ class DeviceIndex:
         entries: list[int] = self.entries[first : first + count].tolist()
         return entries
 
-    def first_missing(self) -> int:
-        """Return the lowest cluster_num that was not seen."""
-        missing = (cluster_num for cluster_num, entry in enumerate(self.entries) if not entry)
-        return next(missing, len(self.entries))
-
 
 class Index:
     """Where every cluster of an archive is; checks each extent against the header's devices.
@@ -2971,9 +2966,11 @@ class Index:
         for index in self.devices.values():
             count = index.device.cluster_count
             if index.seen < count and (cut or not index.seen or not index.device.is_vmstate):
+                # Of a vmstate, there are entries only of the clusters that came.
+                first = next((i for i, e in enumerate(index.entries) if not e), index.seen)
                 self._fail(
                     f"{index.device.title}: {count - index.seen} of {count} clusters are missing, "
-                    f"the first is {index.first_missing()}"
+                    f"the first is {first}"
                 )
 
 
@@ -3032,12 +3029,8 @@ class Part(NamedTuple):
 
     def whole(self) -> memoryview | None:
         """Return all bytes up to the device's end, None if they are all zeros."""
-        if self.image is None:
-            return None
-        for base, stored in zip(itertools.count(0, CLUSTER_SIZE), self.masks):
-            if stored != FULL_MASK:
-                self._clear(base, stored ^ FULL_MASK)
-        return self.image[: self.size]
+        views = self.filled([FULL_MASK] * len(self.masks))
+        return views[0][: self.size] if views else None
 
     def filled_run(self, base: int, start: int, size: int) -> Buffer:
         """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
@@ -3066,6 +3059,12 @@ class Plan(NamedTuple):
     cluster_count: int
     where: Sequence[Any]
     has_data: bool
+
+
+def plan_entries(device: Device, first: int, entries: Sequence[int]) -> Plan:
+    """Return the plan of an archive's clusters from first on, by their entries."""
+    has_data = any(entry & FULL_MASK for entry in entries)
+    return Plan(device, first, len(entries), entries, has_data)
 
 
 def make_part(device: Device, first: int, masks: list[int], image: memoryview | None) -> Part:
@@ -3220,8 +3219,7 @@ class Contents(Producer):
         Devices and clusters must come in canonical order.
         """
         entries = self.entries(device, first, count)
-        has_data = any(entry & FULL_MASK for entry in entries)
-        return Plan(device, first, len(entries), entries, has_data) if entries else None
+        return plan_entries(device, first, entries) if entries else None
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
@@ -3243,9 +3241,13 @@ class Contents(Producer):
         image = None
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
-            self.source.read_at(scatter(plan.where, image))
+            self._fill(plan, image)
             self._check_tail(plan.device, plan.first, masks, image)
         return make_part(plan.device, plan.first, masks, image)
+
+    def _fill(self, plan: Plan, image: memoryview) -> None:
+        """Read the stored blocks of a plan's clusters to their places in the image."""
+        self.source.read_at(scatter(plan.where, image))
 
     def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
         """Raise FormatError if a difference has more than zeros behind the device's end."""
@@ -3259,9 +3261,7 @@ class Contents(Producer):
     def plan(self, dev_id: int, first: int, count: int) -> Plan:
         """Return the plan of clusters at any place, after `complete`."""
         index = self.index.devices[dev_id]
-        entries = index.slice(first, count)
-        has_data = any(entry & FULL_MASK for entry in entries)
-        return Plan(index.device, first, len(entries), entries, has_data)
+        return plan_entries(index.device, first, index.slice(first, count))
 
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
@@ -3292,19 +3292,21 @@ class IndexedContents(Contents):
 
     def __init__(self, source: FramesInput) -> None:
         super().__init__(source)
-        self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
-        self._extents_checked: set[tuple[int, int]] = set()  # dev_id, first cluster; by `plan`
         self.cluster_count = source.index.cluster_count
         self.index.adopt(source.index, source.size)
+        # Of each extent, whether its header was read: a byte, as of 1 TiB there are 290,000.
+        self._checked = {
+            dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
+            for dev_id, index in self.index.devices.items()
+        }
 
     def extents(self) -> Iterator[Extent]:
         """Yield the extents not read yet; raises FormatError if one is not as the index says."""
         for device in canonical_order(self.header.devices):
-            while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
-                yield self._check_next(device)
+            yield from self._check(device, 0, len(self.index.devices[device.dev_id].entries))
         if not self.header.devices:  # one extent all the same
             extent = Extent(self.header.size, 0, (), pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
-            self._compare(extent, "")
+            self._compare(extent)
             yield extent
 
     def complete(self, tick: Callable[[], None] = lambda: None) -> None:
@@ -3314,38 +3316,39 @@ class IndexedContents(Contents):
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
-        while entries and self._checked[device.dev_id] < first + len(entries):
-            self._check_next(device)
+        # There are none behind the end of a base that is smaller than the new disk.
+        for _ in self._check(device, first, len(entries)) if entries else ():
+            pass
         return entries
 
     def plan(self, dev_id: int, first: int, count: int) -> Plan:
-        start = first // self.cluster_count * self.cluster_count
-        for extent in range(start, first + count, self.cluster_count):
-            if (dev_id, extent) not in self._extents_checked:
-                self._check_extent(self.index.devices[dev_id].device, extent)
-                self._extents_checked.add((dev_id, extent))
-        return super().plan(dev_id, first, count)
+        device = self.index.devices[dev_id].device
+        return plan_entries(device, first, self.entries(device, first, count))
 
     def extents_digest(self) -> bytes:
         digest = hashlib.sha256()
         for device in canonical_order(self.header.devices):
-            for first in range(
-                0, len(self.index.devices[device.dev_id].entries), self.cluster_count
-            ):
-                digest.update(self._extent(device, first).md5)
+            for number in range(len(self._checked[device.dev_id])):
+                digest.update(self._extent(device, number).md5)
         if not self.header.devices:
             digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
         return digest.digest()
 
-    def _check_next(self, device: Device) -> Extent:
-        """Read a device's next extent header."""
-        extent = self._check_extent(device, self._checked[device.dev_id])
-        self._checked[device.dev_id] += len(extent.blockinfo)
-        self.source.offset = extent.payload_offset + extent.payload_size
-        return extent
+    def _check(self, device: Device, first: int, count: int) -> Iterator[Extent]:
+        """Read and yield the extents of a device's clusters, but those that were read before."""
+        checked = self._checked[device.dev_id]
+        end = first + count
+        for number in range(first // self.cluster_count, -(-end // self.cluster_count)):
+            if not checked[number]:
+                extent = self._extent(device, number)
+                self._compare(extent)
+                checked[number] = True
+                self.source.offset = extent.payload_offset + extent.payload_size
+                yield extent
 
-    def _extent(self, device: Device, first: int) -> Extent:
-        """Return the header of the extent that begins with a device's cluster, by the index."""
+    def _extent(self, device: Device, number: int) -> Extent:
+        """Return one of a device's extents, counted from 0, as the index has it."""
+        first = number * self.cluster_count
         entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
         payload_offset, last = entries[0] >> 16, entries[-1]
         info = device.dev_id << 32 | first
@@ -3357,19 +3360,17 @@ class IndexedContents(Contents):
         offset = payload_offset - EXTENT_HEADER_SIZE
         return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
 
-    def _check_extent(self, device: Device, first: int) -> Extent:
-        """Read the header of the extent that begins with a device's cluster."""
-        extent = self._extent(device, first)
-        last = first + len(extent.blockinfo) - 1
-        self._compare(extent, f"{device.title}: clusters {first} to {last}: ")
-        return extent
-
-    def _compare(self, extent: Extent, what: str) -> None:
+    def _compare(self, extent: Extent) -> None:
         """Raise SeekableError if there is another extent header in the archive."""
         found = bytearray(EXTENT_HEADER_SIZE)
         self.source.read_at([(extent.offset, memoryview(found))])
         # The MD5 covers all of it, so that those of the parts need not be compared.
         if found[EXTENT_MD5] != extent.md5 or md5_without(found, EXTENT_MD5) != extent.md5:
+            what = ""
+            if extent.blockinfo:
+                first, last = (extent.blockinfo[i] & 0xFFFFFFFF for i in (0, -1))
+                title = self.index.devices[extent.blockinfo[0] >> 32 & 0xFF].device.title
+                what = f"{title}: clusters {first} to {last}: "
             raise SeekableError(
                 f"{what}the extent header and the index contradict each other; without the index: "
                 "zstd -dc FILE | vma-tool COMMAND -",
@@ -3458,29 +3459,22 @@ class Stream(Contents):
                 self._held_size -= len(data) + HELD_OVERHEAD
         self._spool.append(parts)
 
-    def read(self, plan: Plan, buffer: memoryview) -> Part:
-        device, first, count, entries, has_data = plan
-        masks = [entry & FULL_MASK for entry in entries]
-        if not has_data:
-            return make_part(device, first, masks, None)
-        image = buffer[: count * CLUSTER_SIZE]
-        held = self._held[device.dev_id]
+    def _fill(self, plan: Plan, image: memoryview) -> None:
+        held = self._held[plan.device.dev_id]
         spilled = []
-        for i, mask in enumerate(masks):
+        for i, entry in enumerate(plan.where):
             base = i * CLUSTER_SIZE
-            data = held.pop(first + i, None)
+            data = held.pop(plan.first + i, None)
             if data is None:
-                spilled += scatter(entries[i : i + 1], image[base : base + CLUSTER_SIZE])
+                spilled += scatter((entry,), image[base : base + CLUSTER_SIZE])
                 continue
             self._held_size -= len(data) + HELD_OVERHEAD
             at = 0
-            for start, size in block_runs(mask):
+            for start, size in block_runs(entry & FULL_MASK):
                 image[base + start : base + start + size] = data[at : at + size]
                 at += size
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
-        self._check_tail(device, first, masks, image)
-        return make_part(device, first, masks, image)
 
 
 class Spool(Target):
@@ -3826,8 +3820,8 @@ class CanonicalWriter(Consumer):
         self.header_md5 = data[HEADER_MD5]
         self._write_header(data)
         if not header.devices and header.magic == HEADER_MAGIC:
-            # As Proxmox writes an archive that has only configs.
-            self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
+            # As Proxmox writes an archive that has only configs: one extent that uses no slot.
+            self.deliver([self.prepare(Part(Device(0, "", 0), 0, (), None))])
 
     def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
         """Write the extents that another writer has written somewhere else, and finish."""
@@ -3837,9 +3831,6 @@ class CanonicalWriter(Consumer):
 
     def _write_header(self, header: bytes) -> None:
         self.target.append([header])
-
-    def _write_empty(self, extent: bytes) -> None:
-        self.deliver([[extent]])
 
     def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
@@ -3896,9 +3887,6 @@ class CompressedWriter(CanonicalWriter):
         for size in header_pieces(len(header)):
             self.target.append([self._add(self._compress([header[start : start + size]]))])
             start += size
-
-    def _write_empty(self, extent: bytes) -> None:
-        self.deliver([(extent, (), 0, ())])
 
     def assemble(
         self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
@@ -4162,17 +4150,12 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     both = one, other
     size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
-    def pairs() -> Iterator[Pair]:
-        plans = pair_plans(
-            both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
-        )
+    read_here = functools.partial(read_pair, both, ordered=True)
+    read_rest = functools.partial(read_pair, both, ordered=False)
+
+    def pairs() -> Iterator[Pair]:  # a generator, which `pump` closes
+        plans = pair_plans(both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), set(common))
         yield from filter(pair_has_data, ticking(plans, progress))
-
-    def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        return read_pair(both, pair, buffer, ordered=True)
-
-    def read_rest(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        return read_pair(both, pair, buffer, ordered=False)
 
     def compare(pair: Sequence[Part | None]) -> None:
         for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
@@ -4524,23 +4507,19 @@ class Overlay(Contents):
         """Return the plan of clusters whose entries in the difference and the base these are."""
         base = self.bases.get(device.dev_id)
         self._require(device, first + len(base_entries), entries[len(base_entries) :])
-        # Runs of clusters from one of the two, as (whose, device, start, end)
-        runs: list[tuple[Contents, Device, int, int]] = []
+        where: list[tuple[Contents, Plan]] = []
         if base and self.base.ordered:  # also what is not needed must be taken out of the stream
-            runs.append((self.base, base, 0, len(base_entries)))
+            where.append((self.base, plan_entries(base, first, base_entries)))
         start = 0
-        for is_stored, run in itertools.groupby(map(bool, entries)):
+        for is_stored, run in itertools.groupby(entries, bool):
             end = start + len(list(run))
             if is_stored:
-                runs.append((self.difference, device, start, end))
+                plan = plan_entries(device, first + start, entries[start:end])
+                where.append((self.difference, plan))
             elif base and not self.base.ordered:
-                runs.append((self.base, base, start, end))
+                plan = plan_entries(base, first + start, base_entries[start:end])
+                where.append((self.base, plan))
             start = end
-        where = []
-        for contents, owner, start, end in runs:
-            part = (entries if contents is self.difference else base_entries)[start:end]
-            has_data = any(entry & FULL_MASK for entry in part)
-            where.append((contents, Plan(owner, first + start, end - start, part, has_data)))
         has_data = any(plan.has_data for _, plan in where)
         return Plan(device, first, len(entries), where, has_data)
 
@@ -5104,18 +5083,11 @@ def main_section(data: bytes) -> tuple[list[bytes], int]:
 def set_option(data: bytes, key: str, value: str) -> bytes:
     """Return a qemu-server.conf with `key: value` in its main section, everything else kept."""
     lines, end = main_section(data)
-    new = encode_name(f"{key}: {value}\n")
-    known = [
-        i for i, line in enumerate(lines[:end])
-        if b":" in line and line.partition(b":")[0].strip() == encode_name(key)
-    ]  # fmt: skip
-    if not known:
-        lines.insert(end, new)
-    for i in reversed(known[1:]):  # of two, the last one would count
-        del lines[i]
-    if known:
-        lines[known[0]] = new
-    return b"".join(lines)
+    old = re.compile(rb"\s*%b\s*:" % re.escape(encode_name(key)))
+    kept = [line for line in lines[:end] if not old.match(line)]  # of two, the last would count
+    place = next((i for i, line in enumerate(lines[:end]) if old.match(line)), end)
+    kept.insert(place, encode_name(f"{key}: {value}\n"))
+    return b"".join(kept + lines[end:])
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -5145,12 +5117,11 @@ def add_device_map(header: Header, storage: str) -> Header:
         return header
     configs = dict(header.configs)
     lines, end = main_section(configs[CONFIG_NAME])
-    for name in (device.name for device in missing):
+    for name in (device.name for device in reversed(missing)):
         # drive-scsi0 is scsi0, drive-tpmstate0-backup is tpmstate0
         key = name.removeprefix("drive-")
         key = key.removesuffix("-backup") if key.startswith("tpmstate") else key
         lines.insert(end, encode_name(f"#qmdump#map:{key}:{name}:{storage}:raw:\n"))
-        end += 1
     configs[CONFIG_NAME] = b"".join(lines)
     return header._replace(configs=tuple(map(Config._make, configs.items())))
 
@@ -5418,12 +5389,9 @@ class FuseServer:
             FUSE_READDIR: self._read_directory,
             FUSE_LSEEK: self._seek,
             FUSE_STATFS: self._get_status,
-            FUSE_RELEASE: lambda *_: (),
-            FUSE_RELEASEDIR: lambda *_: (),
-            FUSE_DESTROY: lambda *_: (),
-            FUSE_FORGET: lambda *_: None,
-            FUSE_BATCH_FORGET: lambda *_: None,
-            FUSE_INTERRUPT: lambda *_: None,  # the answer comes soon anyway
+            **dict.fromkeys((FUSE_RELEASE, FUSE_RELEASEDIR, FUSE_DESTROY), lambda *_: ()),
+            # The kernel wants no answer to these. What FUSE_INTERRUPT cuts short ends soon anyway.
+            **dict.fromkeys((FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT), lambda *_: None),
         }
 
     def serve(self) -> None:
@@ -5542,8 +5510,8 @@ class FuseServer:
 
     def _get_status(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
         blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
-        counts = blocks, 0, 0, len(self.files), 0
-        return [FUSE_STATFS_OUT.pack(*counts, BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE)]
+        sizes = BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE
+        return [FUSE_STATFS_OUT.pack(blocks, 0, 0, len(self.files), 0, *sizes)]
 
 
 class MountPoint:
