@@ -2787,13 +2787,14 @@ class DeviceIndex:
         self.stored_size = 0
         self.ascending = True
         count = device.cluster_count
-        self.last = count - 1  # `Index.add` looks closer at this one, which may be partial
-        self.entries: Any  # array and memoryview have no common type that slices to a list
-        if device.is_vmstate:
-            self.last = -1  # so that each cluster of it is looked at
-            self.entries = array.array("Q")  # as many clusters as come, one after the other
-        else:
-            self.entries = lazy_numbers(device, count, "Q")
+        # From this one on, `Index.add` looks closer: the last one may be partial, and each cluster
+        # of a vmstate must be the next one.
+        self.last = -1 if device.is_vmstate else count - 1
+        # A vmstate has as many clusters as come. Array and memoryview have no common type that
+        # slices to a list.
+        self.entries: Any = (
+            array.array("Q") if device.is_vmstate else lazy_numbers(device, count, "Q")
+        )
 
     @property
     def disk_size(self) -> int:
@@ -2829,7 +2830,7 @@ class Index:
         with in_archive(self.name):
             if header.magic == DIFFERENCE_MAGIC:
                 self.difference = parse_difference(header)
-            # A short header may announce petabytes. A file cannot hold more clusters than slots.
+            # A short header may announce petabytes, but an extent header has slots for only 59.
             clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
             if source.size is not None and not self.difference:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
@@ -3126,7 +3127,7 @@ class Producer:
     parallel = False
 
     def check(self) -> Consumer | None:
-        """Return who gets all parts as well, and whose `finish` raises if they are not right."""
+        """Return a second consumer of all parts, whose `finish` raises if they are wrong."""
         return None
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
@@ -3201,7 +3202,7 @@ class Contents(Producer):
         return True
 
     def _keep(self, extent: Extent) -> None:
-        """Keep what cannot be read again; of a file, nothing."""
+        """Keep an extent's data if it cannot be read again; by default it can."""
 
     def read_extent(self, extent: Extent, buffer: memoryview) -> list[Part]:
         """Read an extent's clusters into a buffer of BUFFER_SIZE bytes, neighbours as one part."""
@@ -3329,7 +3330,7 @@ class IndexedContents(Contents):
             yield extent
 
     def complete(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Do next to nothing: the index is complete."""
+        """Return at once: the index is complete. Without devices, check the only extent."""
         for _ in () if self.header.devices else self.extents():
             pass
 
@@ -3644,10 +3645,10 @@ class Consumer:
         return part
 
     def deliver(self, prepared: Sequence[Any]) -> None:
-        """Take what was prepared; here, nothing is done with it."""
+        """Take a batch; by default, drop it."""
 
     def finish(self) -> None:
-        """Do what is left after the last part."""
+        """Finish after the last part."""
 
 
 def copy_parts(
@@ -3704,14 +3705,13 @@ def in_batches(
 
 
 class Job:
-    """What the threads of a pump hand on to one another."""
+    """An item on its way through the threads of a pump."""
 
-    __slots__ = ("buffer", "lock", "pending", "value", "work")
+    __slots__ = ("buffer", "lock", "pending", "value")
 
-    def __init__(self, buffer: memoryview, value: Any, work: Any, pending: int) -> None:
+    def __init__(self, buffer: memoryview, value: Any, pending: int) -> None:
         self.buffer = buffer
         self.value = value
-        self.work = work
         self.pending = pending  # how many it is still to be delivered to
         self.lock = threading.Lock()  # held until the work is done
 
@@ -3751,7 +3751,7 @@ def pump(
     finished: queue.SimpleQueue[None] = queue.SimpleQueue()
     failures: list[BaseException] = []
 
-    def unless_failed(function: Callable[..., Any], *args: Any) -> Any:
+    def unless_failed(function: Any, *args: Any) -> Any:
         try:
             return None if failures else function(*args)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
@@ -3759,7 +3759,7 @@ def pump(
 
     def work_on_all() -> None:
         while (job := todo.get()) is not None:
-            job.value = unless_failed(job.work, job.value, job.buffer)
+            job.value = unless_failed(work, job.value, job.buffer)
             job.lock.release()
         todo.put(None)  # for the next one
 
@@ -3782,7 +3782,7 @@ def pump(
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), work, len(deliver))
+            job = Job(buffer, read(item, buffer), len(deliver))
             if work:  # `result` waits for the lock
                 job.lock.acquire()
                 todo.put(job)
@@ -4406,12 +4406,11 @@ class DifferenceWriter:
             self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
         batches = in_batches(filter(matters, pairs), pair_has_data, progress)
-        hash_base, hash_new = (functools.partial(self._hash, number) for number in range(2))
-        deliver: list[Callable[[Any], None]] = [hash_base, hash_new, self._write]
+        deliver = [functools.partial(self._deliver, number) for number in range(3)]
         pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
 
     def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
-        """Return what is hashed of both parts, and the extent that is written."""
+        """Return what to hash of both parts, and the extent to write, None where there is none."""
         prepared = [
             digest.prepare(part) if part else None
             for digest, part in zip(self.digests, (base, new))
@@ -4419,11 +4418,10 @@ class DifferenceWriter:
         extent = lay_out_difference(base, new) if new else None
         return [*prepared, self.body.assemble(*extent) if extent else None]
 
-    def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
-        self.digests[number].deliver([each[number] for each in compared if each[number]])
-
-    def _write(self, compared: Sequence[list[Any]]) -> None:
-        self.body.deliver([extent for _, _, extent in compared if extent])
+    def _deliver(self, number: int, compared: Sequence[list[Any]]) -> None:
+        """Hand on the base's part (0) or the new one's (1) to be hashed, or the extent (2)."""
+        consumer = (*self.digests, self.body)[number]
+        consumer.deliver([each[number] for each in compared if each[number]])
 
     def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
         """Write the difference; names are those of the two archives. Return who wrote it."""
@@ -4604,7 +4602,7 @@ class Overlay(Contents):
             raise FormatError(f"{self.base.source.name}: the wrong base: {self._needs}")
 
     def blame(self) -> FormatError:
-        """Return the error for disks that are not what they must be."""
+        """Return the error for disks that differ from those the difference was made of."""
         base, difference = (source.name for source in reversed(self.inputs))
         is_same_layout = layout_digest(self.base) == self.about.base.layout
         if self.ordered:  # a stream cannot be read again to find out which of the two it is
@@ -4737,7 +4735,7 @@ SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
 JOURNAL_OPTIONS = {
     "ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay",
 }  # fmt: skip
-# How to go on with what is no file system; `part` is empty, or the partition's p and number.
+# Commands that open what is no file system; `part` is empty, or the partition's p and number.
 OPEN_COMMANDS = {
     "LVM": "losetup -r -P -f --show {file} && vgchange -ay",
     "RAID": 'mdadm -A -o -R /dev/md/guest "$(losetup -r -P -f --show {file}){part}"',
@@ -4759,7 +4757,7 @@ class Partition(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a disk holds: the kind of its table, its partitions, and what is wrong with it."""
+    """A disk's partition table: its kind, its partitions, and its faults."""
 
     kind: str
     partitions: Sequence[Partition]
@@ -4976,7 +4974,7 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
             raise VmaError(f"{where}: two files would be called {quote(name)}")
 
 
-# What is to be packed: the archive's header, and each device's file, by name
+# An archive to pack: its header, and the path of each device's file by the device's name
 Packing = tuple[Header, Mapping[str, str]]
 
 
@@ -5059,13 +5057,13 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
 
 
 def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
-    """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
+    """Return a new archive to pack; its disks, paths by name, get dev_ids in their order."""
     devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
     return Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths
 
 
 def read_undescribed(directory: str) -> Packing:
-    """Read a directory by the names of its files; raises VmaError for a name that says nothing."""
+    """Read a directory by the names of its files; raises VmaError for a name of no known form."""
     configs = []
     devices = {}
     for entry in sorted(os.listdir(directory), key=natural_key):
@@ -5346,7 +5344,7 @@ class MountedFile:
         return self.size
 
     def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
-        """Return exactly so many bytes, perhaps in the buffer: FUSE_MAX_READ and two clusters."""
+        """Return exactly size bytes, perhaps in the buffer of FUSE_MAX_READ and two clusters."""
         return self.data[offset : offset + size]
 
     def seek(self, offset: int, data: bool) -> int:
@@ -5783,7 +5781,7 @@ def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
             command[0],
             list(command),
             os.environ,
-            # Signals that wait here must end the command.
+            # Blocked here, these signals must still reach the command.
             setsigmask=signal.pthread_sigmask(signal.SIG_BLOCK, ()) - signals,
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
         )
@@ -5798,7 +5796,8 @@ def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
 
 
 def log_to_syslog(text: str) -> None:
-    import syslog  # in the background, nobody reads standard error
+    """Log an error of a mount in the background, where nobody reads standard error."""
+    import syslog
 
     syslog.openlog("vma-tool", syslog.LOG_PID, syslog.LOG_DAEMON)
     syslog.syslog(syslog.LOG_ERR, text)
