@@ -2720,11 +2720,13 @@ def read_header(source: Input, whole: bool = True) -> Header:
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
         if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
+            # An ISO image shows itself only at 32 KiB, behind what a header needs.
             more = (
                 source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
             )
             what = foreign_format(start + more)
             raise FormatError(f"not a VMA archive{f', but {what}' if what else ''}")
+        # This refuses any size that no header has, before memory is taken for it.
         data = memoryview(bytearray(parse_header_size(start)))
         data[:HEADER_FIXED_SIZE] = start
         count = source.readinto(data[HEADER_FIXED_SIZE:])
@@ -2752,6 +2754,7 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                 )
             extent = parse_extent(data, offset, header.uuid)
             end = extent.payload_offset + extent.payload_size
+            # In a file, an extent that is cut is never yielded. A stream shows it by its end.
             if source.size is None or end <= source.size:
                 yield extent
                 source.skip(end - source.offset)
@@ -2772,6 +2775,7 @@ def lazy_numbers(device: Device, count: int, kind: str) -> Any:
     """
     import mmap
 
+    # Python's default is shared memory, where reading takes memory as well. Windows has no flags.
     private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     size = struct.calcsize(kind) * count
     try:
@@ -2788,8 +2792,11 @@ class DeviceIndex:
     """Where the clusters of one device are, 8 bytes a cluster.
 
     `entries[cluster_num]` is offset << 16 | mask; the offset is that of its first stored block in
-    the archive, in bytes, also where none is stored. It is 0 for a cluster not seen yet.
+    the archive, in bytes, also where none is stored. An entry is 0 for a cluster not seen yet.
     """
+
+    # Plain numbers: an object for each cluster would cost many times the memory. The 48 bits of an
+    # offset reach 256 TiB.
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -2797,18 +2804,19 @@ class DeviceIndex:
         self.stored_size = 0
         self.ascending = True
         count = device.cluster_count
-        self.last = count - 1  # `Index.add` looks closer at this one, which may be partial
-        self.entries: Any  # array and memoryview have no common type that slices to a list
-        if device.is_vmstate:
-            self.last = -1  # so that each cluster of it is looked at
-            self.entries = array.array("Q")  # as many clusters as come, one after the other
-        else:
-            self.entries = lazy_numbers(device, count, "Q")
+        # From this one on, `Index.add` looks closer: the last one may be partial, and each cluster
+        # of a vmstate must be the next one.
+        self.last = -1 if device.is_vmstate else count - 1
+        # A vmstate has as many clusters as come. Array and memoryview have no common type that
+        # slices to a list.
+        self.entries: Any = (
+            array.array("Q") if device.is_vmstate else lazy_numbers(device, count, "Q")
+        )
 
     @property
     def disk_size(self) -> int:
         """Size in bytes of the restored device."""
-        # Proxmox writes a vmstate as long as its clusters, whatever size the header says.
+        # Proxmox restores a vmstate as long as its clusters, whatever size the header says.
         return self.seen * CLUSTER_SIZE if self.device.is_vmstate else self.device.size
 
     @property
@@ -2818,13 +2826,9 @@ class DeviceIndex:
 
     def slice(self, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters."""
+        # A list of ints at once: to take them one by one from the mapping is slower.
         entries: list[int] = self.entries[first : first + count].tolist()
         return entries
-
-    def first_missing(self) -> int:
-        """Return the lowest cluster_num that was not seen."""
-        missing = (cluster_num for cluster_num, entry in enumerate(self.entries) if not entry)
-        return next(missing, len(self.entries))
 
 
 class Index:
@@ -2843,6 +2847,7 @@ class Index:
         with in_archive(self.name):
             if header.magic == DIFFERENCE_MAGIC:
                 self.difference = parse_difference(header)
+            # A short header may announce petabytes, but an extent header has slots for only 59.
             clusters = sum(d.cluster_count for d in header.devices if not d.is_vmstate)
             if source.size is not None and not self.difference:
                 room = (source.size - header.size) // EXTENT_HEADER_SIZE * EXTENT_SLOTS
@@ -2867,6 +2872,8 @@ class Index:
         self._most_slots = max(self._most_slots, self._slots)
         if not extent.block_count and self._add_zeros(extent):
             return
+        # This loop runs once a cluster, 16 million times for 1 TiB: it looks a device up only where
+        # the device changes, and leaves what is rare to `_check`.
         position = extent.payload_offset
         current = 0  # dev_id of index
         for info in extent.blockinfo:
@@ -2906,11 +2913,13 @@ class Index:
         # With mask 0, a blockinfo is dev_id << 32 | cluster_num: those of a device compare and
         # subtract like cluster numbers, and all others are far behind the device's last one.
         infos = extent.blockinfo
-        if 0 in infos:
+        if 0 in infos:  # empty slots
             infos = tuple(info for info in infos if info)
             if not infos:
                 return True
         count = len(infos)
+        # Extents that were optimized are in order. In those of a live backup, readers that finish
+        # at random shuffle the clusters.
         in_order = infos == tuple(range(infos[0], infos[0] + count))
         base = (infos[0] if in_order else min(infos)) >> 32 << 32
         index = self.devices.get(base >> 32)
@@ -2920,7 +2929,7 @@ class Index:
         first = infos[0] - base
         entry = extent.payload_offset << 16  # mask 0
         if in_order:
-            if any(index.slice(first, count)):
+            if any(index.slice(first, count)):  # one was seen before
                 return False
             index.entries[first : first + count] = array.array("Q", [entry]) * count
         else:
@@ -2957,20 +2966,21 @@ class Index:
 
     def adopt(self, archive: ArchiveIndex, end: int) -> None:
         """Take over the index of a canonical archive of `end` bytes; raises FormatError."""
+        # From the last device to the first: the extents of one end where those of the next begin.
         for dev_id, entries in reversed(archive.entries.items()):
             index = self.devices[dev_id]
             index.entries = entries
             index.seen = len(entries)
             count = -(-len(entries) // archive.cluster_count)
             start = (entries[0] >> 16) - EXTENT_HEADER_SIZE if entries else end
-            index.stored_size = end - start - EXTENT_HEADER_SIZE * count
+            index.stored_size = end - start - EXTENT_HEADER_SIZE * count  # all that is no header
             end = start
             self.extent_count += count
             most = min(len(entries), archive.cluster_count)
             self._most_slots = max(self._most_slots, most)
             if not self._slots and entries:  # the archive's last extent
                 self._slots = (len(entries) - 1) % archive.cluster_count + 1
-        self.extent_count = max(self.extent_count, 1)
+        self.extent_count = max(self.extent_count, 1)  # without devices, there is one all the same
         self.finish()
 
     def finish(self) -> None:
@@ -2978,7 +2988,7 @@ class Index:
 
         Of a difference, unless its extents are those that were written.
         """
-        if self.difference:
+        if self.difference:  # only its own config tells whether clusters are missing
             if self.digest.hexdigest() != self.difference.extents:
                 self._fail("the difference is cut short, or its extents were changed")
             return
@@ -2988,9 +2998,11 @@ class Index:
         for index in self.devices.values():
             count = index.device.cluster_count
             if index.seen < count and (cut or not index.seen or not index.device.is_vmstate):
+                # Of a vmstate, there are entries only of the clusters that came.
+                first = next((i for i, e in enumerate(index.entries) if not e), index.seen)
                 self._fail(
                     f"{index.device.title}: {count - index.seen} of {count} clusters are missing, "
-                    f"the first is {index.first_missing()}"
+                    f"the first is {first}"
                 )
 
 
@@ -3042,6 +3054,7 @@ class Part(NamedTuple):
         """Return the blocks in masks that have all stored blocks, and more as zeros."""
         if self.image is None:
             return []
+        # Where nothing was read, the image still holds what was in the buffer before.
         for base, stored, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks, masks):
             if stored != mask:
                 self._clear(base, mask ^ stored)
@@ -3049,12 +3062,8 @@ class Part(NamedTuple):
 
     def whole(self) -> memoryview | None:
         """Return all bytes up to the device's end, None if they are all zeros."""
-        if self.image is None:
-            return None
-        for base, stored in zip(itertools.count(0, CLUSTER_SIZE), self.masks):
-            if stored != FULL_MASK:
-                self._clear(base, stored ^ FULL_MASK)
-        return self.image[: self.size]
+        views = self.filled([FULL_MASK] * len(self.masks))
+        return views[0][: self.size] if views else None
 
     def filled_run(self, base: int, start: int, size: int) -> Buffer:
         """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
@@ -3085,9 +3094,16 @@ class Plan(NamedTuple):
     has_data: bool
 
 
+def plan_entries(device: Device, first: int, entries: Sequence[int]) -> Plan:
+    """Return the plan of an archive's clusters from first on, by their entries."""
+    has_data = any(entry & FULL_MASK for entry in entries)
+    return Plan(device, first, len(entries), entries, has_data)
+
+
 def make_part(device: Device, first: int, masks: list[int], image: memoryview | None) -> Part:
     """Return a part, with everything behind the device's end left out or cleared."""
     end = device.max_size - first * CLUSTER_SIZE
+    # The archive may hold anything there: in the last block, or under a full mask.
     if image is not None and end < len(image):
         image[end:] = bytes(len(image) - end)
     return Part(device, first, device.clip(first, masks), image)
@@ -3098,6 +3114,7 @@ def scatter(entries: Sequence[int], image: memoryview) -> list[tuple[int, memory
 
     Entries are as in DeviceIndex.
     """
+    # Runs go on across clusters: an extent in order, with all blocks stored, is one read.
     wanted = []
     begin = end = source = 0  # the run that grows: where in the image, and its end in the archive
     for base, entry in zip(itertools.count(0, CLUSTER_SIZE), entries):
@@ -3127,7 +3144,7 @@ class Producer:
     parallel = False
 
     def check(self) -> Consumer | None:
-        """Return who gets all parts as well, and whose `finish` raises if they are not right."""
+        """Return a second consumer of all parts, whose `finish` raises if they are wrong."""
         return None
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
@@ -3156,27 +3173,27 @@ class Contents(Producer):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """Return all that is read."""
+        """All files and pipes that are read."""
         return (self.source,)
 
     def base_index(self, device: Device) -> DeviceIndex | None:
-        """Return where the clusters are that are missing here; None for an archive."""
+        """Return the base's index of a device, for clusters that a difference leaves out."""
         return None
 
     @property
     def readers(self) -> Readers | None:
-        """Who may read everything that is read here, None for a pipe."""
+        """Who may read all inputs, None if these are pipes."""
         return common_readers(each.readers for each in self.inputs)
 
     def check_unchanged(self, path: str | None = None) -> None:
-        """Do so for all that is read; path is that of the archive."""
+        """Call `Input.check_unchanged` for each input; path is the archive's."""
         for each in self.inputs:
             each.check_unchanged(path if each is self.source else None)
 
     def extents(self) -> Iterator[Extent]:
         """Yield and check the extents not read yet, in the archive's order."""
         for extent in self._extents:
-            self.index.add(extent)
+            self.index.add(extent)  # first, so that only checked extents are yielded
             yield extent
         self.index.finish()
 
@@ -3202,11 +3219,11 @@ class Contents(Producer):
         return True
 
     def _keep(self, extent: Extent) -> None:
-        """Keep what cannot be read again; of a file, nothing."""
+        """Keep an extent's data if it cannot be read again; by default it can."""
 
     def read_extent(self, extent: Extent, buffer: memoryview) -> list[Part]:
         """Read an extent's clusters into a buffer of BUFFER_SIZE bytes, neighbours as one part."""
-        slots = sorted(iter_slots(extent))
+        slots = sorted(iter_slots(extent))  # neighbours that a live backup has torn apart join
         image = buffer[: len(slots) * CLUSTER_SIZE]
         entries = [extent.payload_offset + slot.start << 16 | slot.mask for slot in slots]
         self.source.read_at(scatter(entries, image))
@@ -3237,8 +3254,7 @@ class Contents(Producer):
         Devices and clusters must come in canonical order.
         """
         entries = self.entries(device, first, count)
-        has_data = any(entry & FULL_MASK for entry in entries)
-        return Plan(device, first, len(entries), entries, has_data) if entries else None
+        return plan_entries(device, first, entries) if entries else None
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
@@ -3260,9 +3276,13 @@ class Contents(Producer):
         image = None
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
-            self.source.read_at(scatter(plan.where, image))
+            self._fill(plan, image)
             self._check_tail(plan.device, plan.first, masks, image)
         return make_part(plan.device, plan.first, masks, image)
+
+    def _fill(self, plan: Plan, image: memoryview) -> None:
+        """Read the stored blocks of a plan's clusters to their places in the image."""
+        self.source.read_at(scatter(plan.where, image))
 
     def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
         """Raise FormatError if a difference has more than zeros behind the device's end."""
@@ -3276,20 +3296,20 @@ class Contents(Producer):
     def plan(self, dev_id: int, first: int, count: int) -> Plan:
         """Return the plan of clusters at any place, after `complete`."""
         index = self.index.devices[dev_id]
-        entries = index.slice(first, count)
-        has_data = any(entry & FULL_MASK for entry in entries)
-        return Plan(index.device, first, len(entries), entries, has_data)
+        return plan_entries(index.device, first, index.slice(first, count))
 
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
         index = self.index.devices[dev_id]
         end = min(offset + size, index.disk_size)
         data = bytearray(max(end - offset, 0))
-        buffer = memoryview(bytearray(min(-(-len(data) // CLUSTER_SIZE) + 1, EXTENT_SLOTS) << 16))
+        # If the range begins inside a cluster, it may touch one more than its size has.
+        count = min(-(-len(data) // CLUSTER_SIZE) + 1, EXTENT_SLOTS)
+        buffer = memoryview(bytearray(count * CLUSTER_SIZE))
         at = offset
         while at < end:
             first = at // CLUSTER_SIZE
-            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, EXTENT_SLOTS))
+            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, count))
             image = self.read(plan, buffer).whole()
             stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
             if image is not None:
@@ -3309,60 +3329,64 @@ class IndexedContents(Contents):
 
     def __init__(self, source: FramesInput) -> None:
         super().__init__(source)
-        self._checked = dict.fromkeys(self.index.devices, 0)  # clusters
-        self._extents_checked: set[tuple[int, int]] = set()  # dev_id, first cluster; by `plan`
         self.cluster_count = source.index.cluster_count
         self.index.adopt(source.index, source.size)
+        # Of each extent, whether its header was read: a byte, as of 1 TiB there are 290,000.
+        self._checked = {
+            dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
+            for dev_id, index in self.index.devices.items()
+        }
 
     def extents(self) -> Iterator[Extent]:
         """Yield the extents not read yet; raises FormatError if one is not as the index says."""
         for device in canonical_order(self.header.devices):
-            while self._checked[device.dev_id] < len(self.index.devices[device.dev_id].entries):
-                yield self._check_next(device)
+            yield from self._check(device, 0, len(self.index.devices[device.dev_id].entries))
         if not self.header.devices:  # one extent all the same
             extent = Extent(self.header.size, 0, (), pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
-            self._compare(extent, "")
+            self._compare(extent)
             yield extent
 
     def complete(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Do next to nothing: the index is complete."""
+        """Return at once: the index is complete. Without devices, check the only extent."""
         for _ in () if self.header.devices else self.extents():
             pass
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
-        while entries and self._checked[device.dev_id] < first + len(entries):
-            self._check_next(device)
+        # There are none behind the end of a base that is smaller than the new disk.
+        for _ in self._check(device, first, len(entries)) if entries else ():
+            pass
         return entries
 
     def plan(self, dev_id: int, first: int, count: int) -> Plan:
-        start = first // self.cluster_count * self.cluster_count
-        for extent in range(start, first + count, self.cluster_count):
-            if (dev_id, extent) not in self._extents_checked:
-                self._check_extent(self.index.devices[dev_id].device, extent)
-                self._extents_checked.add((dev_id, extent))
-        return super().plan(dev_id, first, count)
+        device = self.index.devices[dev_id].device
+        return plan_entries(device, first, self.entries(device, first, count))
 
     def extents_digest(self) -> bytes:
         digest = hashlib.sha256()
         for device in canonical_order(self.header.devices):
-            for first in range(
-                0, len(self.index.devices[device.dev_id].entries), self.cluster_count
-            ):
-                digest.update(self._extent(device, first).md5)
+            for number in range(len(self._checked[device.dev_id])):
+                digest.update(self._extent(device, number).md5)
         if not self.header.devices:
             digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
         return digest.digest()
 
-    def _check_next(self, device: Device) -> Extent:
-        """Read a device's next extent header."""
-        extent = self._check_extent(device, self._checked[device.dev_id])
-        self._checked[device.dev_id] += len(extent.blockinfo)
-        self.source.offset = extent.payload_offset + extent.payload_size
-        return extent
+    def _check(self, device: Device, first: int, count: int) -> Iterator[Extent]:
+        """Read and yield the extents of a device's clusters, but those that were read before."""
+        checked = self._checked[device.dev_id]
+        end = first + count
+        for number in range(first // self.cluster_count, -(-end // self.cluster_count)):
+            if not checked[number]:
+                extent = self._extent(device, number)
+                self._compare(extent)
+                checked[number] = True
+                # Nothing is read there, but the progress of headers counts offsets.
+                self.source.offset = extent.payload_offset + extent.payload_size
+                yield extent
 
-    def _extent(self, device: Device, first: int) -> Extent:
-        """Return the header of the extent that begins with a device's cluster, by the index."""
+    def _extent(self, device: Device, number: int) -> Extent:
+        """Return one of a device's extents, counted from 0, as the index has it."""
+        first = number * self.cluster_count
         entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
         payload_offset, last = entries[0] >> 16, entries[-1]
         info = device.dev_id << 32 | first
@@ -3374,19 +3398,17 @@ class IndexedContents(Contents):
         offset = payload_offset - EXTENT_HEADER_SIZE
         return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
 
-    def _check_extent(self, device: Device, first: int) -> Extent:
-        """Read the header of the extent that begins with a device's cluster."""
-        extent = self._extent(device, first)
-        last = first + len(extent.blockinfo) - 1
-        self._compare(extent, f"{device.title}: clusters {first} to {last}: ")
-        return extent
-
-    def _compare(self, extent: Extent, what: str) -> None:
+    def _compare(self, extent: Extent) -> None:
         """Raise SeekableError if there is another extent header in the archive."""
         found = bytearray(EXTENT_HEADER_SIZE)
         self.source.read_at([(extent.offset, memoryview(found))])
         # The MD5 covers all of it, so that those of the parts need not be compared.
         if found[EXTENT_MD5] != extent.md5 or md5_without(found, EXTENT_MD5) != extent.md5:
+            what = ""
+            if extent.blockinfo:
+                first, last = (extent.blockinfo[i] & 0xFFFFFFFF for i in (0, -1))
+                title = self.index.devices[extent.blockinfo[0] >> 32 & 0xFF].device.title
+                what = f"{title}: clusters {first} to {last}: "
             raise SeekableError(
                 f"{what}the extent header and the index contradict each other; without the index: "
                 "zstd -dc FILE | vma-tool COMMAND -",
@@ -3399,13 +3421,15 @@ class IndexedContents(Contents):
         count = clusters_per_extent(align)
         for index in self.index.devices.values():
             unit = 1 if index.device.is_vmstate else align // BLOCK_SIZE
+            # Extents and their headers follow from the index, so it is enough to look at that.
             for first in range(0, len(index.entries), count):
                 entries = index.slice(first, count)
                 if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
-                    continue  # stores nothing
+                    continue  # stores nothing, and nothing is filled up
                 masks = [entry & FULL_MASK for entry in entries]
                 if fill_up(index.device, first, masks, unit)[0] != masks:
                     return False
+            # A device that fits into one extent either way does not tell the two sizes apart.
             if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):
                 return False
         return True
@@ -3417,11 +3441,7 @@ class Stream(Contents):
     ordered = True
 
     def __init__(
-        self,
-        source: Input,
-        memory: int = DEFAULT_MEMORY,
-        directory: str = "",
-        whole: bool = True,
+        self, source: Input, memory: int = DEFAULT_MEMORY, directory: str = "", whole: bool = True
     ) -> None:
         super().__init__(source, whole)
         self.memory = memory
@@ -3447,6 +3467,7 @@ class Stream(Contents):
                 self._spool.source.close()
 
     def _keep(self, extent: Extent) -> None:
+        # A stream passes once: what a later part needs is copied, what was not chosen is dropped.
         payload = self._buffer[: extent.payload_size]
         self.source.read_at([(extent.payload_offset, payload)])
         for slot in iter_slots(extent) if extent.block_count else ():
@@ -3464,6 +3485,7 @@ class Stream(Contents):
         goal = self.memory - min(SPILL_SIZE, self.memory // 8)  # so that each spill is large
         offset = self._spool.position
         parts: list[bytes] = []
+        # `_held` is in canonical order, so its end is needed last.
         for dev_id, held in reversed(self._held.items()):
             entries = self.index.devices[dev_id].entries
             while held and self._held_size > goal:
@@ -3475,29 +3497,22 @@ class Stream(Contents):
                 self._held_size -= len(data) + HELD_OVERHEAD
         self._spool.append(parts)
 
-    def read(self, plan: Plan, buffer: memoryview) -> Part:
-        device, first, count, entries, has_data = plan
-        masks = [entry & FULL_MASK for entry in entries]
-        if not has_data:
-            return make_part(device, first, masks, None)
-        image = buffer[: count * CLUSTER_SIZE]
-        held = self._held[device.dev_id]
+    def _fill(self, plan: Plan, image: memoryview) -> None:
+        held = self._held[plan.device.dev_id]
         spilled = []
-        for i, mask in enumerate(masks):
+        for i, entry in enumerate(plan.where):
             base = i * CLUSTER_SIZE
-            data = held.pop(first + i, None)
-            if data is None:
-                spilled += scatter(entries[i : i + 1], image[base : base + CLUSTER_SIZE])
+            data = held.pop(plan.first + i, None)
+            if data is None:  # in the temporary file, or zeros
+                spilled += scatter((entry,), image[base : base + CLUSTER_SIZE])
                 continue
             self._held_size -= len(data) + HELD_OVERHEAD
             at = 0
-            for start, size in block_runs(mask):
+            for start, size in block_runs(entry & FULL_MASK):
                 image[base + start : base + start + size] = data[at : at + size]
                 at += size
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
-        self._check_tail(device, first, masks, image)
-        return make_part(device, first, masks, image)
 
 
 class Spool(Target):
@@ -3508,6 +3523,7 @@ class Spool(Target):
     def __init__(self, directory: str) -> None:
         import tempfile
 
+        # Beside the output there is room for an archive. /tmp may be small, or in memory.
         directory = os.environ.get("TMPDIR") or directory or tempfile.gettempdir()
         name = f"temporary file in {escape(directory)}"
         with os_errors_as(name):
@@ -3570,7 +3586,7 @@ class Disks(Producer):
                 where = []
                 while data and data[0] < end:
                     where.append((max(data[0], start), min(data[1], end)))
-                    if data[1] > end:
+                    if data[1] > end:  # the next part has the rest of the range
                         break
                     data = next(ranges, None)
                 yield Plan(device, first, clusters, where, bool(where))
@@ -3584,6 +3600,7 @@ class Disks(Producer):
         spans = []
         for start, end in where:
             self.disks[device.dev_id].source.read_at([(start, image[start - base : end - base])])
+            # A file may end inside a block, which is filled up with zeros.
             done = min(-(-(end - base) // BLOCK_SIZE) * BLOCK_SIZE, len(image))
             image[end - base : done] = bytes(done - (end - base))
             spans.append((start - base, done))
@@ -3614,6 +3631,7 @@ def find_data(image: memoryview, spans: Iterable[tuple[int, int]], count: int) -
 
     Looks only at spans, (start, end) in bytes, multiples of a block; the rest is zeros.
     """
+    # A digit for each block: int() makes masks of them faster than a loop over bits does.
     flags = bytearray(b"0") * (count * CLUSTER_BLOCKS)
     for start, end in spans:
         for offset in range(start, end, CLUSTER_SIZE):
@@ -3644,10 +3662,10 @@ class Consumer:
         return part
 
     def deliver(self, prepared: Sequence[Any]) -> None:
-        """Take what was prepared; here, nothing is done with it."""
+        """Take a batch; by default, drop it."""
 
     def finish(self) -> None:
-        """Do what is left after the last part."""
+        """Finish after the last part."""
 
 
 def copy_parts(
@@ -3675,6 +3693,8 @@ def copy_parts(
 
     deliver = [delivery(number) for number in range(len(consumers))]
     batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
+    # Only compression is work enough for several processors. Of a stream, this thread must read;
+    # of a file, each worker reads what it decompresses or compresses.
     if not (producer.parallel or consumer.parallel):
         pump(batches, read_and_prepare, deliver)
     elif producer.ordered:
@@ -3689,6 +3709,8 @@ def in_batches(
     items: Iterable[T], has_data: Callable[[T], bool], progress: Progress
 ) -> Iterator[list[T]]:
     """Yield items in lists, of which only the last one has data; show the progress."""
+    # A batch has one buffer, so one item with data. Most of a disk has none: handed over one by
+    # one, those items would cost more than their work.
     batch: list[T] = []
     for item in items:
         batch.append(item)
@@ -3700,14 +3722,13 @@ def in_batches(
 
 
 class Job:
-    """What the threads of a pump hand on to one another."""
+    """An item on its way through the threads of a pump."""
 
-    __slots__ = ("buffer", "lock", "pending", "value", "work")
+    __slots__ = ("buffer", "lock", "pending", "value")
 
-    def __init__(self, buffer: memoryview, value: Any, work: Any, pending: int) -> None:
+    def __init__(self, buffer: memoryview, value: Any, pending: int) -> None:
         self.buffer = buffer
         self.value = value
-        self.work = work
         self.pending = pending  # how many it is still to be delivered to
         self.lock = threading.Lock()  # held until the work is done
 
@@ -3739,6 +3760,7 @@ def pump(
     """
     import queue
 
+    # The queues are unbounded, but each job needs a buffer: their number bounds what waits.
     threads = processor_count() if work else 0
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -3746,7 +3768,7 @@ def pump(
     finished: queue.SimpleQueue[None] = queue.SimpleQueue()
     failures: list[BaseException] = []
 
-    def unless_failed(function: Callable[..., Any], *args: Any) -> Any:
+    def unless_failed(function: Any, *args: Any) -> Any:
         try:
             return None if failures else function(*args)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
@@ -3754,7 +3776,7 @@ def pump(
 
     def work_on_all() -> None:
         while (job := todo.get()) is not None:
-            job.value = unless_failed(job.work, job.value, job.buffer)
+            job.value = unless_failed(work, job.value, job.buffer)
             job.lock.release()
         todo.put(None)  # for the next one
 
@@ -3765,7 +3787,7 @@ def pump(
                 free.put(job.buffer)
         finished.put(None)
 
-    for _ in range(threads + BUFFER_COUNT):
+    for _ in range(threads + BUFFER_COUNT):  # each worker holds one
         free.put(new_buffer(buffer_size))
     deliverers: list[threading.Thread] = []
     try:
@@ -3777,8 +3799,8 @@ def pump(
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), work, len(deliver))
-            if work:
+            job = Job(buffer, read(item, buffer), len(deliver))
+            if work:  # `result` waits for the lock
                 job.lock.acquire()
                 todo.put(job)
             for waiting in ordered:
@@ -3802,6 +3824,7 @@ def pump(
 
 def processor_count() -> int:
     """Return how many processors this process may use."""
+    # A container, or taskset, may allow fewer than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -3843,8 +3866,8 @@ class CanonicalWriter(Consumer):
         self.header_md5 = data[HEADER_MD5]
         self._write_header(data)
         if not header.devices and header.magic == HEADER_MAGIC:
-            # As Proxmox writes an archive that has only configs.
-            self._write_empty(pack_extent(CANONICAL_UUID, 0, ()))
+            # As Proxmox writes an archive that has only configs: one extent that uses no slot.
+            self.deliver([self.prepare(Part(Device(0, "", 0), 0, (), None))])
 
     def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
         """Write the extents that another writer has written somewhere else, and finish."""
@@ -3854,9 +3877,6 @@ class CanonicalWriter(Consumer):
 
     def _write_header(self, header: bytes) -> None:
         self.target.append([header])
-
-    def _write_empty(self, extent: bytes) -> None:
-        self.deliver([[extent]])
 
     def prepare(self, part: Part) -> Any:
         header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
@@ -3871,6 +3891,7 @@ class CanonicalWriter(Consumer):
     def deliver(self, prepared: Sequence[Any]) -> None:
         for extent in prepared:
             self.digest.update(extent[0][EXTENT_MD5])
+        # A batch goes out with one call, in the order of the archive.
         self.target.append(list(itertools.chain.from_iterable(prepared)))
 
 
@@ -3914,20 +3935,17 @@ class CompressedWriter(CanonicalWriter):
             self.target.append([self._add(self._compress([header[start : start + size]]))])
             start += size
 
-    def _write_empty(self, extent: bytes) -> None:
-        self.deliver([(extent, (), 0, ())])
-
     def assemble(
         self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
     ) -> tuple[Any, ...]:
         pieces = []
         if any(masks):
+            # The header changes with every mask, but not the frames of the blocks that stay.
             pieces.append(self._compress([header]))
             for number in range(0, len(slots), PIECE_CLUSTERS):
                 group = slots[number : number + PIECE_CLUSTERS]
-                views = part.clusters(group[0], group[-1] + 1).filled(
-                    masks[group[0] : group[-1] + 1]
-                )
+                first, end = group[0], group[-1] + 1
+                views = part.clusters(first, end).filled(masks[first:end])
                 if views:
                     pieces.append(self._compress(views))
         return header, [masks[slot] for slot in slots], part.device.dev_id, pieces
@@ -3937,6 +3955,7 @@ class CompressedWriter(CanonicalWriter):
         for header, masks, dev_id, pieces in prepared:
             self.digest.update(header[EXTENT_MD5])
             self._masks.extend(masks)
+            # Runs end at fixed places of a disk, so that a change reaches no further than the next.
             place = dev_id, self._counts[dev_id] // RUN_EXTENTS
             self._counts[dev_id] += 1
             if pieces or place != self._place:
@@ -3951,7 +3970,7 @@ class CompressedWriter(CanonicalWriter):
         rest = []
         if isinstance(body, CompressedWriter):
             rest = body._end_run()
-            self._sizes.extend(body._sizes)
+            self._sizes.extend(body._sizes)  # behind those of the header, which is written
         super().take(body, written)
         self.target.append([*rest, pack_seek_table(self._sizes)])
 
@@ -3960,7 +3979,7 @@ class CompressedWriter(CanonicalWriter):
         self.target.append([*self._end_run(), index, pack_seek_table(self._sizes)])
 
     def _compress(self, views: Sequence[Buffer]) -> tuple[bytes, int]:
-        data = views[0] if len(views) == 1 else b"".join(views)
+        data = views[0] if len(views) == 1 else b"".join(views)  # zstd takes one buffer
         return self.zstd.compress(data, self.level), len(data)
 
     def _add(self, piece: tuple[bytes, int]) -> bytes:
@@ -3991,6 +4010,7 @@ def require_zstd() -> Zstd:
 
 def find_align(contents: Contents) -> str | None:
     """Return the --align with which optimize writes this very archive, None if there is none."""
+    # The default first: a small archive may be the same with several.
     names = sorted(ALIGNS, key=lambda name: name != DEFAULT_ALIGN)
     return next((name for name in names if is_canonical(contents, ALIGNS[name])), None)
 
@@ -3998,6 +4018,7 @@ def find_align(contents: Contents) -> str | None:
 def is_canonical(contents: Contents, align: int) -> bool:
     """Say whether an archive is what optimize would write with this align."""
     header = contents.header
+    # Most archives that are not canonical show it here, before all extents are laid out.
     if header.uuid != CANONICAL_UUID or lay_out_header(header, align)[HEADER_MD5] != header.md5:
         return False
     if isinstance(contents, IndexedContents):
@@ -4043,7 +4064,7 @@ class DiskWriter(Consumer):
     def deliver(self, prepared: Sequence[Part]) -> None:
         for part in prepared:
             target = self.targets.get(part.device.dev_id)
-            if target is None:
+            if target is None:  # a stream brings all devices, also those that were not chosen
                 continue
             if part.device.dev_id in self.zeros:
                 target.write_at(part.offset, disk_bytes(part))
@@ -4078,6 +4099,7 @@ def write_disks(
         file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
     if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
+        # Disks can be written at any place: no cluster waits for its turn in memory.
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
         pump(extents, contents.read_extent, [writer.deliver])
     else:
@@ -4108,6 +4130,7 @@ class DiskDigests(Consumer):
 
 def compare_headers(one: Header, other: Header, ignore_ctime: bool = False) -> list[str]:
     """Return how two archives differ in everything but the contents of their disks."""
+    # A config or device with the same name but other contents is in a symmetric difference twice.
     found = []
     if one.ctime != other.ctime and not ignore_ctime:
         found.append(f"created {format_time(one.ctime)}, the other {format_time(other.ctime)}")
@@ -4135,6 +4158,7 @@ def pair_plans(
 
     Devices with the same key are paired; it begins with what canonical_order sorts by.
     """
+    # Never looks ahead: of a stream, each plan must be read before the next one is made.
     groups = [
         itertools.groupby(contents.plans(count, chosen), lambda plan: key(plan.device))
         for contents in both
@@ -4172,6 +4196,7 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
 
     Both are read in canonical order. A zero block that only one stores is no difference.
     """
+    # A disk and a vmstate are not the same device, even with the same dev_id.
     kinds = {(device.dev_id, device.is_vmstate) for device in other.header.devices}
     common = {d.dev_id: d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds}
     counts = dict.fromkeys(common, 0)
@@ -4179,23 +4204,18 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     both = one, other
     size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
-    def pairs() -> Iterator[Pair]:
-        plans = pair_plans(
-            both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen=set(common)
-        )
+    read_here = functools.partial(read_pair, both, ordered=True)
+    read_rest = functools.partial(read_pair, both, ordered=False)
+
+    def pairs() -> Iterator[Pair]:  # a generator, which `pump` closes
+        plans = pair_plans(both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), set(common))
         yield from filter(pair_has_data, ticking(plans, progress))
-
-    def read_here(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        return read_pair(both, pair, buffer, ordered=True)
-
-    def read_rest(pair: Sequence[Any], buffer: memoryview) -> list[Any]:
-        return read_pair(both, pair, buffer, ordered=False)
 
     def compare(pair: Sequence[Part | None]) -> None:
         for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
             dev_id = part.device.dev_id
             counts[dev_id] += 1
-            if dev_id not in firsts:
+            if dev_id not in firsts:  # parts come in order, so the first run has the first byte
                 at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 firsts[dev_id] = part.offset + offset + at
 
@@ -4222,7 +4242,7 @@ def same_data(one: Part, other: Part) -> bool:
     """Say whether two parts store the same blocks, with the same bytes."""
     if one.masks != other.masks or one.size != other.size:
         return False
-    if one.image is None or other.image is None:
+    if one.image is None or other.image is None:  # then both, as their masks are the same
         return True
     for first, last in block_spans(one.masks):
         for start in range(first, last, SCRATCH_SIZE):
@@ -4246,13 +4266,13 @@ def differing_runs(
     size = min(one.size, other.size) if size is None else size
     for i, masks in enumerate(zip(one.masks, other.masks)):
         base = i * CLUSTER_SIZE
+        # What neither stores is zeros in both; what only one of them stores may be zeros, too.
         for start, length in block_runs(masks[0] | masks[1]):
-            # What only one of them stores may be zeros.
             length = max(min(length, size - base - start), 0)  # noqa: PLW2901 - of what counts
             ours, theirs = (part.filled_run(base, start, length) for part in (one, other))
             if bytearray(ours) != theirs:
                 yield one, base + start, ours, theirs
-                break
+                break  # clusters are counted, not runs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4286,6 +4306,7 @@ class ContentDigest(Consumer):
         """Return dev_id, what is hashed of a part, and the numbers of these clusters."""
         masks = data_masks(part)
         numbers = [number for number, mask in enumerate(masks, part.first) if mask]
+        # Whole clusters, so that it does not matter which of their zeros are stored.
         views = part.filled([FULL_MASK if mask else 0 for mask in masks])
         return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
 
@@ -4340,7 +4361,7 @@ class Waiting(Target):
         if self._spool:
             self._spool.append(parts)
             return
-        self._held += map(bytes, parts)
+        self._held += map(bytes, parts)  # copies, as these may be views of a buffer
         if self.position > WAITING_SIZE:
             self._spool = Spool(self._directory)
             self._spool.append(self._held)
@@ -4367,6 +4388,7 @@ class DifferenceWriter:
     def __init__(self, base: Contents, new: Contents, level: int, directory: str) -> None:
         for contents in (base, new):
             require_full(contents)
+        # The difference has one config more, which tells what it belongs to.
         if len(new.header.configs) == CONFIG_COUNT:
             raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
         self.both = base, new
@@ -4401,12 +4423,11 @@ class DifferenceWriter:
             self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
         batches = in_batches(filter(matters, pairs), pair_has_data, progress)
-        hash_base, hash_new = (functools.partial(self._hash, number) for number in range(2))
-        deliver: list[Callable[[Any], None]] = [hash_base, hash_new, self._write]
+        deliver = [functools.partial(self._deliver, number) for number in range(3)]
         pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
 
     def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
-        """Return what is hashed of both parts, and the extent that is written."""
+        """Return what to hash of both parts, and the extent to write, None where there is none."""
         prepared = [
             digest.prepare(part) if part else None
             for digest, part in zip(self.digests, (base, new))
@@ -4414,11 +4435,10 @@ class DifferenceWriter:
         extent = lay_out_difference(base, new) if new else None
         return [*prepared, self.body.assemble(*extent) if extent else None]
 
-    def _hash(self, number: int, compared: Sequence[list[Any]]) -> None:
-        self.digests[number].deliver([each[number] for each in compared if each[number]])
-
-    def _write(self, compared: Sequence[list[Any]]) -> None:
-        self.body.deliver([extent for _, _, extent in compared if extent])
+    def _deliver(self, number: int, compared: Sequence[list[Any]]) -> None:
+        """Hand on the base's part (0) or the new one's (1) to be hashed, or the extent (2)."""
+        consumer = (*self.digests, self.body)[number]
+        consumer.deliver([each[number] for each in compared if each[number]])
 
     def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
         """Write the difference; names are those of the two archives. Return who wrote it."""
@@ -4449,9 +4469,10 @@ def lay_out_difference(
     slots: Sequence[int] = range(len(masks))
     if not new.device.is_vmstate:
         if base is not None:
+            # Up to the new disk's end: behind its own, a shorter base counts as zeros.
             differing = differing_runs(base, new, new.size)
             slots = [offset // CLUSTER_SIZE for _, offset, _, _ in differing]
-            slots += range(len(base.masks), len(masks))
+            slots += range(len(base.masks), len(masks))  # behind the base's end, all is new
         for number in set(range(len(masks))).difference(slots):
             masks[number] = 0
         masks = data_masks(new._replace(masks=masks))
@@ -4482,6 +4503,7 @@ class Overlay(Contents):
         self.header = whole_header(difference.header)
         self.ordered = difference.ordered or base.ordered
         self.parallel = difference.parallel or base.parallel
+        # A disk that has grown is still based on the one with its dev_id and name.
         known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
         self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
 
@@ -4541,27 +4563,25 @@ class Overlay(Contents):
         """Return the plan of clusters whose entries in the difference and the base these are."""
         base = self.bases.get(device.dev_id)
         self._require(device, first + len(base_entries), entries[len(base_entries) :])
-        # Runs of clusters from one of the two, as (whose, device, start, end)
-        runs: list[tuple[Contents, Device, int, int]] = []
+        where: list[tuple[Contents, Plan]] = []
         if base and self.base.ordered:  # also what is not needed must be taken out of the stream
-            runs.append((self.base, base, 0, len(base_entries)))
+            where.append((self.base, plan_entries(base, first, base_entries)))
         start = 0
-        for is_stored, run in itertools.groupby(map(bool, entries)):
+        # An entry of 0 is a cluster that the difference lacks, since it is as in the base.
+        for is_stored, run in itertools.groupby(entries, bool):
             end = start + len(list(run))
             if is_stored:
-                runs.append((self.difference, device, start, end))
+                plan = plan_entries(device, first + start, entries[start:end])
+                where.append((self.difference, plan))
             elif base and not self.base.ordered:
-                runs.append((self.base, base, start, end))
+                plan = plan_entries(base, first + start, base_entries[start:end])
+                where.append((self.base, plan))
             start = end
-        where = []
-        for contents, owner, start, end in runs:
-            part = (entries if contents is self.difference else base_entries)[start:end]
-            has_data = any(entry & FULL_MASK for entry in part)
-            where.append((contents, Plan(owner, first + start, end - start, part, has_data)))
         has_data = any(plan.has_data for _, plan in where)
         return Plan(device, first, len(entries), where, has_data)
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+        # Of a base that is a stream, only disks that are needed wait in memory.
         bases = set(self.bases) if chosen is None else set(self.bases) & set(chosen)
         with self.difference.holding(chosen), self.base.holding(bases):
             yield from super().plans(count, chosen)
@@ -4591,6 +4611,7 @@ class Overlay(Contents):
         """
         self.complete()
         wanted = self.about.base
+        # The layout is read off the headers. Only an archive that was rewritten is read whole.
         if (
             layout_digest(self.base) != wanted.layout
             and content_digest(self.base, progress) != wanted.content
@@ -4598,10 +4619,10 @@ class Overlay(Contents):
             raise FormatError(f"{self.base.source.name}: the wrong base: {self._needs}")
 
     def blame(self) -> FormatError:
-        """Return the error for disks that are not what they must be."""
+        """Return the error for disks that differ from those the difference was made of."""
         base, difference = (source.name for source in reversed(self.inputs))
         is_same_layout = layout_digest(self.base) == self.about.base.layout
-        if self.ordered:
+        if self.ordered:  # a stream cannot be read again to find out which of the two it is
             who = "it" if is_same_layout else "the wrong base, or it"
             return FormatError(f"{base}: {who} or {difference} is damaged: {self._needs}")
         with Progress(base, quiet=True) as progress:
@@ -4654,6 +4675,7 @@ class ContentCheck(ContentDigest):
         super().deliver(prepared)
 
     def finish(self) -> None:
+        # Devices that nobody has chosen were not read.
         found = self.disks(self.overlay.index)
         expected = dict(zip(found, self.overlay.about.disks))
         if any(found[dev_id] != expected[dev_id] for dev_id in self.seen):
@@ -4681,7 +4703,7 @@ GPT_MAGIC = b"EFI PART"
 # alternate LBA, first and last usable LBA, disk GUID, entries' LBA, count, size, CRC
 GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
 GPT_ENTRY = struct.Struct("<16s16sQQQ72s")  # type, GUID, first and last LBA, attributes, name
-GPT_MAX_ENTRIES = 1024
+GPT_MAX_ENTRIES = 1024  # 128 as a rule; any number may stand in a guest's header
 GPT_TYPES = {
     "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI system",
     "21686148-6449-6e6f-744e-656564454649": "BIOS boot",
@@ -4709,6 +4731,7 @@ class FileSystem(NamedTuple):
     mountable: bool = True
 
 
+# The first that fits counts. ext comes last, as two bytes may be there by chance.
 FILE_SYSTEMS = (
     FileSystem("LUKS", 0, b"LUKS\xba\xbe", mountable=False),
     FileSystem("LVM", 512, b"LABELONE", mountable=False),
@@ -4729,7 +4752,7 @@ SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
 JOURNAL_OPTIONS = {
     "ext3": "noload", "ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay",
 }  # fmt: skip
-# How to go on with what is no file system; `part` is empty, or the partition's p and number.
+# Commands that open what is no file system; `part` is empty, or the partition's p and number.
 OPEN_COMMANDS = {
     "LVM": "losetup -r -P -f --show {file} && vgchange -ay",
     "RAID": 'mdadm -A -o -R /dev/md/guest "$(losetup -r -P -f --show {file}){part}"',
@@ -4751,7 +4774,7 @@ class Partition(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a disk holds: the kind of its table, its partitions, and what is wrong with it."""
+    """A disk's partition table: its kind, its partitions, and its faults."""
 
     kind: str
     partitions: Sequence[Partition]
@@ -4780,7 +4803,7 @@ def recognise(
             end = known.label_offset + known.label_size
             found = data[known.label_offset : end].partition(b"\0")[0].strip()
             own = found.decode("utf-8", "replace")
-            if own and own != "NO NAME":
+            if own and own != "NO NAME":  # the latter is FAT's word for no label
                 label = f"{label} / {own}" if label and label != own else own
             return Partition(number, start, size, type_name, label, name, known.mountable)
     return Partition(number, start, size, type_name, label, "", False)
@@ -4809,6 +4832,8 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
         add(number, kind, base * 512, length * 512)
         if kind not in MBR_EXTENDED:
             continue
+        # Each logical partition has a boot record of its own: the first entry counts from there,
+        # the second one, which leads to the next record, from the extended partition's start.
         table = base
         seen: set[int] = set()
         logical = 5
@@ -4845,6 +4870,7 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
     if not GPT_HEADER.size <= header_size <= sector:
         return Table("GPT", [], [f"header size {header_size} is out of range"])
     data = read(sector, header_size)
+    # The CRC is that of the header with its own field zeroed.
     if binascii.crc32(data[:16] + bytes(4) + data[20:]) != crc:
         return Table("GPT", [], ["the header's CRC does not match"])
     if not 0 < count <= GPT_MAX_ENTRIES or not GPT_ENTRY.size <= entry_size <= 4096:
@@ -4874,15 +4900,17 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
 def read_table(read: Read, size: int) -> Table:
     """Return the partition table of a disk of size bytes; raises nothing for what is in it."""
     start = read(0, 512)
+    # A GPT comes first: its disk has a protective MBR as well. Nothing says how large sectors are.
     for sector in (512, 4096):
         header = read(sector, GPT_HEADER.size)
         if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
             return read_gpt(read, size, sector, header)
+    # A file system's own boot sector may end like an MBR: NTFS and FAT have one.
     whole = recognise(read, 0, 0, size, "", "")
     if start[510:] == MBR_SIGNATURE and not whole.file_system:
         entries = list(MBR_ENTRY.iter_unpack(start[MBR_ENTRIES]))
         statuses, kinds, _, _ = zip(*entries)
-        if any(kinds) and set(statuses) <= {0, 0x80}:
+        if any(kinds) and set(statuses) <= {0, 0x80}:  # else it is only boot code
             return read_mbr(read, size, entries)
     return Table("none", [whole] if whole.file_system else [], [])
 
@@ -4894,6 +4922,7 @@ DESCRIPTION_NAME = "vma.json"
 DESCRIPTION_FORMAT = 1
 DESCRIPTION_MAX_SIZE = 1 << 20
 CONFIG_NAME = "qemu-server.conf"
+# As `vma extract` names disks, as unpack names them, and the RAM state's two names
 DISK_FILE = r"(?s)disk-(.*)\.raw|(drive-.*|vmstate)|(vmstate)\.bin"
 # What qmrestore may write into a line of a map beside the format
 MAP_LIMITS = ("throttling.bps=", "throttling.group=", "cache=")
@@ -4962,7 +4991,7 @@ def refuse_twice(where: str, files: Sequence[str]) -> None:
             raise VmaError(f"{where}: two files would be called {quote(name)}")
 
 
-# What is to be packed: the archive's header, and each device's file, by name
+# An archive to pack: its header, and the path of each device's file by the device's name
 Packing = tuple[Header, Mapping[str, str]]
 
 
@@ -5026,6 +5055,7 @@ def read_described(directory: str) -> Packing:
     require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
+    # A file that was added must not be left out silently: it may be the disk that matters.
     extra = sorted(set(map(name_from_disk, os.listdir(directory))) - set(known))
     if extra:
         raise VmaError(
@@ -5044,13 +5074,13 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
 
 
 def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
-    """Return what becomes a new archive: configs, and disks by name in the order of dev_ids."""
+    """Return a new archive to pack; its disks, paths by name, get dev_ids in their order."""
     devices = tuple(Device(dev_id, name, 0) for dev_id, name in enumerate(paths, DEV_IDS[0]))
     return Header(CANONICAL_UUID, int(time.time()), tuple(configs), devices), paths
 
 
 def read_undescribed(directory: str) -> Packing:
-    """Read a directory by the names of its files; raises VmaError for a name that says nothing."""
+    """Read a directory by the names of its files; raises VmaError for a name of no known form."""
     configs = []
     devices = {}
     for entry in sorted(os.listdir(directory), key=natural_key):
@@ -5071,6 +5101,7 @@ def read_undescribed(directory: str) -> Packing:
         devices[name] = path
     if not configs and not devices:
         raise VmaError(f"{escape(directory)}: there is nothing to pack")
+    # dev_ids are given in this order, and the canonical archive has it, too.
     order = sorted(devices, key=lambda name: (name == VMSTATE, natural_key(name)))
     return packing_of(configs, {name: devices[name] for name in order})
 
@@ -5093,12 +5124,13 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
             raise VmaError(
                 f"{name}: {size} bytes, expected {device.size} as {DESCRIPTION_NAME} says"
             )
-    else:
+    else:  # as Proxmox's writer does: its reader loses a last sector that is not whole
         device = device._replace(size=-(-size // SECTOR_SIZE) * SECTOR_SIZE)
     if not device.size:
         raise VmaError(f"{name}: an empty file is no disk")
     if device.cluster_count > MAX_CLUSTERS:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
+    # For the progress only; a block device has no blocks allocated.
     allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
     return Disk(device, source, size, min(allocated, size) or size)
 
@@ -5121,18 +5153,11 @@ def main_section(data: bytes) -> tuple[list[bytes], int]:
 def set_option(data: bytes, key: str, value: str) -> bytes:
     """Return a qemu-server.conf with `key: value` in its main section, everything else kept."""
     lines, end = main_section(data)
-    new = encode_name(f"{key}: {value}\n")
-    known = [
-        i for i, line in enumerate(lines[:end])
-        if b":" in line and line.partition(b":")[0].strip() == encode_name(key)
-    ]  # fmt: skip
-    if not known:
-        lines.insert(end, new)
-    for i in reversed(known[1:]):  # of two, the last one would count
-        del lines[i]
-    if known:
-        lines[known[0]] = new
-    return b"".join(lines)
+    old = re.compile(rb"\s*%b\s*:" % re.escape(encode_name(key)))
+    kept = [line for line in lines[:end] if not old.match(line)]  # of two, the last would count
+    place = next((i for i, line in enumerate(lines[:end]) if old.match(line)), end)
+    kept.insert(place, encode_name(f"{key}: {value}\n"))
+    return b"".join(kept + lines[end:])
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -5162,12 +5187,12 @@ def add_device_map(header: Header, storage: str) -> Header:
         return header
     configs = dict(header.configs)
     lines, end = main_section(configs[CONFIG_NAME])
-    for name in (device.name for device in missing):
+    # In reverse, as each line is put before those that are there.
+    for name in (device.name for device in reversed(missing)):
         # drive-scsi0 is scsi0, drive-tpmstate0-backup is tpmstate0
         key = name.removeprefix("drive-")
         key = key.removesuffix("-backup") if key.startswith("tpmstate") else key
         lines.insert(end, encode_name(f"#qmdump#map:{key}:{name}:{storage}:raw:\n"))
-        end += 1
     configs[CONFIG_NAME] = b"".join(lines)
     return header._replace(configs=tuple(map(Config._make, configs.items())))
 
@@ -5201,6 +5226,7 @@ def parse_map(lines: Iterable[str]) -> Map:
         if text.startswith("skip="):
             found.places[text.removeprefix("skip=")] = None
             continue
+        # A path may hold colons: only options that are known are split off.
         rest = text
         while rest.startswith(("format=", *MAP_LIMITS)):
             option, _, rest = rest.partition(":")
@@ -5250,7 +5276,7 @@ FUSE_DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type; then the name, 
 FUSE_STATFS_OUT = struct.Struct("=QQQQQIII28x")
 
 FUSE_REQUEST_SIZE = 64 << 10  # the kernel wants at least 8 KiB
-FUSE_MAX_READ = 1 << 20
+FUSE_MAX_READ = 1 << 20  # 256 pages: most kernels take no larger number
 FUSE_READ_AHEAD = 4 << 20
 FUSE_THREADS = 4
 FUSE_VALID = 1 << 30  # seconds for which the kernel may remember what never changes
@@ -5281,6 +5307,8 @@ class DiskMap:
         if self.base and 0 in entries:
             base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
             entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
+        # Every fourth 16-bit word of the entries is a mask. In one large number, Python finds and
+        # counts bits in C.
         masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
         if sys.byteorder == "big":
             masks.byteswap()
@@ -5289,7 +5317,7 @@ class DiskMap:
     def find(self, block: int, stored: bool) -> int:
         """Return the first block from this one on that is stored, or is not; if none, the end."""
         first, skip = divmod(block, CLUSTER_BLOCKS)
-        count = 64
+        count = 64  # mostly it is near; if not, the steps grow
         while first < self.cluster_count:
             count = min(count, self.cluster_count - first)
             bits = self._masks(first, count)
@@ -5333,11 +5361,12 @@ class MountedFile:
         return self.size
 
     def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
-        """Return exactly so many bytes, perhaps in the buffer: FUSE_MAX_READ and two clusters."""
+        """Return exactly size bytes, perhaps in the buffer of FUSE_MAX_READ and two clusters."""
         return self.data[offset : offset + size]
 
     def seek(self, offset: int, data: bool) -> int:
         """Return where, from offset on, the next data or the next hole begins; size if nowhere."""
+        # As lseek has it, there is a hole behind the end of each file.
         return offset if data else self.size
 
 
@@ -5366,7 +5395,7 @@ class MountedDisk(MountedFile):
         count = -(-(at + size) // CLUSTER_SIZE) - first
         plan = self.contents.plan(self.stored.index.device.dev_id, first, count)
         image = self.contents.read(plan, buffer).whole()
-        self._check_unchanged()
+        self._check_unchanged()  # after the read: a change in between must not pass
         start = at - first * CLUSTER_SIZE
         return self.zeros[:size] if image is None else image[start : start + size]
 
@@ -5396,7 +5425,7 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
         if not device.is_vmstate:
             read = functools.partial(contents.read_range, device.dev_id)
             for part in read_table(read, size).partitions:
-                if part.number:
+                if part.number:  # 0 is the whole disk, which is there already
                     name = partition_file_name(device, part)
                     place = part.start, part.size
                     partitions.append(MountedDisk(name, contents, stored, *place))
@@ -5435,12 +5464,9 @@ class FuseServer:
             FUSE_READDIR: self._read_directory,
             FUSE_LSEEK: self._seek,
             FUSE_STATFS: self._get_status,
-            FUSE_RELEASE: lambda *_: (),
-            FUSE_RELEASEDIR: lambda *_: (),
-            FUSE_DESTROY: lambda *_: (),
-            FUSE_FORGET: lambda *_: None,
-            FUSE_BATCH_FORGET: lambda *_: None,
-            FUSE_INTERRUPT: lambda *_: None,  # the answer comes soon anyway
+            **dict.fromkeys((FUSE_RELEASE, FUSE_RELEASEDIR, FUSE_DESTROY), lambda *_: ()),
+            # The kernel wants no answer to these. What FUSE_INTERRUPT cuts short ends soon anyway.
+            **dict.fromkeys((FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT), lambda *_: None),
         }
 
     def serve(self) -> None:
@@ -5488,6 +5514,7 @@ class FuseServer:
         major, _, _, flags = FUSE_INIT_IN.unpack_from(body)
         if major < FUSE_VERSION[0]:
             return errno.EPROTO
+        # Without FUSE_MAX_PAGES (before Linux 4.20), reads are of 128 KiB at most.
         flags &= FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES
         background = 16, 12  # requests for which nobody waits, such as reading ahead
         pages = FUSE_MAX_READ // os.sysconf("SC_PAGE_SIZE")
@@ -5530,13 +5557,14 @@ class FuseServer:
     def _read(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
         offset, size = FUSE_READ_IN.unpack_from(body)
         file = self.files[node]
-        size = min(size, file.size - offset)
+        size = min(size, file.size - offset)  # the kernel reads whole pages, also behind the end
         return [file.read(offset, size, buffer)] if size > 0 else []
 
     def _read_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
         done, size = FUSE_READ_IN.unpack_from(body)  # done: how many were listed already
         dots = [(FUSE_ROOT_ID, b".", stat.S_IFDIR), (FUSE_ROOT_ID, b"..", stat.S_IFDIR)]
         files = [(node, name, stat.S_IFREG) for name, node in self.nodes.items()]
+        # The number of an entry is where the kernel goes on when the next ones did not fit.
         entries = bytearray()
         for number, (child, name, kind) in enumerate((dots + files)[done:], done + 1):
             entry = FUSE_DIRENT.pack(child, number, len(name), kind >> 12) + name
@@ -5559,8 +5587,8 @@ class FuseServer:
 
     def _get_status(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
         blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
-        counts = blocks, 0, 0, len(self.files), 0
-        return [FUSE_STATFS_OUT.pack(*counts, BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE)]
+        sizes = BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE
+        return [FUSE_STATFS_OUT.pack(blocks, 0, 0, len(self.files), 0, *sizes)]
 
 
 class MountPoint:
@@ -5617,7 +5645,7 @@ class MountPoint:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         if not fds:
             raise VmaError(failure or "fusermount gave no descriptor of /dev/fuse")
-        os.set_inheritable(fds[0], False)
+        os.set_inheritable(fds[0], False)  # or `leave_caller` would close it
         return fds[0]
 
     def unmount(self) -> bool:
@@ -5633,6 +5661,7 @@ class MountPoint:
     def _unmount(self, lazy: bool) -> bool:
         """Unmount; return False if it is in use."""
         if not self.is_root:
+            # Only its message says why it failed. What is still mounted then is in use.
             failure = self._fusermount("-u", *["-z"] * lazy, "--", self.path)
             return not failure or not os.path.ismount(self.path)
         try:
@@ -5650,6 +5679,7 @@ class MountPoint:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
+        # mount's flags are an unsigned long. By itself, ctypes would hand on an int.
         plain = [ctypes.c_ulong(a) if isinstance(a, int) else os.fsencode(a) for a in args]
         if libc[function](*plain):
             code = ctypes.get_errno()
@@ -5666,7 +5696,7 @@ class MountPoint:
             raise VmaError("only root mounts without fusermount3 (Debian package: fuse3)")
         environment = {**os.environ, "LC_ALL": "C"}
         if comm is not None:
-            environment["_FUSE_COMMFD"] = str(comm)
+            environment["_FUSE_COMMFD"] = str(comm)  # the socket on which it sends the descriptor
         answer = subprocess.run(
             [program, *args],
             env=environment,
@@ -5708,6 +5738,7 @@ def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -
             server.serve()
         finally:
             ended.append(None)
+            # Wakes `sigwait` below, which would not notice the end of a thread.
             signal.pthread_kill(caller, signal.SIGCHLD)
 
     for _ in range(FUSE_THREADS):
@@ -5717,7 +5748,7 @@ def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -
     while len(ended) < FUSE_THREADS:
         if signal.sigwait(signals) == signal.SIGCHLD:
             continue
-        if detached:
+        if detached:  # the second signal ends it, even for those who still read
             return
         detached = not point.unmount()
         if detached:
@@ -5729,7 +5760,7 @@ def start_server(
 ) -> int:
     """Serve in a child process; return its process id when the mount is ready."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
+        stream.flush()  # or the child might write it once more
     pid = os.fork()
     if not pid:
         try:
@@ -5739,7 +5770,7 @@ def start_server(
             server.log(repr(error))
         finally:
             os._exit(0)
-    os.close(server.fd)
+    os.close(server.fd)  # the mount ends with the child only if nobody else has it open
     with os_errors_as(point.name):
         os.statvfs(point.path)  # the child answers, or the kernel if the child has died
     return pid
@@ -5747,8 +5778,8 @@ def start_server(
 
 def leave_caller(keep_stderr: bool) -> None:
     """Let go of the terminal, the working directory and the files that the caller left open."""
-    os.setsid()
-    os.chdir("/")
+    os.setsid()  # Ctrl-C in the terminal is not for the mount
+    os.chdir("/")  # the caller's may be on a file system that somebody wants to unmount
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(2 if keep_stderr else 3):
         os.dup2(null, fd)
@@ -5767,6 +5798,7 @@ def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
             command[0],
             list(command),
             os.environ,
+            # Blocked here, these signals must still reach the command.
             setsigmask=signal.pthread_sigmask(signal.SIG_BLOCK, ()) - signals,
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
         )
@@ -5781,6 +5813,7 @@ def run_command(command: Sequence[str], signals: set[signal.Signals]) -> int:
 
 
 def log_to_syslog(text: str) -> None:
+    """Log an error of a mount in the background, where nobody reads standard error."""
     import syslog
 
     syslog.openlog("vma-tool", syslog.LOG_PID, syslog.LOG_DAEMON)
