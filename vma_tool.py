@@ -6013,6 +6013,11 @@ class Chunk(NamedTuple):
     doubtful: bool = False
 
 
+Task = Union[
+    Chunk, Callable[[], list[Chunk]]
+]  # of a codec: what is known, or is to be decompressed
+
+
 class DecodedSalvage(Salvage):
     """What a damaged compressed file still holds; its codec gives that in chunks.
 
@@ -6072,14 +6077,17 @@ class DecodedSalvage(Salvage):
         self.window.forget(self.position - DECODE_SIZE)
         return data
 
-    def _in_order(self, tasks: Iterable[Callable[[], list[Chunk]]]) -> Iterator[Chunk]:
-        """Do tasks in threads; yield what they return in the order of the tasks."""
+    def _in_order(self, tasks: Iterable[Task]) -> Iterator[Chunk]:
+        """Do tasks in threads; yield their chunks in the order of the tasks."""
         from concurrent.futures import Future, ThreadPoolExecutor
 
         pending: collections.deque[Future[list[Chunk]]] = collections.deque()
         with ThreadPoolExecutor(processor_count()) as pool:
             for task in tasks:
-                pending.append(pool.submit(task))
+                # A chunk that is there already waits for its turn like the others.
+                work = functools.partial(list, [task]) if isinstance(task, Chunk) else task
+                pending.append(pool.submit(work))
+                # One more than there are threads, so that none is idle while its result is taken.
                 if len(pending) > processor_count():
                     yield from pending.popleft().result()
             while pending:
@@ -6153,8 +6161,8 @@ class DecodedSalvage(Salvage):
         numbers = range(first, first + 10000) if first >= 0 else ()
         return next((number for number in numbers if self._sizes(number) == sizes), -1)
 
-    def _zstd_frames(self, zstd: Zstd) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses each small frame, up to one that is better read in blocks."""
+    def _zstd_frames(self, zstd: Zstd) -> Iterator[Task]:
+        """Yield a task for each small frame, up to one that is better read in blocks."""
         while len(data := self.window.peek(self.position, PIECE_ROOM)):
             start = self.position
             if len(data) >= SKIPPABLE.size and SKIPPABLE.unpack_from(data)[0] in SKIPPABLE_MAGICS:
@@ -6184,16 +6192,14 @@ class DecodedSalvage(Salvage):
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
                 lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
-                yield functools.partial(list, [Chunk(None if lost is None else bytes(lost), text)])
+                yield Chunk(None if lost is None else bytes(lost), text)
             else:
                 frame = bytes(data[:size])
                 number = self._find_number((size, plain), self._number)
                 if self._table and number > self._number >= 0:
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
-                    chunk = Chunk(
-                        bytes(min(lost, FRAME_MAX_SIZE)), self._flaw("frames are missing")
-                    )
-                    yield functools.partial(list, [chunk])
+                    zeros = bytes(min(lost, FRAME_MAX_SIZE))
+                    yield Chunk(zeros, self._flaw("frames are missing"))
                 lost = known[1] if known and number < 0 else plain
                 yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
                 self.position += size
@@ -6231,22 +6237,20 @@ class DecodedSalvage(Salvage):
 
     def _next_frame(self, zstd: Zstd) -> None:
         """Go on to the next frame that decompresses, or that is too large to try."""
-        found: int | None = self.position
-        while found is not None:
+        while (found := self.window.search(ZSTD_PATTERN, self.position + 1)) is not None:
             self.position = found
-            found = self.window.search(ZSTD_PATTERN, found + 1)
-            if found is not None:
-                with suppress(FormatError):
-                    data = self.window.peek(found, PIECE_ROOM)
-                    try:
-                        size, content_size, _ = parse_frame(data)
-                    except CutError:
-                        break
-                    if content_size is None or content_size > FRAME_MAX_SIZE:
-                        break
+            data = self.window.peek(found, PIECE_ROOM)
+            # Four bytes like the magic are also in compressed data: it takes a whole frame to tell.
+            try:
+                size, content_size, _ = parse_frame(data)
+                if content_size is not None and content_size <= FRAME_MAX_SIZE:
                     zstd.decompress_into(bytes(data[:size]), memoryview(bytearray(content_size)))
-                    break
-        self.position = self.window.end if found is None else found
+            except CutError:
+                return
+            except FormatError:
+                continue
+            return
+        self.position = self.window.end
 
     def _zstd_blocks(self, zstd: Zstd) -> Iterator[Chunk]:
         """Yield a frame's blocks up to the damage, and find out where the next frame is."""
@@ -6407,19 +6411,19 @@ class DecodedSalvage(Salvage):
     def _bzip2(self) -> Iterator[Chunk]:
         return self._in_order(self._bzip2_blocks())
 
-    def _bzip2_blocks(self) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses each block."""
+    def _bzip2_blocks(self) -> Iterator[Task]:
+        """Yield a task for each block."""
         combined = 0
         bit, magic = self._next_bits(0)
         if bit != BZIP2_START:
-            yield functools.partial(list, [Chunk(None, self._flaw("damaged", 0))])
+            yield Chunk(None, self._flaw("damaged", 0))
         while bit is not None:
             self.window.forget(bit // 8)
             crc = self._bits(bit + 48, 32)
             self.position = bit // 8
             if magic == BZIP2_END:
                 if combined != crc:
-                    yield functools.partial(list, [Chunk(b"", self._flaw("wrong checksum"))])
+                    yield Chunk(b"", self._flaw("wrong checksum"))
                 combined = 0
                 bit, magic = self._next_bits(bit + 80)
                 continue
@@ -6472,18 +6476,21 @@ class DecodedSalvage(Salvage):
             raise VmaError(f"{self.file.name}: lzop is missing here: install the package lzop")
         return self._in_order(self._lzop_blocks(program))
 
-    def _lzop_blocks(self, program: str) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses a few blocks."""
+    def _lzop_blocks(self, program: str) -> Iterator[Task]:
+        """Yield a task for every few blocks."""
         head = bytes(self.window.peek(0, 1024))
         try:
             size, flags = lzop_header(head)
         except (IndexError, struct.error):
             raise FormatError("lzop: the file's header is damaged", 0, self.file.name) from None
+        decompress = functools.partial(self._lzop_batch, program, head[:size])
         self.position = size
         batch: list[tuple[bytes, int]] = []
         total = 0
-        while len(fields := self.window.peek(self.position, LZOP_BLOCK.size)):
-            plain, stored = LZOP_BLOCK.unpack(bytes(fields).ljust(8, b"\0"))
+        while True:
+            fields = bytes(self.window.peek(self.position, LZOP_BLOCK.size))
+            plain, stored = LZOP_BLOCK.unpack(fields.ljust(LZOP_BLOCK.size, b"\0"))
+            # Adler-32 or CRC32, of the plain bytes, and if these are compressed, of the stored ones
             sums = bin(flags & 0x101).count("1")
             sums += bin(flags & 0x202).count("1") if stored < plain else 0
             length = LZOP_BLOCK.size + 4 * sums + stored
@@ -6491,24 +6498,22 @@ class DecodedSalvage(Salvage):
             if possible:
                 batch.append((bytes(self.window.peek(self.position, length)), plain))
                 total += plain
+            # To start the program costs more than to decompress a block.
             if batch and (total >= READ_SIZE or not possible):
-                yield functools.partial(
-                    self._lzop_batch, program, head[:size], batch, self.position
-                )
+                yield functools.partial(decompress, batch, self.position)
                 batch, total = [], 0
             if possible:
                 self.position += length
                 self.window.forget(self.position)
-                continue
-            if len(fields) >= 4 and not plain:  # the end
+            elif len(fields) >= 4 and not plain:  # a plain size of 0 ends the file
                 return
-            chunk = Chunk(None, self._flaw("no block of lzop"))
-            found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
-            self.position = self.window.end if found is None else found
-            yield functools.partial(list, [chunk])
-        if batch:
-            yield functools.partial(self._lzop_batch, program, head[:size], batch, self.position)
-        yield functools.partial(list, [Chunk(b"", self._flaw("the file is cut short"))])
+            elif fields:
+                yield Chunk(None, self._flaw("no block of lzop"))
+                found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
+                self.position = self.window.end if found is None else found
+            else:
+                yield Chunk(b"", self._flaw("the file is cut short"))
+                return
 
     def _lzop_batch(
         self, program: str, head: bytes, batch: Sequence[tuple[bytes, int]], position: int
@@ -6752,9 +6757,8 @@ class Rescue:
                 limit = self.disks[dev_id].limit
             if first + count > limit:
                 return None
-        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
-            return None
-        if len(set(keys)) < len(keys):
+        stored = sum(mask_size(info >> 48) for info in infos)
+        if stored != extent.payload_size or len(set(keys)) < len(keys):
             return None
         place: tuple[Any, ...] = ()
         if len(runs) == 1 and keys == sorted(keys):
@@ -6997,17 +7001,16 @@ class Rescue:
 
     def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
         """Write pieces of a payload to the disks, neighbours with one call."""
-        views: list[Buffer] = []
-        target, end = None, 0
-        for dev_id, offset, first, size in sorted(pieces):
-            if target is not self.disks[dev_id].target or offset != end:
-                if target:
-                    target.write_at(end - sum(map(len, views)), views)
-                target, views = self.disks[dev_id].target, []
-            views.append(payload[first : first + size])
-            end = offset + size
-        if target:
-            target.write_at(end - sum(map(len, views)), views)
+        pieces.sort(reverse=True)
+        while pieces:
+            dev_id, start, *_ = pieces[-1]
+            views: list[Buffer] = []
+            end = start
+            while pieces and pieces[-1][:2] == (dev_id, end):
+                *_, first, size = pieces.pop()
+                views.append(payload[first : first + size])
+                end += size
+            self.disks[dev_id].target.write_at(start, views)
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: those that store nothing as found, others as lost."""
