@@ -7215,6 +7215,17 @@ def paths_read(args: Namespace) -> list[str]:
     return [path for path in (args.archive, args.base) if path is not None]
 
 
+def require_any_place(args: Namespace, inputs: Sequence[Input], what: str) -> None:
+    """Raise VmaError if an archive or its base is a stream: `what` reads here and there."""
+    for path, source in zip(paths_read(args), inputs):
+        if source.size is None:
+            raise VmaError(
+                f"{source.name}: {what} reads at any place, which a stream does not allow; "
+                f"make a file that does: vma-tool optimize {escape(path)} "
+                f"{escape(plain_name(path))}.zst"
+            )
+
+
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
@@ -7232,13 +7243,8 @@ def cmd_list(args: Namespace) -> int:
             )
             contents = contents_of(source) if args.scan or args.partitions else None
         inputs = contents.inputs if contents else (source,)
-        for path, each in zip(paths_read(args), inputs) if args.partitions else ():
-            if each.size is None:
-                raise VmaError(
-                    f"{each.name}: --partitions reads at any place, which a stream does not allow; "
-                    f"make a file that does: vma-tool optimize {escape(path)} "
-                    f"{escape(plain_name(path))}.zst"
-                )
+        if args.partitions:
+            require_any_place(args, inputs, "--partitions")
         if contents:
             contents.complete()
             if isinstance(contents, Overlay):
@@ -7318,21 +7324,20 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
     file_system = partition.file_system
     disk, part = disk_file_name(device), partition_file_name(device, partition)
     extracted, mounted = quoted(disk), quoted(f"{MOUNT_EXAMPLE}/{disk}")
-    command = OPEN_COMMANDS.get(file_system)
     if partition.mountable:
         # A journal must not be replayed, as nothing can be written.
         options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
         place = f",offset={partition.start},sizelimit={partition.size}"
         extracted = f"mount -o {options}{place} {extracted} /mnt"
         mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
-    elif command:
-        number = f"p{partition.number}" if partition.number else ""
-        extracted = command.format(file=extracted, part=number)
-        mounted = command.format(file=mounted, part=number)
-    else:
-        return {"mount": None, "extracted": None, "mounted": None}
-    mount = extracted if partition.mountable else None
-    return {"mount": mount, "extracted": extracted, "mounted": mounted}
+        return {"mount": extracted, "extracted": extracted, "mounted": mounted}
+    command = OPEN_COMMANDS.get(file_system)
+    number = f"p{partition.number}" if partition.number else ""
+    return {
+        "mount": None,
+        "extracted": command and command.format(file=extracted, part=number),
+        "mounted": command and command.format(file=mounted, part=number),
+    }
 
 
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
@@ -7482,18 +7487,13 @@ def verify_difference(args: Namespace, path: str) -> int:
         devices = contents.header.devices
     if args.json:
         description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
-        print(
-            to_json({**description, **describe(contents.source, contents.header, None, {})}),
-            flush=True,
-        )
+        description.update(describe(contents.source, contents.header, None, {}))
+        print(to_json(description), flush=True)
     elif not args.quiet:
         source, base = contents.inputs
         size = format_size(sum(device.size for device in devices))
-        print(
-            f"{source.name}: OK, a difference from {base.name}, {plural(len(devices), 'device')}, "
-            f"{size}, all data read",
-            flush=True,
-        )
+        what = f"a difference from {base.name}, {plural(len(devices), 'device')}, {size}"
+        print(f"{source.name}: OK, {what}, all data read", flush=True)
     return 0
 
 
@@ -7542,13 +7542,12 @@ def verify_digest(args: Namespace, path: str) -> int:
 def summary(contents: Contents) -> str:
     """Return verify's line on a good archive."""
     devices = contents.header.devices
-    stored = sum(index.stored_size for index in contents.index.devices.values())
+    size = format_size(sum(device.size for device in devices))
+    stored = format_size(sum(index.stored_size for index in contents.index.devices.values()))
     align = find_align(contents)
-    return (
-        f"{contents.source.name}: OK, {plural(len(devices), 'device')}, "
-        f"{format_size(sum(device.size for device in devices))}, {format_size(stored)} stored, "
-        + (f"canonical (--align {align})" if align else "not canonical")
-    )
+    layout = f"canonical (--align {align})" if align else "not canonical"
+    start = f"{contents.source.name}: OK, {plural(len(devices), 'device')}"
+    return f"{start}, {size}, {stored} stored, {layout}"
 
 
 def print_totals(args: Namespace, index: Index) -> None:
@@ -7583,9 +7582,9 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 
     A part of a name between dashes will do where one device has it: scsi0 for drive-scsi0.
     """
-    known = {device.name: device for device in header.devices}
     if lists is None:
-        return list(known.values())
+        return list(header.devices)
+    known = {device.name: device for device in header.devices}
     chosen = set()
     for text in lists:
         for word in [text] if text in known else text.split(","):  # a name may have a comma itself
@@ -7712,13 +7711,8 @@ def cmd_mount(args: Namespace) -> int:
     options = sorted({option for options in args.options for option in options})
     point = MountPoint(args.directory, escape(args.archive), options)
     with open_archive(args.archive, args.base) as contents:
-        for path, source in zip(paths_read(args), contents.inputs):
-            if source.size is None:
-                raise VmaError(
-                    f"{source.name}: mount reads at any place, which this archive does not allow; "
-                    f"make one that does: vma-tool optimize {escape(path)} "
-                    f"{escape(plain_name(path))}.zst"
-                )
+        require_any_place(args, contents.inputs, "mount")
+        for source in contents.inputs:
             if isinstance(source, FramesInput):
                 source.cached_frames = MOUNT_FRAMES
         with progress_of(args, *contents.inputs) as progress:
@@ -7909,11 +7903,11 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         output.commit(last_look)
 
 
-def compression_level(args: Namespace, output: str, was_compressed: bool = False) -> int:
-    """Return the zstd level for an output, 0 for a plain one."""
+def compression_level(args: Namespace, output: str, compress: bool = False) -> int:
+    """Return the zstd level for an output, 0 for a plain one; `compress` is the default."""
     level = args.compress
     if level is None:
-        level = DEFAULT_LEVEL if was_compressed or output.endswith(".zst") else 0
+        level = DEFAULT_LEVEL if compress or output.endswith(".zst") else 0
     if level:
         require_zstd()  # before anything is read or written
     return int(level)
@@ -8040,9 +8034,7 @@ def cmd_diff(args: Namespace) -> int:
     if args.output != "-" and not args.quiet:
         require_report()
     temporary = directory_beside(args.output)
-    level = DEFAULT_LEVEL if args.compress is None else args.compress
-    if level:
-        require_zstd()
+    level = compression_level(args, args.output, compress=True)
     with ExitStack() as stack:
         base, new = (
             stack.enter_context(open_archive(path, directory=temporary))
@@ -8118,8 +8110,7 @@ def check_contents(
 ) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with ExitStack() as stack:
-        written = output.read_back(require_zstd() if level else None)
-        stack.enter_context(written)
+        written = stack.enter_context(output.read_back(require_zstd() if level else None))
         if contents.ordered:  # a stream is read once: it is opened again
             # Standard input only comes here in place, so OUTPUT still is the same file.
             path = args.output if args.archive == "-" else args.archive
@@ -8347,13 +8338,9 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
     arg(
-        "-o",
-        dest="options",
-        metavar="OPTION[,OPTION]",
-        type=parse_mount_options,
-        **SEVERAL,
-        help=text,
-    )
+        "-o", dest="options", metavar="OPTION[,OPTION]", type=parse_mount_options,
+        help=text, **SEVERAL,
+    )  # fmt: skip
     arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
     text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
     arg("directory", metavar="DIRECTORY", help=text)
