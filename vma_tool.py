@@ -5776,6 +5776,7 @@ def log_to_syslog(text: str) -> None:
 
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
+# An extent, and the HORIZON behind it. The window grows where that is not enough.
 RESCUE_WINDOW_SIZE = 12 << 20
 READ_SIZE = 1 << 20
 PATTERN_MAX_SIZE = 32  # what `Window.search` looks for is shorter
@@ -5833,7 +5834,8 @@ class RawSalvage(Salvage):
     def __init__(self, file: Input) -> None:
         super().__init__()
         self.file = file
-        self._failing = False  # so read by the page, until one can be read
+        # A large read may fail for any of its sectors. By the page, only bad pages are lost.
+        self._failing = False
 
     def readinto(self, view: memoryview) -> int:
         count = 0
@@ -5843,12 +5845,14 @@ class RawSalvage(Salvage):
             try:
                 got = self.file.file.readinto(page if self._failing else view[count:])
             except OSError as error:
+                # A pipe cannot be read behind an error: it has no places.
                 if self.file.raw is None or error.errno not in DAMAGE_ERRORS:
                     message = f"{self.file.name}: offset 0x{offset:x}: {system_message(error)}"
                     raise VmaError(message) from error
                 if not self._failing:
                     self._failing = True
                     continue
+                # Up to the next whole page, or the end. So the reads that follow are aligned.
                 got = min(len(page), self.file.raw_size - offset)
                 page[:got] = bytes(got)
                 self._lose(offset, got, error)
@@ -5887,6 +5891,7 @@ class Window:
         self.progress: Progress | None = None
         self._orders: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        # A daemon, never joined: it may wait forever for a pipe that gives nothing more.
         start_thread(self._serve)
 
     def _serve(self) -> None:
@@ -5910,11 +5915,13 @@ class Window:
         breaks = self.source.breaks
         following = bisect.bisect_right(breaks, offset)
         if following < len(breaks):
+            # What is on both sides of a break does not belong together.
             end = min(end, breaks[following])
         return self._view[offset - self._base : max(end, offset) - self._base]
 
     def skip(self, offset: int) -> None:
         """Read up to an offset, and let everything before it go."""
+        # Piece by piece: one call would need a window for all of it.
         while self.end < offset and not self._ended:
             self.forget(self.end)
             self._fill(min(offset, self.end + READ_SIZE))
@@ -5932,6 +5939,7 @@ class Window:
         while True:
             limit = start + READ_SIZE if stop is None else min(start + READ_SIZE, stop)
             self._fill(limit + PATTERN_MAX_SIZE)
+            # A match may begin before the limit and end behind it.
             end = min(limit + PATTERN_MAX_SIZE, self.end) - self._base
             match = pattern.search(self._view, start - self._base, end)
             if match and (stop is None or match.start() + self._base < stop):
@@ -5945,6 +5953,7 @@ class Window:
     def _fill(self, end: int) -> None:
         """Read up to an offset, and let the thread go on reading."""
         while True:
+            # A result that is there is taken even if nobody needs it yet: so the thread goes on.
             if self._reading and (self.end < end or not self._results.empty()):
                 result = self._results.get()
                 self._reading = False
@@ -5963,7 +5972,9 @@ class Window:
     def _order(self, end: int) -> None:
         """Let the thread read, if there is room. For what comes before end, make room."""
         room = len(self._view) - (self.end - self._base)
+        # Moving costs a copy: it waits until it must be, or until most of the view is free.
         if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
+            # The thread is idle now, so these bytes may move.
             kept = self._view[self._kept - self._base : self.end - self._base]
             if end - self._kept + READ_SIZE > len(self._view):
                 self._view = new_buffer(end - self._kept + READ_SIZE)
@@ -5987,9 +5998,11 @@ ZSTD_PATTERN = re.compile(re.escape(FRAME_MAGIC.to_bytes(4, "little")))
 XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
 XZ_CHECK_SIZE = 8  # of CRC64, as usual
 XZ_END_SIZE = 1 << 20  # room for the index, which lists all blocks
-XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")  # the LZMA2 filter in a block's header
+# The LZMA2 filter in a block's header: its number, one byte of properties, the dictionary's size
+XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")
 BZIP2_MAGICS = BZIP2_BLOCK, BZIP2_END = 0x314159265359, 0x177245385090  # of 48 bits, at any bit
 BZIP2_START = 32  # bits in front of the first block
+# The five whole bytes in a magic, by the bit that it begins at; `_next_bits` compares the others.
 BZIP2_PATTERN = re.compile(
     b"|".join(
         re.escape((magic >> shift & (1 << 40) - 1).to_bytes(5, "big"))
@@ -5998,7 +6011,8 @@ BZIP2_PATTERN = re.compile(
     )
 )
 LZOP_BLOCK = struct.Struct(">II")  # sizes, plain and stored
-LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")  # of 256 KiB, as usual
+# lzop makes blocks of 256 KiB; no block is stored larger than that.
+LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")
 RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", ".bz2": "bzip2"}
 
 
@@ -6074,6 +6088,7 @@ class DecodedSalvage(Salvage):
         if not data:
             raise EOFError
         self.position += len(data)
+        # Damage is noticed late: xz looks for its next block from a piece before it on.
         self.window.forget(self.position - DECODE_SIZE)
         return data
 
@@ -6107,9 +6122,11 @@ class DecodedSalvage(Salvage):
                     size -= len(held[0])
                     yield Chunk(held.popleft())
         except EOFError:
+            # Everything before a cut is right.
             self._fault = "the file is cut short"
         except errors as error:
             self._fault = str(error)
+            # Wrong input may decompress to something for a while, unless only a checksum was left.
             doubtful = not self._at_checksum
         yield from (Chunk(data, doubtful=doubtful) for data in held)
 
@@ -6136,6 +6153,7 @@ class DecodedSalvage(Salvage):
             if 0 < size <= end:
                 # Frames may be missing before it, and the index may not be where it says.
                 self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
+                # The index ends where the table begins; only its own beginning tells its size.
                 start = max(end - size - PIECE_ROOM, 0)
                 tail = os.pread(fd, end - size - start, start)
                 data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
@@ -6158,6 +6176,7 @@ class DecodedSalvage(Salvage):
 
     def _find_number(self, sizes: tuple[int, int], first: int) -> int:
         """Return the number of the next frame with these sizes, -1 if it cannot be found."""
+        # Bounded: a table may list millions, and is searched for each frame that is not in it.
         numbers = range(first, first + 10000) if first >= 0 else ()
         return next((number for number in numbers if self._sizes(number) == sizes), -1)
 
@@ -6177,6 +6196,7 @@ class DecodedSalvage(Salvage):
                 fault = error
             plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
             known = self._sizes(self._number)
+            # By the end of the file, and not only by that of the room.
             cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
             # The first frame is the header, which has a checksum of its own, or everything.
             if head and (not start or (not known and (plain > FRAME_MAX_SIZE or cut))):
@@ -6194,22 +6214,25 @@ class DecodedSalvage(Salvage):
                 lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
                 yield Chunk(None if lost is None else bytes(lost), text)
             else:
+                # A copy: a thread decompresses it while the window moves on.
                 frame = bytes(data[:size])
                 number = self._find_number((size, plain), self._number)
                 if self._table and number > self._number >= 0:
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
                     zeros = bytes(min(lost, FRAME_MAX_SIZE))
                     yield Chunk(zeros, self._flaw("frames are missing"))
+                # Sizes that are not in the table are damaged: then the table tells what is lost.
                 lost = known[1] if known and number < 0 else plain
                 yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
                 self.position += size
-                self._number = number + 1 or -1
+                self._number = number + 1 if number >= 0 else -1
             self.window.forget(self.position)
 
     def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
         """Go on behind a damaged frame; return how many bytes are lost, None if nobody knows."""
         first, known = self._number, self._sizes(self._number)
         if known:
+            # The next frame is where the table has it: so no byte of this one is missing.
             following = bytes(self.window.peek(self.position + known[0], 4))
             if following in ZSTD_MAGICS:
                 self.position += known[0]
@@ -6222,6 +6245,7 @@ class DecodedSalvage(Salvage):
                 size, found, _ = parse_frame(self.window.peek(self.position, PIECE_ROOM))
                 self._number = self._find_number((size, found or 0), first)
             lost = self._table.offsets[self._number] - self._table.offsets[first]
+            # If more is lost, it is a break: zeros for it would all be in memory at once.
             return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
         return plain
 
@@ -6262,12 +6286,15 @@ class DecodedSalvage(Salvage):
             for data in zstd.stream(pieces):
                 held.append(data)
                 size += len(data)
+                # All blocks of a small frame wait for its checksum, but a large one may not fit
+                # into memory.
                 if size > FRAME_MAX_SIZE:
                     yield from map(Chunk, held[:-LATE_BLOCKS])
                     del held[:-LATE_BLOCKS]
         except FormatError as error:
             fault = self._flaw(error)
         certain = len(held)
+        # All blocks have passed, so it is the checksum that does not match.
         checksum = bool(fault) and self._frame_whole
         if checksum and size <= FRAME_MAX_SIZE and not self.window.ends_at(self.position):
             certain = 0
@@ -6275,6 +6302,7 @@ class DecodedSalvage(Salvage):
             self.suspect = max(self.suspect, 1)
         elif fault:
             with suppress(FormatError):
+                # The other blocks' sizes tell where the frame ends, if they are right.
                 for _ in pieces:
                     pass
             if not self._frame_whole:
@@ -6297,6 +6325,7 @@ class DecodedSalvage(Salvage):
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             if kind == 3 or size > FRAME_BLOCK_MAX:
                 raise FormatError("the zstd frame is damaged: no block")
+            # RFC 3.1.1.2: of kind 1, one byte stands for `size` equal ones.
             yield self._exactly(3 + (1 if kind == 1 else size))
         self._frame_whole = True
         if has_checksum:
@@ -6317,16 +6346,20 @@ class DecodedSalvage(Salvage):
 
         while len(data := self.window.peek(self.position, DECODE_SIZE)):
             if self.position and bytes(data[:2]) != b"\x1f\x8b":
+                # gzip ignores zeros there, too: a tape pads its blocks with them.
                 if any(data):
                     yield Chunk(b"", self._flaw("garbage behind the end"))
                 return
+            # Nothing in it is checked: only where it ends matters to the data.
             self.position += gzip_header_size(bytes(data))
             sums = [0, 0]
             yield from self._hold(self._gzip_data(sums), zlib.error)
             if self._fault:
                 self.suspect = max(self.suspect, 1)
+                # Deflate refers to the 32 KiB before: without them, nothing more decompresses.
                 yield Chunk(None, self._flaw(self._fault))
                 return
+            # RFC 1952 2.3.1: CRC32, ISIZE
             stored = struct.unpack("<II", bytes(self.window.peek(self.position, 8)).ljust(8, b"\0"))
             if stored != (sums[0], sums[1] & 0xFFFFFFFF):
                 # If most of the checksum is right, it is the checksum itself that is damaged.
@@ -6343,6 +6376,7 @@ class DecodedSalvage(Salvage):
 
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
         while not decoder.eof:
+            # Its output is limited: a piece may decompress to a thousand times its size.
             piece = decoder.unconsumed_tail or self._feed(DECODE_SIZE)
             if data := decoder.decompress(piece, DECODE_SIZE):
                 sums[:] = zlib.crc32(data, sums[0]), sums[1] + len(data)
@@ -6358,6 +6392,7 @@ class DecodedSalvage(Salvage):
         while len(self.window.peek(self.position, 1)):
             begin = self.position
             decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            # The stream's header goes with any of its blocks, as if that were the first one.
             parts = self._xz_data(decoder, start if begin else b"")
             yield from self._hold(parts, lzma.LZMAError)
             if self._fault:
@@ -6376,6 +6411,7 @@ class DecodedSalvage(Salvage):
                 data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
                 end = 0  # size of what is behind the blocks, if it is near
                 if len(data) < DECODE_SIZE + XZ_END_SIZE and bytes(data[-2:]) == b"YZ":
+                    # The footer has the index's size, in units of four bytes, less one.
                     end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
                 if start and len(data) <= end:
                     self.position = self.window.end
@@ -6396,10 +6432,13 @@ class DecodedSalvage(Salvage):
 
         begin = start
         while (found := self.window.search(XZ_BLOCK_PATTERN, start)) is not None:
+            # Blocks begin at multiples of four bytes. In front of the filter are two bytes, and two
+            # sizes of up to nine each.
             for at in range(-(-max(found - 20, begin) // 4) * 4, found, 4):
                 head = bytes(self.window.peek(at, 1024))
                 size = 4 * (head[0] + 1)
                 crc = int.from_bytes(head[size - 4 : size], "little")
+                # A first byte of 0 begins the index.
                 if head[0] and at + size > found and zlib.crc32(head[: size - 4]) == crc:
                     self.position = at
                     return True
@@ -6419,6 +6458,7 @@ class DecodedSalvage(Salvage):
             yield Chunk(None, self._flaw("damaged", 0))
         while bit is not None:
             self.window.forget(bit // 8)
+            # Behind the magic comes a block's CRC; behind the end's, that of all blocks.
             crc = self._bits(bit + 48, 32)
             self.position = bit // 8
             if magic == BZIP2_END:
@@ -6435,6 +6475,7 @@ class DecodedSalvage(Salvage):
             # A stream of this block only
             stream = self._bits(bit, size) << 80 | BZIP2_END << 32 | crc
             stream <<= -size % 8
+            # 9 allows blocks of any size.
             data = b"BZh9" + stream.to_bytes((size + 80 + 7) // 8, "big")
             yield functools.partial(self._bzip2_block, data, self.position)
             bit = end
@@ -6460,9 +6501,11 @@ class DecodedSalvage(Salvage):
         return None, 0
 
     def _bits(self, bit: int, count: int) -> int:
+        """Return count bits as a number, the first one highest."""
         end = bit + count
         data = self.window.peek(bit // 8, (end + 7) // 8 - bit // 8)
         missing = (end + 7) // 8 - bit // 8 - len(data)
+        # Bits behind the end count as zeros, so that what is cut needs no case of its own.
         number = int.from_bytes(data, "big") << 8 * missing
         return number >> -end % 8 & (1 << count) - 1
 
@@ -6533,12 +6576,14 @@ class DecodedSalvage(Salvage):
             return [Chunk(result.stdout)]
         if len(batch) == 1:
             return [Chunk(bytes(size), self._flaw("a damaged block of lzop", position))]
+        # lzop stops at the first damaged block, so each gets a run of its own.
         one_by_one = (self._lzop_batch(program, head, [block], position) for block in batch)
         return list(itertools.chain(*one_by_one))
 
 
 def gzip_header_size(data: bytes) -> int:
     """Return the size of a gzip member's header (RFC 1952)."""
+    # FLG: 2 a CRC of the header, 4 an extra field, 8 the name, 16 a comment
     flags = data[3] if len(data) > 3 else 0
     size = 10
     if flags & 4:
@@ -6551,6 +6596,7 @@ def gzip_header_size(data: bytes) -> int:
 
 def lzop_header(data: bytes) -> tuple[int, int]:
     """Return the size of an lzop file's header, and its flags."""
+    # Versions before 0.940 lack the version that is needed, the level, and half of the time.
     version = int.from_bytes(data[9:11], "big")
     at = 17 if version >= 0x940 else 14  # behind the method, and the level
     (flags,) = struct.unpack_from(">I", data, at)
@@ -6608,6 +6654,7 @@ class RescuedDisk:
         self.device = device
         self.target = target
         self.exact = exact and not device.is_vmstate
+        # A damaged header may say too little, and a vmstate may be longer than its size.
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
         try:
             self.entries = lazy_numbers(device, self.limit, "I")
@@ -6621,6 +6668,7 @@ class RescuedDisk:
     def spans(self, cluster_count: int) -> Iterator[tuple[int, int, int]]:
         """Yield (first, end, entry) of each run of clusters with the same entry."""
         with self.entries[: self.end].cast("B") as view:
+            # A loop in Python would take seconds for each TiB.
             for match in re.finditer(rb"(?s)(....)\1*", view):
                 yield match.start() // 4, match.end() // 4, int.from_bytes(match[1], sys.byteorder)
         if self.end < cluster_count:
@@ -6694,6 +6742,7 @@ class Rescue:
             chain.proven = True
             chain.note(0, f"the header is damaged, {used}: {error}")
         for config in header.configs if header else ():
+            # Nothing stops for a name: the rest of the archive is still worth having.
             fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
             if fault or config.name in self._names:
                 text = f"config name {quote(config.name)} {fault or 'occurs twice'}: left out"
@@ -6705,6 +6754,7 @@ class Rescue:
         for device in header.devices if header else ():
             self._add_disk(device, chain)
         if header and self._uuid == CANONICAL_UUID:
+            # A canonical archive begins with the first cluster of its first device.
             for device in canonical_order(header.devices)[:1]:
                 self._key = device.is_vmstate, device.dev_id, 0
         return chain
@@ -6715,6 +6765,7 @@ class Rescue:
         fault = name_fault(name, DEVICE_NAME_MAX_SIZE)
         if fault or file_name in self._names:
             fault = fault or "occurs twice"
+            # Another device may really have that name.
             free = (f"dev{dev_id}{'-' * i}" for i in itertools.count())
             name = next(name for name in free if f"disk-{name}.raw" not in self._names)
             chain.note(0, f"{device.title}: the name {fault}, it is called {quote(name)}")
@@ -6736,6 +6787,7 @@ class Rescue:
         if len(data) < EXTENT_HEADER_SIZE:
             return None
         if self._index and overlaps(self.window.source.lost, offset, offset + EXTENT_HEADER_SIZE):
+            # Its frame is lost, but the index has all that was in the header.
             data = indexed_extent(self._index, offset) or data
         try:
             extent = parse_extent(data, offset, uuid)
@@ -6752,6 +6804,7 @@ class Rescue:
             else:
                 runs[-1] = (dev_id, last[1], last[2] + 1)
         for dev_id, first, count in runs:
+            # A damaged header may have lost a device.
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
             if dev_id in self.disks:
                 limit = self.disks[dev_id].limit
@@ -6761,6 +6814,7 @@ class Rescue:
         if stored != extent.payload_size or len(set(keys)) < len(keys):
             return None
         place: tuple[Any, ...] = ()
+        # optimize never puts two devices into an extent, nor leaves a gap.
         if len(runs) == 1 and keys == sorted(keys):
             dev_id, first, count = runs[0]
             last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
@@ -6782,6 +6836,7 @@ class Rescue:
         source = self.window.source
         start = self.window.peek(offset, EXTENT_MD5.start)
         return (
+            # One of the two is enough, as the damage may have hit the other one.
             start[:4] == EXTENT_MAGIC
             or start[8:] == self._uuid
             or offset in source.breaks
@@ -6794,12 +6849,14 @@ class Rescue:
         They are proven if they go on up to the HORIZON, to what looks like another one, or to the
         end; nested if the next one has clusters that the archive does not have.
         """
+        # If the archive's header is lost, the first extents tell the uuid.
         uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
         extents: list[Found] = []
         end = offset
         while end - offset < HORIZON:
             found = self._whole(end, uuid)
             if found is None:
+                # A header that is whole apart from its clusters belongs to another archive.
                 with suppress(FormatError, struct.error):
                     parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
                     return extents, False, True
@@ -6829,12 +6886,15 @@ class Rescue:
             if not extents:
                 continue
             offsets = [found.extent.offset for found in extents]
+            # Each extent of a chain has the magic, and would be followed again.
             seen.update(offsets)
             if through is not None:
+                # The archive goes on there, so what does not meet it lies in a guest's disk.
                 proven = through in (*offsets, extents[-1].end)
                 nested = not proven
             if proven:
                 extents = [found for found in extents if self._fits(found, True)]
+                # What lies in their payload is a guest's.
                 start = offsets[-1] + 1
             else:
                 # A part of the archive may be there twice.
@@ -6845,6 +6905,7 @@ class Rescue:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
                 chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
                 if proven and self._key and extents[0].keys:
+                    # The order never goes back: a chain that went further was found in a guest's disk.
                     self._key = extents[0].keys[0]
                     for other in self._chains:
                         if not other.proven and other.key > self._key:
@@ -6873,6 +6934,7 @@ class Rescue:
     def _resume(self, chain: Chain) -> Chain:
         """Find out where to go on, as no extent that fits is where it is expected."""
         offset = self._offset
+        # The file's own flaw is told already, and nobody knows how much is missing.
         if offset in self.window.source.breaks:
             return self._search(offset) or self._end(chain)
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
@@ -6881,6 +6943,7 @@ class Rescue:
             fields = EXTENT.unpack(data)
             # Its size may still be right. Then what is inside may only be a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
+            # block_count and the masks say the same: one of them may be right.
             for size in (fields[2] * BLOCK_SIZE, stored):
                 end = offset + EXTENT_HEADER_SIZE + size
                 if through is None and size < EXTENT_MAX_SIZE:
@@ -6889,6 +6952,7 @@ class Rescue:
             parse_extent(data, offset, self._uuid)
             text = "the extent has clusters that do not exist, or were there before"
         except (FormatError, struct.error) as error:
+            # Without its offset, which the line has already.
             text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
         following = self._search(offset + 1, through, through, near)
         if following is None and through is not None:
@@ -6911,7 +6975,9 @@ class Rescue:
         self.window.peek(start, size + EXTENT_HEADER_SIZE)
         lost = overlaps(self.window.source.lost, found.end, found.end + EXTENT_MD5.start)
         in_place = lost or self._marked(found.end)
+        # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
+        # `peek` tells breaks behind its start only.
         broken = start in self.window.source.breaks
         stop = start if broken else start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
@@ -6920,6 +6986,7 @@ class Rescue:
             return chain
         cut = stop < found.end
         self._offset = found.end
+        # Bytes are missing if the next extent begins inside this one.
         following = self._search(start, stop, near=found.end, cut=cut)
         if cut and not following:
             chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
@@ -6927,6 +6994,7 @@ class Rescue:
             self._offset = stop
             return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
         self._shifted = True
+        # What is not proven may be a guest's: then it is payload, too.
         end = min(self._offset, stop) if following and following.proven else stop
         self._write(found, chain, start, end, doubtful=True)
         text = "bytes are missing or added in the extent"
@@ -6948,6 +7016,7 @@ class Rescue:
                 # The canonical order goes on, so the break has cost this extent's bytes only.
                 breaks = self.window.source.breaks
                 start = breaks[bisect.bisect_right(breaks, self._offset) - 1]
+                # Its end is known, so it is placed from there.
                 begin = found.extent.payload_size - (self._offset - start)
                 self._write(found, chain, start, self._offset, begin)
         return following
@@ -6971,6 +7040,7 @@ class Rescue:
         source = self.window.source
         payload = self.window.peek(start, stop - start)
         doubtful = doubtful or chain.doubtful
+        # Nearly all extents are whole, and need no look at each cluster.
         certain = not doubtful and len(payload) == found.extent.payload_size
         certain = certain and not overlaps(source.lost, start, stop)
         certain = certain and not overlaps(source.doubtful, start, stop)
@@ -7014,6 +7084,7 @@ class Rescue:
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        # An extent that proves nothing cannot begin the order.
         known = chain.proven or self._key
         if known and self._key is not None and self._uuid == CANONICAL_UUID:
             in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
@@ -7029,11 +7100,13 @@ class Rescue:
                 holder = self._chains[held >> 2]
                 # The same header again is only a part of the archive that is there twice.
                 holder.dropped = holder.dropped or found.extent.md5 not in self._headers
+                # Blocks that are not stored must not keep the other one's bytes.
                 disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
             state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
             entry = chain.number << 2 | state
             entries[first : first + count] = array.array("I", [entry]) * count
         self._headers.add(found.extent.md5)
+        # `_write` enters them, each with its state.
         if found.extent.block_count:
             for info in found.extent.blockinfo:
                 if info >> 48 and info >> 32 & 0xFF:
@@ -7052,14 +7125,16 @@ class Rescue:
                 count = disk.end
             size = device.size
             if device.is_vmstate or disk.end > count:
+                # As Proxmox restores it: a vmstate ends with its last cluster.
                 size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
             lost, doubtful = self._unsure(disk, max(count, disk.end), size)
             try:
                 disk.target.truncate(size)
             except VmaError:
+                # A damaged size may be more than the file system takes.
                 if disk.exact:
                     raise
-                disk.target.truncate(disk.end * CLUSTER_SIZE)  # the size is wrong
+                disk.target.truncate(disk.end * CLUSTER_SIZE)
             if lost:
                 number = sum(-(-each // CLUSTER_SIZE) for _, each in lost)
                 text = f"{device.title}: {plural(number, 'cluster')} not found"
@@ -7082,13 +7157,16 @@ class Rescue:
             state = entry & 3
             if entry and self._chains[entry >> 2].dropped:
                 for cluster_num in range(first, end):
+                    # What was written there came from a guest's disk: it is lost, not doubtful.
                     disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
                 state = 0
+            # A checksum that fails may itself be wrong, unless extents did not follow each other.
             if state == FOUND_STORED and self.window.source.suspect + self._shifted > 1:
                 state = FOUND_DOUBTFUL
             if state in (0, FOUND_DOUBTFUL):
                 ranges = doubtful if state else lost
                 start, stop = first * CLUSTER_SIZE, min(end * CLUSTER_SIZE, size)
+                # Neighbours from two chains are one range to who reads it.
                 if ranges and sum(ranges[-1]) == start:
                     ranges[-1][1] += stop - start
                 else:
@@ -7123,10 +7201,12 @@ def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
 
 def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
     """Return the extent header at an offset of a canonical archive as its index has it."""
+    # An entry is the offset of the payload << 16, and the mask; see DeviceIndex.
     place = offset + EXTENT_HEADER_SIZE << 16
     for dev_id, entries in index.entries.items():
         first = bisect.bisect_left(entries, place)
         masks = [entry & FULL_MASK for entry in entries[first : first + index.cluster_count]]
+        # Only an extent's first cluster lies right behind a header.
         if masks and entries[first] >> 16 == place >> 16 and first % index.cluster_count == 0:
             infos = [mask << 48 | dev_id << 32 | first + i for i, mask in enumerate(masks)]
             return pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
@@ -7141,6 +7221,7 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
     with Input(name, raw) as file, ExitStack() as stack:
         if size is not None:
             with os_errors_as(name):
+                # Not a FileInput: that gives up at the first unreadable sector.
                 file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
         codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
