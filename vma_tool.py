@@ -6905,7 +6905,7 @@ class Rescue:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
                 chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
                 if proven and self._key and extents[0].keys:
-                    # The order never goes back: a chain that went further was found in a guest's disk.
+                    # The order never goes back: a chain that went further was a guest's.
                     self._key = extents[0].keys[0]
                     for other in self._chains:
                         if not other.proven and other.key > self._key:
@@ -7256,6 +7256,7 @@ def notice(args: Namespace, text: str) -> None:
 def require_report() -> None:
     """Raise VmaError, before anything is done, if standard output is closed."""
     if sys.stdout is None:
+        # Found out afterwards, it would cost the work of hours.
         raise VmaError("standard output is closed: there is nowhere to report to")
 
 
@@ -7271,6 +7272,7 @@ def progress_of(args: Namespace, *sources: Input) -> Progress:
     totals = [source.total for source in sources]
     progress.begin(
         "reading",
+        # Of a pipe, nobody knows the total: then no percentage is shown.
         sum(totals) if all(totals) else 0,
         lambda: sum(source.position() for source in sources),
     )
@@ -7286,6 +7288,7 @@ def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
     with ExitStack() as stack:
         contents = stack.enter_context(open_archive(args.archive, args.base))
         progress = stack.enter_context(progress_of(args, *contents.inputs))
+        # A stream cannot be read twice: it is checked while the disks are written.
         if not contents.ordered:
             contents.complete()
         yield contents, progress
@@ -7311,6 +7314,7 @@ def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
     if args.base is not None and args.scan:
+        # What a difference and its base make is laid out nowhere.
         raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
     contents: Contents | None = None
@@ -7320,6 +7324,7 @@ def cmd_list(args: Namespace) -> int:
             source = contents.source
         else:
             source = stack.enter_context(
+                # The header is enough for a plain listing, also if what follows it is damaged.
                 open_input(args.archive, index=args.scan or args.partitions)
             )
             contents = contents_of(source) if args.scan or args.partitions else None
@@ -7329,14 +7334,17 @@ def cmd_list(args: Namespace) -> int:
         if contents:
             contents.complete()
             if isinstance(contents, Overlay):
+                # With another base, its clusters would make a table that no guest has had.
                 progress = stack.enter_context(progress_of(args, contents.base.source))
                 contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
+                # RAM has no partition table.
                 if not device.is_vmstate:
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
         header = contents.header if contents else read_header(source, whole=False)
         found = describe(source, header, contents if args.scan else None, tables)
+        # Before anything is printed: half an old and half a new archive is neither.
         for each in inputs:
             each.check_unchanged()
     if args.json:
@@ -7387,6 +7395,7 @@ def describe(
 
 def plain_name(path: str) -> str:
     """Return a name for the plain form of a compressed archive, or of standard input."""
+    # The result must not be the input: x.vma gives x.vma.new.
     root, extension = os.path.splitext(path)
     return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
@@ -7413,6 +7422,7 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
         mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
         return {"mount": extracted, "extracted": extracted, "mounted": mounted}
     command = OPEN_COMMANDS.get(file_system)
+    # A disk without a table is opened as a whole.
     number = f"p{partition.number}" if partition.number else ""
     return {
         "mount": None,
@@ -7481,6 +7491,7 @@ def cmd_verify(args: Namespace) -> int:
     worst = 0
     for argument in args.archive:
         try:
+            # A directory that cannot be read costs only itself, like an archive.
             paths = find_archives(argument) if os.path.isdir(argument) else [argument]
         except VmaError as error:
             paths = []
@@ -7493,6 +7504,7 @@ def cmd_verify(args: Namespace) -> int:
                 status = error.exit_status
                 print_error(error)
                 if args.json:
+                    # One object each: a script sees that it was looked at.
                     print(to_json({"archive": path, "ok": False, "error": str(error)}), flush=True)
             worst = max(worst, status)  # a bad archive counts more than one that cannot be read
     return worst
@@ -7507,6 +7519,7 @@ def verify_one(args: Namespace, path: str) -> int:
         try:
             verify_input(args, path, str(error.args[0]))
         except VmaError:
+            # As a stream it fails as well: the first fault is nearer to the damage.
             raise error from None
     return 0
 
@@ -7522,11 +7535,13 @@ def verify_input(args: Namespace, path: str, fault: str = "") -> None:
             source.read_all = True  # a sector that cannot be read must not pass
         contents = contents_of(source)
         with in_archive(source.name):
+            # Names that no file can have do not restore; nothing here needs them otherwise.
             check_names(contents.header)
         for _ in ticking(contents.extents(), progress):
             pass
         progress.finish()
         source.check_unchanged()
+        # Of a stream, everything is read anyway.
         what = "headers only" if args.quick and source.size is not None else "all data read"
         if source.note or fault:
             what += f", as a stream: {source.note or fault}"
@@ -7545,6 +7560,7 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
     def ranges() -> Iterator[tuple[int, int]]:
         start = 0
         for i in range(1, source.frame_count + 1):
+            # Whole frames, as many as a buffer holds: so none is decompressed twice.
             if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
                 yield start, source.table.offsets[i]
                 progress.tick()
@@ -7562,6 +7578,7 @@ def verify_difference(args: Namespace, path: str) -> int:
     with ExitStack() as stack:
         contents = stack.enter_context(open_archive(path, args.base))
         with progress_of(args, *contents.inputs) as progress:
+            # A consumer that does nothing: reading the parts checks them, and the base's digests.
             copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
             progress.finish()
         contents.check_unchanged()
@@ -7586,6 +7603,7 @@ def verify_against(args: Namespace, path: str) -> int:
             found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
             found += compare_disks(ours, theirs, progress)
             progress.finish()
+        # Before the verdict: files that change meanwhile may differ, or not, for that reason only.
         ours.check_unchanged()
         theirs.check_unchanged()
     if args.json:
@@ -7593,6 +7611,7 @@ def verify_against(args: Namespace, path: str) -> int:
         print(to_json({**result, "differences": found}), flush=True)
     elif not found and not args.quiet:
         print(f"{source.name}: OK, the same as {other.name}", flush=True)
+    # An archive that differs is an error; --json has the lines in its object.
     for line in found if not args.json else ():
         print_error(f"{source.name}: differs from {other.name}: {line}")
     return EXIT_BAD if found else 0
@@ -7669,6 +7688,7 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
     chosen = set()
     for text in lists:
         for word in [text] if text in known else text.split(","):  # a name may have a comma itself
+            # Dashes on both sides, so that scsi1 is not taken for scsi10.
             fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
             if word in known:
                 fitting = [word]
@@ -7692,6 +7712,7 @@ def extract_one(args: Namespace) -> int:
         with open_output(args.output, args.force, contents.readers, device) as output:
             if isinstance(output, PartialFile):
                 warn_of_leftovers(args, output.directory)
+            # The holes of a new file are zeros; a device may have other bytes there.
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
@@ -7725,10 +7746,13 @@ def extract_mapped(args: Namespace) -> int:
         with signals_blocked():
             directory.commit(replace=False)
             for config in header.configs:
+                # If a disk fails later, the configs must not stay alone.
                 undo.callback(directory.remove, config.name)
         print_contents(header)
+        # Only now: a FIFO has no map in it before qmrestore has read the lines above.
         with os_errors_as(escape(args.map)), open(args.map, "rb") as lines:
             plan = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
+        # qmrestore may ask for throttling or a cache, which do not change what is written.
         if plan.ignored:
             options = ", ".join(sorted(set(map(escape, plan.ignored))))
             notice(args, f"{escape(args.map)}: not applied here: {options}")
@@ -7770,7 +7794,7 @@ def open_destinations(
         if device.name not in plan.places:
             raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
         place = plan.places[device.name]
-        if place is None:
+        if place is None:  # the map leaves it out
             continue
         path, write_zeros = place
         refuse_same(paths_read(args), path)
@@ -7779,6 +7803,7 @@ def open_destinations(
         used.append(path)
         targets[device.dev_id] = stack.enter_context(open_destination(path, device))
         if write_zeros:
+            # Only who made the map knows whether the storage is all zeros already.
             zeros.add(device.dev_id)
     return targets, zeros
 
@@ -7787,6 +7812,7 @@ def cmd_mount(args: Namespace) -> int:
     """Mount an archive; serve it in the background, or as long as a command runs."""
     if sys.platform != "linux":
         raise VmaError("mount speaks to the Linux kernel: on other systems, extract the disks")
+    # It would count as no command, and the archive would stay mounted.
     if args.command == []:
         raise UsageError("no command after --")
     options = sorted({option for options in args.options for option in options})
@@ -7795,22 +7821,28 @@ def cmd_mount(args: Namespace) -> int:
         require_any_place(args, contents.inputs, "mount")
         for source in contents.inputs:
             if isinstance(source, FramesInput):
+                # Many programs may read at different places at once.
                 source.cached_frames = MOUNT_FRAMES
         with progress_of(args, *contents.inputs) as progress:
             size = sum(source.size or 0 for source in contents.inputs)
             progress.begin(
                 "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
             )
+            # A damaged archive is refused here, not when a program reads it later.
             contents.complete(progress.tick)
+            # Reading here and there would not show that it is the wrong one.
             if isinstance(contents, Overlay):
                 contents.check_base(progress)
             files = mounted_files(contents)
             contents.check_unchanged()
         in_background = not (args.foreground or args.command)
+        # In the background, standard error belongs to nobody any more.
         log = log_to_syslog if in_background else print_error
         readers = contents.readers
+        # Nobody may read a disk through the mount who cannot read the archive.
         mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
         server = FuseServer(files, mode, contents.header.ctime, log)
+        # Before mounting: a signal in between would leave a mount that nobody serves.
         with waiting_signals() as signals:
             server.fd = point.mount()
             if args.foreground and not args.command:
@@ -7832,6 +7864,7 @@ def mount_and_leave(
             else:
                 print_error(f"{point.name}: {STILL_IN_USE}")
 
+        # Until the child serves, every access would hang.
         undo.callback(point.unmount)
         child = start_server(server, point, signals, keep_stderr=bool(args.command))
         undo.pop_all()
@@ -7892,6 +7925,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
     with loaded(args) as (contents, progress):
         source, header = contents.source, contents.header
         if for_pack:
+            # pack takes names as they are; Proxmox's extract makes disk-NAME.raw of them.
             names = {device.dev_id: device.name for device in header.devices}
             extra = [DESCRIPTION_NAME]
         else:
@@ -7901,6 +7935,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         refuse_twice(source.name, files)
         for name in files:
+            # With --force, a disk would replace the archive that it is read from.
             refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
         with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
@@ -8028,6 +8063,7 @@ def cmd_create(args: Namespace) -> int:
     paths = {}
     for spec in [*args.devices, *args.disks]:
         text = spec
+        # Proxmox's program takes a format in front of the name.
         if text.startswith("format="):
             image_format, _, text = text.removeprefix("format=").partition(":")
             disk = escape(text.partition("=")[2])
@@ -8067,6 +8103,7 @@ def cmd_optimize(args: Namespace) -> int:
         refuse_same(paths_read(args), args.output)
     if args.output != "-" and not args.quiet:
         require_report()
+    # OUTPUT may be another name of the same file.
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
     if not in_place:
@@ -8081,6 +8118,7 @@ def cmd_optimize(args: Namespace) -> int:
         if in_place:
             require_replaceable(path, source, args.compress)
         progress = stack.enter_context(progress_of(args, *contents.inputs))
+        # Rewriting it would give the same bytes, and cost a new copy in each snapshot.
         if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
@@ -8092,12 +8130,14 @@ def cmd_optimize(args: Namespace) -> int:
             raise UsageError("optimize: --check reads both archives again: name files")
         if file is None and not contents.ordered:
             check_extents(contents)  # what goes into a pipe cannot be taken back
+        # So a full disk shows at once. How large the others become is not known.
         if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
         write_archive(args, contents, output, level, progress)
         if file and (args.check or (args.check is None and in_place)):
             check_contents(args, contents, file, level, progress)
         if file and in_place:
+            # It is the same backup: what keeps or removes by age must not take it for a new one.
             file.times = source.state
         finish_writing(output.sync, progress)
         output.commit(lambda: contents.check_unchanged(path if in_place else None))
@@ -8125,6 +8165,7 @@ def cmd_diff(args: Namespace) -> int:
         for contents in (base, new):
             if not contents.ordered:
                 contents.complete()
+        # The difference shows something of both.
         readers = common_readers([base.readers, new.readers])
         output = stack.enter_context(open_output(args.output, args.force, readers))
         names = [
@@ -8227,6 +8268,7 @@ examples:
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
+    # parse_known_intermixed_args comes back to parse_known_args, which then does what it always did.
     _intermixed = False
     title = ""  # what the command does, for the list of all commands
 
@@ -8253,6 +8295,7 @@ class Once(argparse.Action):
 
 
 def parse_option(text: str) -> tuple[str, str]:
+    # A line of a config is `key: value`; neither part may begin a new line, a section or a comment.
     match = re.fullmatch(r"([^=:[#\n\r \t]+)=([^\n\r]*)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
@@ -8260,6 +8303,7 @@ def parse_option(text: str) -> tuple[str, str]:
 
 
 def parse_storage(text: str) -> str:
+    # The lines of the map are separated by colons.
     if not re.fullmatch(r"[^\s:]*", text):
         raise argparse.ArgumentTypeError(f"{quote(text)} is no storage's name")
     return text
@@ -8321,6 +8365,7 @@ def layout_options() -> CommandParser:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each command sets `func` to the function that runs it."""
     parser = argparse.ArgumentParser(
+        # Not the name of the file: the examples use this one.
         prog="vma-tool",
         parents=[common_options(False)],
         usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
@@ -8359,12 +8404,14 @@ def add_command(
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  vma-tool {name} {example}",
     )
+    # argparse keeps the text of `help` where no public name reaches it.
     command.title = text
     command.set_defaults(func=func)
     added: Callable[..., argparse.Action] = command.add_argument
     return added
 
 
+# Arguments that several commands have read the same in the --help of each.
 FLAG: dict[str, Any] = {"action": "store_true"}
 BASE: dict[str, Any] = {
     "action": Once,
@@ -8494,6 +8541,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     command = None
     if "--" in words:
         end = words.index("--")
+        # Only mount takes a command behind it; elsewhere it ends the options.
         if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
             words, command = words[:end], words[end + 1 :]
             end = len(words)
@@ -8513,6 +8561,7 @@ def cmd_completion(args: Namespace) -> int:
     for name, command in commands.items():
         words: list[str] = []
         for action in command._actions:
+            # The pattern of a shell's case: COMMAND:OPTION
             pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
             if action.choices and pattern:
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
@@ -8522,6 +8571,7 @@ def cmd_completion(args: Namespace) -> int:
             if pattern:
                 words += action.option_strings
             else:
+                # Choices of a positional argument come first, as they are typed without a dash.
                 words = [*(action.choices or ()), *words]
         cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
     if args.shell == "zsh":
@@ -8576,6 +8626,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         status = int(args.func(args))
         if sys.stdout is not None:  # closed by the caller
+            # A full disk or a closed pipe shows here, and not in the interpreter's exit.
             sys.stdout.flush()
     except VmaError as error:
         status, message = error.exit_status, str(error)
