@@ -6049,7 +6049,7 @@ class DecodedSalvage(Salvage):
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
-        self._table: SeekTable | None = None
+        self._table = SeekTable(array.array("Q", [0]), array.array("Q", [0]))  # of no frames
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
 
@@ -6160,18 +6160,19 @@ class DecodedSalvage(Salvage):
                 self._masks = parse_index(zstd, data, 4 * end)
 
     def index(self, header: Header) -> ArchiveIndex | None:
-        if self._table and self._masks:
+        if self._masks:
             devices = canonical_order(header.devices)
             with suppress(FormatError):
                 found = index_archive(header.size, devices, self._masks, self._table)
+                # Of two that fit, only extent headers that may be lost tell the right one.
                 return found[0] if len(found) == 1 else None
         return None
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
         """Return the sizes, compressed and not, of a frame by the seek table."""
-        if not self._table or not 0 <= number < len(self._table.offsets) - 1:
+        plain, stored = self._table
+        if not 0 <= number < len(plain) - 1:
             return None
-        stored, plain = self._table.compressed_offsets, self._table.offsets
         return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
 
     def _find_number(self, sizes: tuple[int, int], first: int) -> int:
@@ -6217,7 +6218,7 @@ class DecodedSalvage(Salvage):
                 # A copy: a thread decompresses it while the window moves on.
                 frame = bytes(data[:size])
                 number = self._find_number((size, plain), self._number)
-                if self._table and number > self._number >= 0:
+                if number > self._number >= 0:
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
                     zeros = bytes(min(lost, FRAME_MAX_SIZE))
                     yield Chunk(zeros, self._flaw("frames are missing"))
@@ -6239,7 +6240,7 @@ class DecodedSalvage(Salvage):
                 self._number += 1
                 return known[1]
         self._next_frame(zstd)
-        if known and self._table:
+        if known:
             self._number = -1
             with suppress(FormatError):
                 size, found, _ = parse_frame(self.window.peek(self.position, PIECE_ROOM))
@@ -6359,13 +6360,12 @@ class DecodedSalvage(Salvage):
                 # Deflate refers to the 32 KiB before: without them, nothing more decompresses.
                 yield Chunk(None, self._flaw(self._fault))
                 return
-            # RFC 1952 2.3.1: CRC32, ISIZE
-            stored = struct.unpack("<II", bytes(self.window.peek(self.position, 8)).ljust(8, b"\0"))
-            if stored != (sums[0], sums[1] & 0xFFFFFFFF):
+            stored = bytes(self.window.peek(self.position, 8))
+            found = struct.pack("<II", *sums)  # RFC 1952 2.3.1: CRC32, ISIZE
+            if stored != found:
                 # If most of the checksum is right, it is the checksum itself that is damaged.
-                wrong = sum(map(operator.ne, *(n.to_bytes(4, "big") for n in (stored[0], sums[0]))))
-                whole = wrong < 3 or len(self.window.peek(self.position, 8)) < 8
-                certain = not whole and stored[1] == sums[1] & 0xFFFFFFFF
+                whole = sum(map(operator.ne, stored[:4], found)) < 3 or len(stored) < 8
+                certain = not whole and stored[4:] == found[4:]
                 self.suspect = 2 if certain else 0 if whole else 1
                 yield Chunk(b"", self._flaw("the checksum does not match"))
             self.position += 8
@@ -6379,7 +6379,7 @@ class DecodedSalvage(Salvage):
             # Its output is limited: a piece may decompress to a thousand times its size.
             piece = decoder.unconsumed_tail or self._feed(DECODE_SIZE)
             if data := decoder.decompress(piece, DECODE_SIZE):
-                sums[:] = zlib.crc32(data, sums[0]), sums[1] + len(data)
+                sums[:] = zlib.crc32(data, sums[0]), (sums[1] + len(data)) & 0xFFFFFFFF
                 yield data
         self.position -= len(decoder.unused_data)
 
@@ -6741,7 +6741,8 @@ class Rescue:
             chain = found or self._begin(window.end, proven=True)
             chain.proven = True
             chain.note(0, f"the header is damaged, {used}: {error}")
-        for config in header.configs if header else ():
+        header = header or Header(self._uuid, 0, (), ())
+        for config in header.configs:
             # Nothing stops for a name: the rest of the archive is still worth having.
             fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
             if fault or config.name in self._names:
@@ -6751,9 +6752,9 @@ class Rescue:
             self._names.add(config.name)
             self._create(config.name).append([config.data])
             self.configs.append(config)
-        for device in header.devices if header else ():
+        for device in header.devices:
             self._add_disk(device, chain)
-        if header and self._uuid == CANONICAL_UUID:
+        if self._uuid == CANONICAL_UUID:
             # A canonical archive begins with the first cluster of its first device.
             for device in canonical_order(header.devices)[:1]:
                 self._key = device.is_vmstate, device.dev_id, 0
@@ -6797,12 +6798,11 @@ class Rescue:
         keys = [info & CLUSTER_KEY for info in infos]
         runs: list[tuple[int, int, int]] = []
         for key in sorted(keys):
-            dev_id, cluster_num = key >> 32, key & 0xFFFFFFFF
-            last = runs[-1] if runs else (0, 0, 0)
-            if dev_id != last[0] or cluster_num != last[1] + last[2]:
-                runs.append((dev_id, cluster_num, 1))
+            dev_id, first, count = runs[-1] if runs else (0, 0, 0)
+            if (key >> 32, key & 0xFFFFFFFF) == (dev_id, first + count):
+                runs[-1] = dev_id, first, count + 1
             else:
-                runs[-1] = (dev_id, last[1], last[2] + 1)
+                runs.append((key >> 32, key & 0xFFFFFFFF, 1))
         for dev_id, first, count in runs:
             # A damaged header may have lost a device.
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
@@ -7573,22 +7573,25 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
     pump(ranges(), lambda place, _: place, [lambda _: None], work)
 
 
+def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
+    """Read all clusters, which checks them, and hand them to a consumer."""
+    with progress_of(args, *contents.inputs) as progress:
+        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+        progress.finish()
+    contents.check_unchanged()
+
+
 def verify_difference(args: Namespace, path: str) -> int:
     """Read a difference and its base, and say that the archive they make will restore."""
-    with ExitStack() as stack:
-        contents = stack.enter_context(open_archive(path, args.base))
-        with progress_of(args, *contents.inputs) as progress:
-            # A consumer that does nothing: reading the parts checks them, and the base's digests.
-            copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
-            progress.finish()
-        contents.check_unchanged()
-        devices = contents.header.devices
+    with open_archive(path, args.base) as contents:
+        read_all(args, contents, Consumer())  # which does nothing
     if args.json:
         description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
         description.update(describe(contents.source, contents.header, None, {}))
         print(to_json(description), flush=True)
     elif not args.quiet:
         source, base = contents.inputs
+        devices = contents.header.devices
         size = format_size(sum(device.size for device in devices))
         what = f"a difference from {base.name}, {plural(len(devices), 'device')}, {size}"
         print(f"{source.name}: OK, {what}, all data read", flush=True)
@@ -7621,10 +7624,7 @@ def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
     with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
-        with progress_of(args, *contents.inputs) as progress:
-            copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
-            progress.finish()
-        contents.check_unchanged()
+        read_all(args, contents, consumer)
     files: list[dict[str, Any]] = []
     for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
@@ -8268,8 +8268,7 @@ examples:
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
-    # parse_known_intermixed_args comes back to parse_known_args, which then does what it always did.
-    _intermixed = False
+    _intermixed = False  # whether parse_known_intermixed_args is at work
     title = ""  # what the command does, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
@@ -8378,8 +8377,9 @@ def build_parser() -> argparse.ArgumentParser:
         parser_class=CommandParser, help=argparse.SUPPRESS,
     )  # fmt: skip
     again = common_options(argparse.SUPPRESS)  # global options may also precede the command
-    add_reading_commands(functools.partial(add_command, commands, again))
-    add_writing_commands(functools.partial(add_command, commands, again))
+    add = functools.partial(add_command, commands, again)
+    add_reading_commands(add)
+    add_writing_commands(add)
     lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
     for group, names in COMMAND_GROUPS.items():
         lines += ["", f"{group}:"]
@@ -8571,7 +8571,7 @@ def cmd_completion(args: Namespace) -> int:
             if pattern:
                 words += action.option_strings
             else:
-                # Choices of a positional argument come first, as they are typed without a dash.
+                # First, as words that begin with an option are only offered after a dash.
                 words = [*(action.choices or ()), *words]
         cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
     if args.shell == "zsh":
