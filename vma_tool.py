@@ -5771,17 +5771,17 @@ def log_to_syslog(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue: what is left of a damaged archive. Its bytes slide through a window; where extents do not
-# follow one another any more, the next whole header is searched for
+# Rescue: recover disks from a damaged archive. Its bytes slide through a window. Where extents no
+# longer follow one another, the next whole header is searched for
 
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
-# An extent, and the HORIZON behind it. The window grows where that is not enough.
+# Holds an extent and the HORIZON after it. The window grows where that is not enough.
 RESCUE_WINDOW_SIZE = 12 << 20
 READ_SIZE = 1 << 20
-PATTERN_MAX_SIZE = 32  # what `Window.search` looks for is shorter
-PAGE_SIZE = 4096  # as much of a file cannot be read around one bad sector
-# What a damaged disk or file system answers. After any other error, nothing can be read any more.
+PATTERN_MAX_SIZE = 32  # longer than any match of `Window.search`
+PAGE_SIZE = 4096  # the kernel reads files by the page: one bad sector costs all of it
+# Errors of a damaged disk or file system. After any other error, nothing more can be read.
 DAMAGE_ERRORS = {
     getattr(errno, name, errno.EIO)
     for name in ("EIO", "ENODATA", "EBADMSG", "EUCLEAN", "EREMOTEIO", "EILSEQ")
@@ -5790,7 +5790,7 @@ EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
 # A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
 # cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
 HORIZON = 2 * EXTENT_MAX_SIZE
-NEAR_SIZE = 64 << 10  # bytes by which an extent is not where it is expected, in an odd archive
+NEAR_SIZE = 64 << 10  # bytes by which an extent may miss its expected place
 ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
 CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
 FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
@@ -5805,10 +5805,10 @@ class Flaw(NamedTuple):
 
 
 class Salvage:
-    """The bytes of a damaged archive that can still be had, in order.
+    """The readable bytes of a damaged archive, in order.
 
-    Offsets count the bytes given. Lost ones are given as zeros; at a break, an unknown number of
-    them is missing. The lists are complete for what was read.
+    Lost bytes read as zeros; at a break, an unknown number of bytes is missing. Offsets count the
+    bytes as they are read. The lists are complete up to the last byte read.
     """
 
     def __init__(self) -> None:
@@ -5845,7 +5845,7 @@ class RawSalvage(Salvage):
             try:
                 got = self.file.file.readinto(page if self._failing else view[count:])
             except OSError as error:
-                # A pipe cannot be read behind an error: it has no places.
+                # A pipe cannot seek, so nothing after an error can be read.
                 if self.file.raw is None or error.errno not in DAMAGE_ERRORS:
                     message = f"{self.file.name}: offset 0x{offset:x}: {system_message(error)}"
                     raise VmaError(message) from error
@@ -5873,7 +5873,7 @@ class RawSalvage(Salvage):
 
 
 class Window:
-    """Bytes of a Salvage, from a place on that only moves forward. A thread reads the next ones.
+    """A part of a Salvage's bytes that only moves forward. A thread reads ahead.
 
     Views of it are valid until the next call.
     """
@@ -5885,7 +5885,7 @@ class Window:
         self.end = 0  # of the bytes that have been read
         self._view = new_buffer(size)
         self._base = 0  # offset of the view's first byte
-        self._kept = 0  # what is before may go
+        self._kept = 0  # bytes before this offset may go
         self._ended = False
         self._reading = False
         self.progress: Progress | None = None
@@ -5915,7 +5915,7 @@ class Window:
         breaks = self.source.breaks
         following = bisect.bisect_right(breaks, offset)
         if following < len(breaks):
-            # What is on both sides of a break does not belong together.
+            # The bytes before and after a break do not belong together.
             end = min(end, breaks[following])
         return self._view[offset - self._base : max(end, offset) - self._base]
 
@@ -5934,12 +5934,12 @@ class Window:
     def search(self, pattern: re.Pattern[bytes], start: int, stop: int | None = None) -> int | None:
         """Return where pattern first occurs from start on, and before stop if given; else None.
 
-        Without stop, what has been searched may go.
+        Without stop, the bytes searched may go.
         """
         while True:
             limit = start + READ_SIZE if stop is None else min(start + READ_SIZE, stop)
             self._fill(limit + PATTERN_MAX_SIZE)
-            # A match may begin before the limit and end behind it.
+            # A match may begin before the limit and end after it.
             end = min(limit + PATTERN_MAX_SIZE, self.end) - self._base
             match = pattern.search(self._view, start - self._base, end)
             if match and (stop is None or match.start() + self._base < stop):
@@ -5970,7 +5970,7 @@ class Window:
                 return
 
     def _order(self, end: int) -> None:
-        """Let the thread read, if there is room. For what comes before end, make room."""
+        """Let the thread read, if there is room. For bytes before end, make room."""
         room = len(self._view) - (self.end - self._base)
         # Moving costs a copy: it waits until it must be, or until most of the view is free.
         if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
@@ -5988,12 +5988,12 @@ class Window:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, compressed files: what they give up to the damage, and from the next frame or block on
+# Rescue, compressed files: decompress up to the damage, then from the next frame or block on
 
-PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # what a frame or block decompressed at once may have
-DECODE_SIZE = 64 << 10  # what is decompressed by one call, and lost if that finds damage
-LATE_BLOCKS = 4  # of zstd, that may have passed before damage is noticed
-HOLD_SIZE = 2 << 20  # by so many bytes a decompressor may notice damage late
+PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
+DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
+LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
+HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
 ZSTD_PATTERN = re.compile(re.escape(FRAME_MAGIC.to_bytes(4, "little")))
 XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
 XZ_CHECK_SIZE = 8  # of CRC64, as usual
@@ -6017,7 +6017,7 @@ RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", "
 
 
 class Chunk(NamedTuple):
-    """What a decompressor gives: bytes, or a flaw and as many zeros as bytes are lost there.
+    """Decompressed bytes; or a flaw, and a zero for each byte that it costs.
 
     With a flaw, None stands for an unknown number of bytes.
     """
@@ -6033,9 +6033,9 @@ Task = Union[
 
 
 class DecodedSalvage(Salvage):
-    """What a damaged compressed file still holds; its codec gives that in chunks.
+    """The readable bytes of a damaged compressed file, decompressed in chunks by its codec.
 
-    `position` is where in the file the codec is.
+    `position` is the codec's offset in the compressed file.
     """
 
     def __init__(self, file: Input, window: Window, codec: str) -> None:
@@ -6222,7 +6222,7 @@ class DecodedSalvage(Salvage):
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
                     zeros = bytes(min(lost, FRAME_MAX_SIZE))
                     yield Chunk(zeros, self._flaw("frames are missing"))
-                # Sizes that are not in the table are damaged: then the table tells what is lost.
+                # Sizes that are not in the table are damaged: then the table says how much is lost.
                 lost = known[1] if known and number < 0 else plain
                 yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
                 self.position += size
@@ -6230,7 +6230,7 @@ class DecodedSalvage(Salvage):
             self.window.forget(self.position)
 
     def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
-        """Go on behind a damaged frame; return how many bytes are lost, None if nobody knows."""
+        """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
         first, known = self._number, self._sizes(self._number)
         if known:
             # The next frame is where the table has it: so no byte of this one is missing.
@@ -6371,7 +6371,7 @@ class DecodedSalvage(Salvage):
             self.position += 8
 
     def _gzip_data(self, sums: list[int]) -> Iterator[bytes]:
-        """Yield what a member holds, and count its CRC and size."""
+        """Yield a member's data; keep its CRC and size modulo 2^32 in `sums`."""
         import zlib
 
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -6403,13 +6403,16 @@ class DecodedSalvage(Salvage):
                     return
 
     def _xz_data(self, decoder: Any, start: bytes) -> Iterator[bytes]:
-        """Yield what blocks hold; after a `start` that stands for other blocks, up to the index."""
+        """Yield the data of blocks.
+
+        `start` replaces blocks that were passed over: then the index, which has them, is not read.
+        """
         piece = start
         self._at_checksum = False
         while not decoder.eof:
             if decoder.needs_input and not piece:
                 data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
-                end = 0  # size of what is behind the blocks, if it is near
+                end = 0  # size of index and footer, if they are near
                 if len(data) < DECODE_SIZE + XZ_END_SIZE and bytes(data[-2:]) == b"YZ":
                     # The footer has the index's size, in units of four bytes, less one.
                     end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
@@ -6458,7 +6461,7 @@ class DecodedSalvage(Salvage):
             yield Chunk(None, self._flaw("damaged", 0))
         while bit is not None:
             self.window.forget(bit // 8)
-            # Behind the magic comes a block's CRC; behind the end's, that of all blocks.
+            # A block's CRC follows its magic; the CRC of all blocks follows the end's.
             crc = self._bits(bit + 48, 32)
             self.position = bit // 8
             if magic == BZIP2_END:
@@ -6471,7 +6474,7 @@ class DecodedSalvage(Salvage):
             end, magic = self._next_bits(bit + 80)
             size = (8 * self.window.end if end is None else end) - bit
             if size > 8 * PIECE_ROOM:
-                size = 0  # what is between is too much for a block
+                size = 0  # too much for a block: other bytes are in between
             # A stream of this block only
             stream = self._bits(bit, size) << 80 | BZIP2_END << 32 | crc
             stream <<= -size % 8
@@ -6505,7 +6508,7 @@ class DecodedSalvage(Salvage):
         end = bit + count
         data = self.window.peek(bit // 8, (end + 7) // 8 - bit // 8)
         missing = (end + 7) // 8 - bit // 8 - len(data)
-        # Bits behind the end count as zeros, so that what is cut needs no case of its own.
+        # Bits after the end count as zeros, so a cut file needs no case of its own.
         number = int.from_bytes(data, "big") << 8 * missing
         return number >> -end % 8 & (1 << count) - 1
 
@@ -6598,7 +6601,7 @@ def lzop_header(data: bytes) -> tuple[int, int]:
     """Return the size of an lzop file's header, and its flags."""
     # Versions before 0.940 lack the version that is needed, the level, and half of the time.
     version = int.from_bytes(data[9:11], "big")
-    at = 17 if version >= 0x940 else 14  # behind the method, and the level
+    at = 17 if version >= 0x940 else 14  # after the method, and the level
     (flags,) = struct.unpack_from(">I", data, at)
     at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
     at += 1 + data[at] + 4  # name, checksum
@@ -6606,13 +6609,13 @@ def lzop_header(data: bytes) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, extents: where one follows another, and where the next whole header is found
+# Rescue, extents: one follows another; else the next whole header is searched for
 
 
 class Found(NamedTuple):
     """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
 
-    `keys` are its place in the canonical order, and behind it; none if it cannot have one.
+    `keys` are its start and end in the canonical order; empty if that has no such extent.
     """
 
     extent: Extent
@@ -6676,9 +6679,9 @@ class RescuedDisk:
 
 
 class Rescue:
-    """Puts together what is left of an archive; `create` makes a file with a name.
+    """Recovers configs and disks from a damaged archive; `create` makes a file of a given name.
 
-    A cluster is lost, or doubtful, or right, as far as an archive without checksums can tell.
+    It calls each cluster lost, doubtful or right, as far as data without checksums allows.
     """
 
     def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
@@ -6716,7 +6719,7 @@ class Rescue:
     # The header
 
     def _read_header(self) -> Chain:
-        """Read the header, or what is left of it, and return the first chain of extents."""
+        """Read the header, as far as it is readable, and return the first chain of extents."""
         window = self.window
         header: Header | None = None
         if window.peek(0, 4) == DIFFERENCE_MAGIC:  # without its base, it has no whole disks
@@ -6731,7 +6734,7 @@ class Rescue:
         except FormatError as error:
             self._exact = False
             start = bytearray(window.peek(0, READ_SIZE))
-            # An extent tells the uuid, and the first one where the header ends.
+            # Any extent has the uuid, and the first one begins where the header ends.
             found = self._search(0)
             for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
                 header = header or guess_header(start[:size], self._uuid)
@@ -6889,12 +6892,12 @@ class Rescue:
             # Each extent of a chain has the magic, and would be followed again.
             seen.update(offsets)
             if through is not None:
-                # The archive goes on there, so what does not meet it lies in a guest's disk.
+                # The archive goes on there, so a chain that misses it lies in a guest's disk.
                 proven = through in (*offsets, extents[-1].end)
                 nested = not proven
             if proven:
                 extents = [found for found in extents if self._fits(found, True)]
-                # What lies in their payload is a guest's.
+                # Headers in their payload are a guest's.
                 start = offsets[-1] + 1
             else:
                 # A part of the archive may be there twice.
@@ -6941,7 +6944,7 @@ class Rescue:
         through = near = None
         try:
             fields = EXTENT.unpack(data)
-            # Its size may still be right. Then what is inside may only be a guest's.
+            # Its size may still be right. Then extents inside its payload are a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
             # block_count and the masks say the same: one of them may be right.
             for size in (fields[2] * BLOCK_SIZE, stored):
@@ -6977,7 +6980,7 @@ class Rescue:
         in_place = lost or self._marked(found.end)
         # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
-        # `peek` tells breaks behind its start only.
+        # `peek` stops at breaks after its start, not at one there.
         broken = start in self.window.source.breaks
         stop = start if broken else start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
@@ -6994,7 +6997,7 @@ class Rescue:
             self._offset = stop
             return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
         self._shifted = True
-        # What is not proven may be a guest's: then it is payload, too.
+        # A chain that is not proven may be a guest's: then it is payload, too.
         end = min(self._offset, stop) if following and following.proven else stop
         self._write(found, chain, start, end, doubtful=True)
         text = "bytes are missing or added in the extent"
@@ -7003,7 +7006,7 @@ class Rescue:
         return following
 
     def _take_rest(self, found: Found, chain: Chain) -> Chain:
-        """Write what comes behind a break in an extent, if that is certain; return its follower."""
+        """Write the payload after a break, if its place is certain; return the next chain."""
         start = self._offset
         following = self._search(start, found.end + 1)
         if following is None:
@@ -7034,8 +7037,8 @@ class Rescue:
     ) -> None:
         """Write the clusters of an extent whose blocks are in a part of its payload.
 
-        The part is at start to stop of the archive, and begins at `begin` of the payload. Of
-        doubtful clusters, what is there is written.
+        The part is at start to stop of the archive, and begins at `begin` of the payload. Doubtful
+        clusters are written even if some of their blocks are missing.
         """
         source = self.window.source
         payload = self.window.peek(start, stop - start)
@@ -7059,7 +7062,7 @@ class Rescue:
                 if doubtful or overlaps(source.doubtful, *place):
                     state = FOUND_DOUBTFUL
             disk.entries[cluster_num] = chain.number << 2 | state
-            # A last cluster may have blocks behind the disk's end.
+            # A last cluster may have blocks after the disk's end.
             limit = disk.device.size if disk.exact else sys.maxsize
             for run_start, run_size in block_runs(mask):
                 offset = cluster_num * CLUSTER_SIZE + run_start
@@ -7150,14 +7153,14 @@ class Rescue:
     def _unsure(
         self, disk: RescuedDisk, cluster_count: int, size: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return [offset, size] in bytes of what is lost and of what is doubtful."""
+        """Return the lost ranges and the doubtful ones, as [offset, size] in bytes."""
         lost: list[list[int]] = []
         doubtful: list[list[int]] = []
         for first, end, entry in disk.spans(cluster_count):
             state = entry & 3
             if entry and self._chains[entry >> 2].dropped:
                 for cluster_num in range(first, end):
-                    # What was written there came from a guest's disk: it is lost, not doubtful.
+                    # These bytes came from an archive in a guest's disk: lost, not doubtful.
                     disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
                 state = 0
             # A checksum that fails may itself be wrong, unless extents did not follow each other.
@@ -7180,7 +7183,7 @@ def guess_header(data: bytearray, uuid: bytes) -> Header | None:
     if not HEADER_FIXED_SIZE < size <= HEADER_MAX_SIZE:
         return None
     fields = HEADER.unpack_from(data)
-    # What Proxmox always writes, in case these fields were hit.
+    # The values that Proxmox always writes, in case these fields were hit.
     usual = HEADER_FIXED_SIZE, size - HEADER_FIXED_SIZE
     for blob_offset, blob_size in (fields[5:7], usual):
         HEADER.pack_into(
@@ -7206,7 +7209,7 @@ def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
     for dev_id, entries in index.entries.items():
         first = bisect.bisect_left(entries, place)
         masks = [entry & FULL_MASK for entry in entries[first : first + index.cluster_count]]
-        # Only an extent's first cluster lies right behind a header.
+        # Only an extent's first cluster follows a header.
         if masks and entries[first] >> 16 == place >> 16 and first % index.cluster_count == 0:
             infos = [mask << 48 | dev_id << 32 | first + i for i, mask in enumerate(masks)]
             return pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
@@ -7225,7 +7228,7 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
                 file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
         codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
-            # Its beginning may be damaged: then the name tells.
+            # Its first bytes may be damaged: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
         window = Window(RawSalvage(file))
         stack.callback(window.close)
@@ -7300,7 +7303,7 @@ def paths_read(args: Namespace) -> list[str]:
 
 
 def require_any_place(args: Namespace, inputs: Sequence[Input], what: str) -> None:
-    """Raise VmaError if an archive or its base is a stream: `what` reads here and there."""
+    """Raise VmaError if an archive or its base is a stream; `what` needs more."""
     for path, source in zip(paths_read(args), inputs):
         if source.size is None:
             raise VmaError(
@@ -7314,7 +7317,7 @@ def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
     if args.base is not None and args.scan:
-        # What a difference and its base make is laid out nowhere.
+        # A difference and its base make an archive that is laid out nowhere.
         raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
     contents: Contents | None = None
@@ -7324,7 +7327,7 @@ def cmd_list(args: Namespace) -> int:
             source = contents.source
         else:
             source = stack.enter_context(
-                # The header is enough for a plain listing, also if what follows it is damaged.
+                # The header is enough for a plain listing, even if the rest is damaged.
                 open_input(args.archive, index=args.scan or args.partitions)
             )
             contents = contents_of(source) if args.scan or args.partitions else None
@@ -7360,7 +7363,7 @@ def cmd_list(args: Namespace) -> int:
 def describe(
     source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
-    """Return what list --json prints; `contents` adds what only a scan can know."""
+    """Return the object that list --json prints; `contents` adds the findings of a scan."""
     difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
     header = whole_header(header)
     devices = [device._asdict() for device in header.devices]
@@ -7401,9 +7404,9 @@ def plain_name(path: str) -> str:
 
 
 def access_commands(device: Device, partition: Partition) -> dict[str, str | None]:
-    """Return how to get at a partition of the disk that extract writes, and of a mounted archive.
+    """Return the commands that open a partition: in extract's disk, and in a mounted archive.
 
-    `mount` is the first of them where it mounts a file system; None where there is no way.
+    `mount` is the first one if it mounts a file system. None where there is no way.
     """
     import shlex
 
@@ -7432,7 +7435,7 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
 
 
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
-    """Print for people what `describe` returned."""
+    """Print the result of `describe` for people."""
     print(f"archive  {archive}")
     print(f"uuid     {found['uuid']}")
     print(f"created  {format_time(found['ctime'])}")
@@ -7691,6 +7694,7 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
             # Dashes on both sides, so that scsi1 is not taken for scsi10.
             fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
             if word in known:
+                # A whole name counts more than parts of others: "scsi1" may be one.
                 fitting = [word]
             if len(fitting) > 1:
                 raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
@@ -7721,7 +7725,7 @@ def extract_one(args: Namespace) -> int:
 
 
 def finish_writing(sync: Callable[[], None], progress: Progress) -> None:
-    """Flush what was written; that may take long, so the progress says so."""
+    """Flush the output; that may take long, so the progress says so."""
     progress.finish()
     progress.begin("flushing", 0, lambda: 0)
     sync()
@@ -7733,6 +7737,7 @@ def extract_mapped(args: Namespace) -> int:
     with ExitStack() as stack:
         contents, progress = stack.enter_context(loaded(args))
         header = contents.header
+        # RAM goes beside the configs, as it has no line in the map.
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
         directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
@@ -7741,6 +7746,7 @@ def extract_mapped(args: Namespace) -> int:
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
             directory.create(config.name).append([config.data])
+        # A name must not appear before its data is on the disk.
         directory.flush()
         undo = stack.enter_context(ExitStack())
         with signals_blocked():
@@ -7859,6 +7865,7 @@ def mount_and_leave(
     with ExitStack() as undo:
 
         def unmount() -> None:
+            # Else the child serves on for as long as a file is open, perhaps for days.
             if point.unmount():
                 os.waitpid(child, 0)  # then nothing is in use any more
             else:
@@ -7875,7 +7882,7 @@ def mount_and_leave(
 
 
 def cmd_rescue(args: Namespace) -> int:
-    """Write what is left of a damaged archive, and say what is lost."""
+    """Recover configs and disks from a damaged archive, and report what is lost."""
     require_report()
     with open_salvage(args.archive) as (source, window):
         progress = progress_of(args, source)
@@ -7885,6 +7892,7 @@ def cmd_rescue(args: Namespace) -> int:
             rescue = Rescue(window, directory.create)
             with in_archive(source.name):
                 rescue.run()
+            # The report is written last, when all is known, and appears with the disks.
             found = rescue.finish()
             directory.create(RESCUE_NAME).append([to_json(found).encode() + b"\n"])
             finish_writing(directory.flush, progress)
@@ -7893,11 +7901,12 @@ def cmd_rescue(args: Namespace) -> int:
         print(to_json(found))
     elif not args.quiet:
         print_rescued(source.name, found)
+    # So that a script does not take the disks for whole.
     return EXIT_BAD if found["damage"] else 0
 
 
 def print_rescued(archive: str, found: Mapping[str, Any]) -> None:
-    """Print for people what `Rescue.finish` returned."""
+    """Print the result of `Rescue.finish` for people."""
     print(f"archive  {archive}")
     for flaw in found["damage"]:
         print(f"damage   offset 0x{flaw['offset']:x}: {escape(flaw['text'])}")
@@ -7946,7 +7955,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 directory.require_empty()
 
             def create(name: str) -> PartialFile:
-                # A symbolic link, or what else is no file, has nothing that its successor keeps.
+                # A symbolic link or another special file has no attributes to keep.
                 state = directory.state(name)
                 replaces = state is not None and stat.S_ISREG(state.st_mode)
                 return directory.create(name, replaces)
@@ -7964,10 +7973,12 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
 
 
 def cmd_pack(args: Namespace) -> int:
-    """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
+    """Write the canonical archive of a directory that unpack or extract wrote, or one like it."""
+    # Not `exists`: a broken link is a mistake to report, not a directory of another kind.
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
     with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
+        # OUTPUT must not replace a disk that it is made of.
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
         refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
@@ -7978,6 +7989,7 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
+    # Everything is checked before OUTPUT is opened.
     require_names(header)
     level = compression_level(args, args.output)
     if args.map is not None:
@@ -7994,6 +8006,7 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
                     f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}, "
                     "as disks have whole sectors",
                 )
+        # Sizes are known only now.
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
         missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
@@ -8007,6 +8020,7 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         progress.begin(
             "reading",
             sum(disk.data_size for disk in disks),
+            # Holes are not read, so they do not count.
             lambda: sum(disk.source.bytes_read for disk in disks),
         )
 
@@ -8032,9 +8046,10 @@ def compression_level(args: Namespace, output: str, compress: bool = False) -> i
 def write_archive(
     args: Namespace, producer: Producer, output: Target, level: int, progress: Progress
 ) -> None:
-    """Write the canonical archive of what a producer has, and check that it reads back."""
+    """Write the canonical archive of a producer's clusters, and check that it reads back."""
     align = ALIGNS[args.align]
     with warning_of_partial(output):
+        # A pipe may have got a part of the archive when an error comes.
         writer = canonical_writer(align, output, level)
         writer.begin(producer.header)
         copy_parts(producer, writer, writer.cluster_count, progress)
@@ -8067,6 +8082,7 @@ def cmd_create(args: Namespace) -> int:
         if text.startswith("format="):
             image_format, _, text = text.removeprefix("format=").partition(":")
             disk = escape(text.partition("=")[2])
+            # A qcow2 image taken for a raw disk would make an archive that restores to garbage.
             require_raw(image_format, f"first run qemu-img convert -O raw {disk} {disk}.raw")
         name, _, path = text.partition("=")
         if not name or not path or name in paths:
@@ -8074,6 +8090,7 @@ def cmd_create(args: Namespace) -> int:
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
     refuse_existing(args.output, args.force)
+    # Proxmox's program, too, takes the file's name as the config's.
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
     write_packed(args, packing_of(configs, paths), exact=False)
     return 0
@@ -8083,6 +8100,7 @@ def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
     with open_input(args.archive, index=False) as source:
+        # Of two configs with one name, the later one counts, as for Proxmox.
         configs = dict(read_header(source, whole=False).configs)
     data = configs.get(args.config)
     if data is None:
@@ -8114,6 +8132,7 @@ def cmd_optimize(args: Namespace) -> int:
             open_archive(args.archive, args.base, args.memory, directory_beside(path))
         )
         source = contents.source
+        # In place, the file keeps its form.
         level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
             require_replaceable(path, source, args.compress)
@@ -8129,15 +8148,16 @@ def cmd_optimize(args: Namespace) -> int:
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
         if file is None and not contents.ordered:
-            check_extents(contents)  # what goes into a pipe cannot be taken back
+            check_extents(contents)  # bytes in a pipe cannot be taken back
         # So a full disk shows at once. How large the others become is not known.
         if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
         write_archive(args, contents, output, level, progress)
+        # In place, the written archive will be the only one.
         if file and (args.check or (args.check is None and in_place)):
             check_contents(args, contents, file, level, progress)
         if file and in_place:
-            # It is the same backup: what keeps or removes by age must not take it for a new one.
+            # It is the same backup: a cleanup by age must not take it for a new one.
             file.times = source.state
         finish_writing(output.sync, progress)
         output.commit(lambda: contents.check_unchanged(path if in_place else None))
@@ -8176,6 +8196,7 @@ def cmd_diff(args: Namespace) -> int:
         stack.callback(difference.waiting.close)
         difference.write_extents(progress)
         with warning_of_partial(output):
+            # The header has the digests of all data, so the extents have waited for it in a file.
             writer = difference.finish(names, output)
         if isinstance(output, PartialFile):
             warn_of_leftovers(args, output.directory)
@@ -8201,7 +8222,7 @@ def check_extents(contents: Contents) -> None:
 
 
 def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
-    """Say whether a file is what optimize would replace it by."""
+    """Say whether a file needs no change by optimize."""
     if contents.ordered or compressed != isinstance(contents, IndexedContents):
         return False
     check_extents(contents)
@@ -8210,6 +8231,7 @@ def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
 
 def directory_beside(output: str) -> str:
     """Return where a stream's temporary file may be: beside a file, but not in /dev or /proc."""
+    # A pipe or a device has no place beside it for a file of this size.
     if output == "-" or (os.path.exists(output) and not os.path.isfile(output)):
         return ""
     return os.path.dirname(os.path.realpath(output))
@@ -8269,7 +8291,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
     _intermixed = False  # whether parse_known_intermixed_args is at work
-    title = ""  # what the command does, for the list of all commands
+    title = ""  # one line about the command, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -8541,7 +8563,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     command = None
     if "--" in words:
         end = words.index("--")
-        # Only mount takes a command behind it; elsewhere it ends the options.
+        # For mount, `--` begins a command; for others it ends the options.
         if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
             words, command = words[:end], words[end + 1 :]
             end = len(words)
@@ -8646,8 +8668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def occupy_standard_streams() -> None:
     """Let nothing take the place of a standard stream that the caller has closed.
 
-    A file of ours would get its number, and what is meant for standard error would go to standard
-    output, perhaps into an archive.
+    A file of ours would get its number, and messages would go into that file, perhaps an archive.
     """
     streams = ("input", os.O_WRONLY), ("output", os.O_RDONLY), ("error", os.O_RDONLY)
     for fd, (name, flags) in enumerate(streams):
@@ -8657,14 +8678,14 @@ def occupy_standard_streams() -> None:
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
-                # What is opened gets the lowest free number. To use it as intended still fails.
+                # The lowest free number is the one to fill. Reading or writing it still fails.
                 os.open(os.devnull, flags)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
 
 def discard_output() -> None:
-    """Let what standard output still buffers go nowhere, so that the exit does not fail again."""
+    """Discard the rest of standard output's buffer, so that the exit does not fail again."""
     fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(fd, 1)
     os.close(fd)
@@ -8673,7 +8694,7 @@ def discard_output() -> None:
 def script() -> NoReturn:
     """Run as a program of its own: with signals handled, and the exit status set."""
     if hasattr(gc, "freeze"):  # PyPy has none
-        gc.freeze()  # looking for garbage in what was loaded costs time, most at the exit
+        gc.freeze()  # else every collection, and the exit, looks through all that was loaded
     Cleanup.install()
     sys.exit(main())
 
