@@ -6829,9 +6829,8 @@ class Rescue:
         for dev_id, first, count in found.runs:
             disk = self.disks.get(dev_id)
             held = set(disk.entries[first : first + count].tolist()) if disk else ()
-            for entry in held:
-                if entry and (not proven or self._chains[entry >> 2].proven):
-                    return False
+            if any(e and (not proven or self._chains[e >> 2].proven) for e in held):
+                return False
         return True
 
     def _marked(self, offset: int) -> bool:
@@ -6845,6 +6844,11 @@ class Rescue:
             or offset in source.breaks
             or self.window.ends_at(offset)
         )
+
+    def _can_be_marked(self, offset: int) -> bool:
+        """Say whether it is marked, or the bytes there are lost."""
+        marked = self._marked(offset)  # first, as lost ranges are only known when they were read
+        return marked or overlaps(self.window.source.lost, offset, offset + EXTENT_MD5.start)
 
     def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
         """Return the extents that follow one another from an offset on, if proven, if nested.
@@ -6863,8 +6867,7 @@ class Rescue:
                 with suppress(FormatError, struct.error):
                     parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
                     return extents, False, True
-                lost = overlaps(self.window.source.lost, end, end + EXTENT_MD5.start)
-                return extents, lost or self._marked(end), False
+                return extents, self._can_be_marked(end), False
             extents.append(found)
             end = found.end
         return extents, True, False
@@ -6974,10 +6977,7 @@ class Rescue:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
-        # Which ranges are lost is only known when they have been read.
-        self.window.peek(start, size + EXTENT_HEADER_SIZE)
-        lost = overlaps(self.window.source.lost, found.end, found.end + EXTENT_MD5.start)
-        in_place = lost or self._marked(found.end)
+        in_place = self._can_be_marked(found.end)
         # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
         # `peek` stops at breaks after its start, not at one there.
@@ -7273,12 +7273,9 @@ def progress_of(args: Namespace, *sources: Input) -> Progress:
     """Return the progress of reading archives."""
     progress = Progress(sources[0].name, args.quiet, args.verbose)
     totals = [source.total for source in sources]
-    progress.begin(
-        "reading",
-        # Of a pipe, nobody knows the total: then no percentage is shown.
-        sum(totals) if all(totals) else 0,
-        lambda: sum(source.position() for source in sources),
-    )
+    # Of a pipe, nobody knows the total: then no percentage is shown.
+    total = sum(totals) if all(totals) else 0
+    progress.begin("reading", total, lambda: sum(source.position() for source in sources))
     return progress
 
 
@@ -7692,10 +7689,9 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
     for text in lists:
         for word in [text] if text in known else text.split(","):  # a name may have a comma itself
             # Dashes on both sides, so that scsi1 is not taken for scsi10.
-            fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
-            if word in known:
-                # A whole name counts more than parts of others: "scsi1" may be one.
-                fitting = [word]
+            parts = [name for name in known if word and f"-{word}-" in f"-{name}-"]
+            # A whole name counts more than parts of others: scsi1 may be one.
+            fitting = [word] if word in known else parts
             if len(fitting) > 1:
                 raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
             if not fitting:
@@ -7824,16 +7820,15 @@ def cmd_mount(args: Namespace) -> int:
     options = sorted({option for options in args.options for option in options})
     point = MountPoint(args.directory, escape(args.archive), options)
     with open_archive(args.archive, args.base) as contents:
-        require_any_place(args, contents.inputs, "mount")
-        for source in contents.inputs:
+        inputs = contents.inputs
+        require_any_place(args, inputs, "mount")
+        for source in inputs:
             if isinstance(source, FramesInput):
                 # Many programs may read at different places at once.
                 source.cached_frames = MOUNT_FRAMES
-        with progress_of(args, *contents.inputs) as progress:
-            size = sum(source.size or 0 for source in contents.inputs)
-            progress.begin(
-                "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
-            )
+        with progress_of(args, *inputs) as progress:
+            size = sum(source.size or 0 for source in inputs)
+            progress.begin("reading headers", size, lambda: sum(each.offset for each in inputs))
             # A damaged archive is refused here, not when a program reads it later.
             contents.complete(progress.tick)
             # Reading here and there would not show that it is the wrong one.
@@ -8001,28 +7996,18 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         ]
         for disk in disks:
             if disk.device.size != disk.size and not exact:
-                notice(
-                    args,
-                    f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}, "
-                    "as disks have whole sectors",
-                )
+                text = f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}"
+                notice(args, f"{text}, as disks have whole sectors")
         # Sizes are known only now.
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
         missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
         if missing:
-            notice(
-                args,
-                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-                "--map STORAGE adds it",
-            )
+            text = f"{CONFIG_NAME} has no #qmdump#map line for {missing}"
+            notice(args, f"{text}: qmrestore needs one, --map STORAGE adds it")
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
-        progress.begin(
-            "reading",
-            sum(disk.data_size for disk in disks),
-            # Holes are not read, so they do not count.
-            lambda: sum(disk.source.bytes_read for disk in disks),
-        )
+        total = sum(disk.data_size for disk in disks)  # without holes, as they are not read
+        progress.begin("reading", total, lambda: sum(disk.source.bytes_read for disk in disks))
 
         def last_look() -> None:
             for disk in disks:
