@@ -6657,7 +6657,7 @@ class RescuedDisk:
         self.device = device
         self.target = target
         self.exact = exact and not device.is_vmstate
-        # A damaged header may say too little, and a vmstate may be longer than its size.
+        # A damaged header may give too small a size, and a vmstate may be longer than its size.
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
         try:
             self.entries = lazy_numbers(device, self.limit, "I")
@@ -6838,7 +6838,7 @@ class Rescue:
         source = self.window.source
         start = self.window.peek(offset, EXTENT_MD5.start)
         return (
-            # One of the two is enough, as the damage may have hit the other one.
+            # Magic or uuid is enough, as damage may have hit the other one.
             start[:4] == EXTENT_MAGIC
             or start[8:] == self._uuid
             or offset in source.breaks
@@ -6847,7 +6847,7 @@ class Rescue:
 
     def _can_be_marked(self, offset: int) -> bool:
         """Say whether it is marked, or the bytes there are lost."""
-        marked = self._marked(offset)  # first, as lost ranges are only known when they were read
+        marked = self._marked(offset)  # first, as it reads: only then, lost ranges are known
         return marked or overlaps(self.window.source.lost, offset, offset + EXTENT_MD5.start)
 
     def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
@@ -6863,7 +6863,7 @@ class Rescue:
         while end - offset < HORIZON:
             found = self._whole(end, uuid)
             if found is None:
-                # A header that is whole apart from its clusters belongs to another archive.
+                # If only its clusters are wrong, it belongs to another archive.
                 with suppress(FormatError, struct.error):
                     parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
                     return extents, False, True
@@ -7323,11 +7323,10 @@ def cmd_list(args: Namespace) -> int:
             contents = stack.enter_context(open_archive(args.archive, args.base))
             source = contents.source
         else:
-            source = stack.enter_context(
-                # The header is enough for a plain listing, even if the rest is damaged.
-                open_input(args.archive, index=args.scan or args.partitions)
-            )
-            contents = contents_of(source) if args.scan or args.partitions else None
+            # The header is enough for a plain listing, even if the rest is damaged.
+            more = args.scan or args.partitions
+            source = stack.enter_context(open_input(args.archive, index=more))
+            contents = contents_of(source) if more else None
         inputs = contents.inputs if contents else (source,)
         if args.partitions:
             require_any_place(args, inputs, "--partitions")
@@ -7338,8 +7337,7 @@ def cmd_list(args: Namespace) -> int:
                 progress = stack.enter_context(progress_of(args, contents.base.source))
                 contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
-                # RAM has no partition table.
-                if not device.is_vmstate:
+                if not device.is_vmstate:  # RAM has no partition table
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
         header = contents.header if contents else read_header(source, whole=False)
