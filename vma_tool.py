@@ -5821,16 +5821,17 @@ def log_to_syslog(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue: what is left of a damaged archive. Its bytes slide through a window; where extents do not
-# follow one another any more, the next whole header is searched for
+# Rescue: recover disks from a damaged archive. Its bytes slide through a window. Where extents no
+# longer follow one another, the next whole header is searched for
 
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
+# Holds an extent and the HORIZON after it. The window grows where that is not enough.
 RESCUE_WINDOW_SIZE = 12 << 20
 READ_SIZE = 1 << 20
-PATTERN_MAX_SIZE = 32  # what `Window.search` looks for is shorter
-PAGE_SIZE = 4096  # as much of a file cannot be read around one bad sector
-# What a damaged disk or file system answers. After any other error, nothing can be read any more.
+PATTERN_MAX_SIZE = 32  # longer than any match of `Window.search`
+PAGE_SIZE = 4096  # the kernel reads files by the page: one bad sector costs all of it
+# Errors of a damaged disk or file system. After any other error, nothing more can be read.
 DAMAGE_ERRORS = {
     getattr(errno, name, errno.EIO)
     for name in ("EIO", "ENODATA", "EBADMSG", "EUCLEAN", "EREMOTEIO", "EILSEQ")
@@ -5839,7 +5840,7 @@ EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
 # A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
 # cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
 HORIZON = 2 * EXTENT_MAX_SIZE
-NEAR_SIZE = 64 << 10  # bytes by which an extent is not where it is expected, in an odd archive
+NEAR_SIZE = 64 << 10  # bytes by which an extent may miss its expected place
 ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
 CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
 FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
@@ -5854,10 +5855,10 @@ class Flaw(NamedTuple):
 
 
 class Salvage:
-    """The bytes of a damaged archive that can still be had, in order.
+    """The readable bytes of a damaged archive, in order.
 
-    Offsets count the bytes given. Lost ones are given as zeros; at a break, an unknown number of
-    them is missing. The lists are complete for what was read.
+    Lost bytes read as zeros; at a break, an unknown number of bytes is missing. Offsets count the
+    bytes as they are read. The lists are complete up to the last byte read.
     """
 
     def __init__(self) -> None:
@@ -5883,7 +5884,8 @@ class RawSalvage(Salvage):
     def __init__(self, file: Input) -> None:
         super().__init__()
         self.file = file
-        self._failing = False  # so read by the page, until one can be read
+        # A large read may fail for any of its sectors. By the page, only bad pages are lost.
+        self._failing = False
 
     def readinto(self, view: memoryview) -> int:
         count = 0
@@ -5893,12 +5895,14 @@ class RawSalvage(Salvage):
             try:
                 got = self.file.file.readinto(page if self._failing else view[count:])
             except OSError as error:
+                # A pipe cannot seek, so nothing after an error can be read.
                 if self.file.raw is None or error.errno not in DAMAGE_ERRORS:
                     message = f"{self.file.name}: offset 0x{offset:x}: {system_message(error)}"
                     raise VmaError(message) from error
                 if not self._failing:
                     self._failing = True
                     continue
+                # Up to the next whole page, or the end. So the reads that follow are aligned.
                 got = min(len(page), self.file.raw_size - offset)
                 page[:got] = bytes(got)
                 self._lose(offset, got, error)
@@ -5919,7 +5923,7 @@ class RawSalvage(Salvage):
 
 
 class Window:
-    """Bytes of a Salvage, from a place on that only moves forward. A thread reads the next ones.
+    """A part of a Salvage's bytes that only moves forward. A thread reads ahead.
 
     Views of it are valid until the next call.
     """
@@ -5931,12 +5935,13 @@ class Window:
         self.end = 0  # of the bytes that have been read
         self._view = new_buffer(size)
         self._base = 0  # offset of the view's first byte
-        self._kept = 0  # what is before may go
+        self._kept = 0  # bytes before this offset may go
         self._ended = False
         self._reading = False
         self.progress: Progress | None = None
         self._orders: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        # A daemon, never joined: it may wait forever for a pipe that gives nothing more.
         start_thread(self._serve)
 
     def _serve(self) -> None:
@@ -5960,11 +5965,13 @@ class Window:
         breaks = self.source.breaks
         following = bisect.bisect_right(breaks, offset)
         if following < len(breaks):
+            # The bytes before and after a break do not belong together.
             end = min(end, breaks[following])
         return self._view[offset - self._base : max(end, offset) - self._base]
 
     def skip(self, offset: int) -> None:
         """Read up to an offset, and let everything before it go."""
+        # Piece by piece: one call would need a window for all of it.
         while self.end < offset and not self._ended:
             self.forget(self.end)
             self._fill(min(offset, self.end + READ_SIZE))
@@ -5977,11 +5984,12 @@ class Window:
     def search(self, pattern: re.Pattern[bytes], start: int, stop: int | None = None) -> int | None:
         """Return where pattern first occurs from start on, and before stop if given; else None.
 
-        Without stop, what has been searched may go.
+        Without stop, the bytes searched may go.
         """
         while True:
             limit = start + READ_SIZE if stop is None else min(start + READ_SIZE, stop)
             self._fill(limit + PATTERN_MAX_SIZE)
+            # A match may begin before the limit and end after it.
             end = min(limit + PATTERN_MAX_SIZE, self.end) - self._base
             match = pattern.search(self._view, start - self._base, end)
             if match and (stop is None or match.start() + self._base < stop):
@@ -5995,6 +6003,7 @@ class Window:
     def _fill(self, end: int) -> None:
         """Read up to an offset, and let the thread go on reading."""
         while True:
+            # A result that is there is taken even if nobody needs it yet: so the thread goes on.
             if self._reading and (self.end < end or not self._results.empty()):
                 result = self._results.get()
                 self._reading = False
@@ -6011,9 +6020,11 @@ class Window:
                 return
 
     def _order(self, end: int) -> None:
-        """Let the thread read, if there is room. For what comes before end, make room."""
+        """Let the thread read, if there is room. For bytes before end, make room."""
         room = len(self._view) - (self.end - self._base)
+        # Moving costs a copy: it waits until it must be, or until most of the view is free.
         if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
+            # The thread is idle now, so these bytes may move.
             kept = self._view[self._kept - self._base : self.end - self._base]
             if end - self._kept + READ_SIZE > len(self._view):
                 self._view = new_buffer(end - self._kept + READ_SIZE)
@@ -6027,19 +6038,21 @@ class Window:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, compressed files: what they give up to the damage, and from the next frame or block on
+# Rescue, compressed files: decompress up to the damage, then from the next frame or block on
 
-PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # what a frame or block decompressed at once may have
-DECODE_SIZE = 64 << 10  # what is decompressed by one call, and lost if that finds damage
-LATE_BLOCKS = 4  # of zstd, that may have passed before damage is noticed
-HOLD_SIZE = 2 << 20  # by so many bytes a decompressor may notice damage late
+PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
+DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
+LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
+HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
 ZSTD_PATTERN = re.compile(re.escape(FRAME_MAGIC.to_bytes(4, "little")))
 XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
 XZ_CHECK_SIZE = 8  # of CRC64, as usual
 XZ_END_SIZE = 1 << 20  # room for the index, which lists all blocks
-XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")  # the LZMA2 filter in a block's header
+# The LZMA2 filter in a block's header: its number, one byte of properties, the dictionary's size
+XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")
 BZIP2_MAGICS = BZIP2_BLOCK, BZIP2_END = 0x314159265359, 0x177245385090  # of 48 bits, at any bit
 BZIP2_START = 32  # bits in front of the first block
+# The five whole bytes in a magic, by the bit that it begins at; `_next_bits` compares the others.
 BZIP2_PATTERN = re.compile(
     b"|".join(
         re.escape((magic >> shift & (1 << 40) - 1).to_bytes(5, "big"))
@@ -6048,12 +6061,13 @@ BZIP2_PATTERN = re.compile(
     )
 )
 LZOP_BLOCK = struct.Struct(">II")  # sizes, plain and stored
-LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")  # of 256 KiB, as usual
+# lzop makes blocks of 256 KiB; no block is stored larger than that.
+LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")
 RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", ".bz2": "bzip2"}
 
 
 class Chunk(NamedTuple):
-    """What a decompressor gives: bytes, or a flaw and as many zeros as bytes are lost there.
+    """Decompressed bytes; or a flaw, and a zero for each byte that it costs.
 
     With a flaw, None stands for an unknown number of bytes.
     """
@@ -6063,10 +6077,15 @@ class Chunk(NamedTuple):
     doubtful: bool = False
 
 
-class DecodedSalvage(Salvage):
-    """What a damaged compressed file still holds; its codec gives that in chunks.
+Task = Union[
+    Chunk, Callable[[], list[Chunk]]
+]  # of a codec: what is known, or is to be decompressed
 
-    `position` is where in the file the codec is.
+
+class DecodedSalvage(Salvage):
+    """The readable bytes of a damaged compressed file, decompressed in chunks by its codec.
+
+    `position` is the codec's offset in the compressed file.
     """
 
     def __init__(self, file: Input, window: Window, codec: str) -> None:
@@ -6080,7 +6099,7 @@ class DecodedSalvage(Salvage):
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
-        self._table: SeekTable | None = None
+        self._table = SeekTable(array.array("Q", [0]), array.array("Q", [0]))  # of no frames
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
 
@@ -6119,17 +6138,21 @@ class DecodedSalvage(Salvage):
         if not data:
             raise EOFError
         self.position += len(data)
+        # Damage is noticed late: xz looks for its next block from a piece before it on.
         self.window.forget(self.position - DECODE_SIZE)
         return data
 
-    def _in_order(self, tasks: Iterable[Callable[[], list[Chunk]]]) -> Iterator[Chunk]:
-        """Do tasks in threads; yield what they return in the order of the tasks."""
+    def _in_order(self, tasks: Iterable[Task]) -> Iterator[Chunk]:
+        """Do tasks in threads; yield their chunks in the order of the tasks."""
         from concurrent.futures import Future, ThreadPoolExecutor
 
         pending: collections.deque[Future[list[Chunk]]] = collections.deque()
         with ThreadPoolExecutor(processor_count()) as pool:
             for task in tasks:
-                pending.append(pool.submit(task))
+                # A chunk that is there already waits for its turn like the others.
+                work = functools.partial(list, [task]) if isinstance(task, Chunk) else task
+                pending.append(pool.submit(work))
+                # One more than there are threads, so that none is idle while its result is taken.
                 if len(pending) > processor_count():
                     yield from pending.popleft().result()
             while pending:
@@ -6149,9 +6172,11 @@ class DecodedSalvage(Salvage):
                     size -= len(held[0])
                     yield Chunk(held.popleft())
         except EOFError:
+            # Everything before a cut is right.
             self._fault = "the file is cut short"
         except errors as error:
             self._fault = str(error)
+            # Wrong input may decompress to something for a while, unless only a checksum was left.
             doubtful = not self._at_checksum
         yield from (Chunk(data, doubtful=doubtful) for data in held)
 
@@ -6178,33 +6203,36 @@ class DecodedSalvage(Salvage):
             if 0 < size <= end:
                 # Frames may be missing before it, and the index may not be where it says.
                 self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
+                # The index ends where the table begins; only its own beginning tells its size.
                 start = max(end - size - PIECE_ROOM, 0)
                 tail = os.pread(fd, end - size - start, start)
                 data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
                 self._masks = parse_index(zstd, data, 4 * end)
 
     def index(self, header: Header) -> ArchiveIndex | None:
-        if self._table and self._masks:
+        if self._masks:
             devices = canonical_order(header.devices)
             with suppress(FormatError):
                 found = index_archive(header.size, devices, self._masks, self._table)
+                # Of two that fit, only extent headers that may be lost tell the right one.
                 return found[0] if len(found) == 1 else None
         return None
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
         """Return the sizes, compressed and not, of a frame by the seek table."""
-        if not self._table or not 0 <= number < len(self._table.offsets) - 1:
+        plain, stored = self._table
+        if not 0 <= number < len(plain) - 1:
             return None
-        stored, plain = self._table.compressed_offsets, self._table.offsets
         return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
 
     def _find_number(self, sizes: tuple[int, int], first: int) -> int:
         """Return the number of the next frame with these sizes, -1 if it cannot be found."""
+        # Bounded: a table may list millions, and is searched for each frame that is not in it.
         numbers = range(first, first + 10000) if first >= 0 else ()
         return next((number for number in numbers if self._sizes(number) == sizes), -1)
 
-    def _zstd_frames(self, zstd: Zstd) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses each small frame, up to one that is better read in blocks."""
+    def _zstd_frames(self, zstd: Zstd) -> Iterator[Task]:
+        """Yield a task for each small frame, up to one that is better read in blocks."""
         while len(data := self.window.peek(self.position, PIECE_ROOM)):
             start = self.position
             if len(data) >= SKIPPABLE.size and SKIPPABLE.unpack_from(data)[0] in SKIPPABLE_MAGICS:
@@ -6219,6 +6247,7 @@ class DecodedSalvage(Salvage):
                 fault = error
             plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
             known = self._sizes(self._number)
+            # By the end of the file, and not only by that of the room.
             cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
             # The first frame is the header, which has a checksum of its own, or everything.
             if head and (not start or (not known and (plain > FRAME_MAX_SIZE or cut))):
@@ -6234,38 +6263,40 @@ class DecodedSalvage(Salvage):
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
                 lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
-                yield functools.partial(list, [Chunk(None if lost is None else bytes(lost), text)])
+                yield Chunk(None if lost is None else bytes(lost), text)
             else:
+                # A copy: a thread decompresses it while the window moves on.
                 frame = bytes(data[:size])
                 number = self._find_number((size, plain), self._number)
-                if self._table and number > self._number >= 0:
+                if number > self._number >= 0:
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
-                    chunk = Chunk(
-                        bytes(min(lost, FRAME_MAX_SIZE)), self._flaw("frames are missing")
-                    )
-                    yield functools.partial(list, [chunk])
+                    zeros = bytes(min(lost, FRAME_MAX_SIZE))
+                    yield Chunk(zeros, self._flaw("frames are missing"))
+                # Sizes that are not in the table are damaged: then the table says how much is lost.
                 lost = known[1] if known and number < 0 else plain
                 yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
                 self.position += size
-                self._number = number + 1 or -1
+                self._number = number + 1 if number >= 0 else -1
             self.window.forget(self.position)
 
     def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
-        """Go on behind a damaged frame; return how many bytes are lost, None if nobody knows."""
+        """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
         first, known = self._number, self._sizes(self._number)
         if known:
+            # The next frame is where the table has it: so no byte of this one is missing.
             following = bytes(self.window.peek(self.position + known[0], 4))
             if following in ZSTD_MAGICS:
                 self.position += known[0]
                 self._number += 1
                 return known[1]
         self._next_frame(zstd)
-        if known and self._table:
+        if known:
             self._number = -1
             with suppress(FormatError):
                 size, found, _ = parse_frame(self.window.peek(self.position, PIECE_ROOM))
                 self._number = self._find_number((size, found or 0), first)
             lost = self._table.offsets[self._number] - self._table.offsets[first]
+            # If more is lost, it is a break: zeros for it would all be in memory at once.
             return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
         return plain
 
@@ -6281,22 +6312,20 @@ class DecodedSalvage(Salvage):
 
     def _next_frame(self, zstd: Zstd) -> None:
         """Go on to the next frame that decompresses, or that is too large to try."""
-        found: int | None = self.position
-        while found is not None:
+        while (found := self.window.search(ZSTD_PATTERN, self.position + 1)) is not None:
             self.position = found
-            found = self.window.search(ZSTD_PATTERN, found + 1)
-            if found is not None:
-                with suppress(FormatError):
-                    data = self.window.peek(found, PIECE_ROOM)
-                    try:
-                        size, content_size, _ = parse_frame(data)
-                    except CutError:
-                        break
-                    if content_size is None or content_size > FRAME_MAX_SIZE:
-                        break
+            data = self.window.peek(found, PIECE_ROOM)
+            # Four bytes like the magic are also in compressed data: it takes a whole frame to tell.
+            try:
+                size, content_size, _ = parse_frame(data)
+                if content_size is not None and content_size <= FRAME_MAX_SIZE:
                     zstd.decompress_into(bytes(data[:size]), memoryview(bytearray(content_size)))
-                    break
-        self.position = self.window.end if found is None else found
+            except CutError:
+                return
+            except FormatError:
+                continue
+            return
+        self.position = self.window.end
 
     def _zstd_blocks(self, zstd: Zstd) -> Iterator[Chunk]:
         """Yield a frame's blocks up to the damage, and find out where the next frame is."""
@@ -6308,12 +6337,15 @@ class DecodedSalvage(Salvage):
             for data in zstd.stream(pieces):
                 held.append(data)
                 size += len(data)
+                # All blocks of a small frame wait for its checksum, but a large one may not fit
+                # into memory.
                 if size > FRAME_MAX_SIZE:
                     yield from map(Chunk, held[:-LATE_BLOCKS])
                     del held[:-LATE_BLOCKS]
         except FormatError as error:
             fault = self._flaw(error)
         certain = len(held)
+        # All blocks have passed, so it is the checksum that does not match.
         checksum = bool(fault) and self._frame_whole
         if checksum and size <= FRAME_MAX_SIZE and not self.window.ends_at(self.position):
             certain = 0
@@ -6321,6 +6353,7 @@ class DecodedSalvage(Salvage):
             self.suspect = max(self.suspect, 1)
         elif fault:
             with suppress(FormatError):
+                # The other blocks' sizes tell where the frame ends, if they are right.
                 for _ in pieces:
                     pass
             if not self._frame_whole:
@@ -6343,6 +6376,7 @@ class DecodedSalvage(Salvage):
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             if kind == 3 or size > FRAME_BLOCK_MAX:
                 raise FormatError("the zstd frame is damaged: no block")
+            # RFC 3.1.1.2: of kind 1, one byte stands for `size` equal ones.
             yield self._exactly(3 + (1 if kind == 1 else size))
         self._frame_whole = True
         if has_checksum:
@@ -6363,35 +6397,39 @@ class DecodedSalvage(Salvage):
 
         while len(data := self.window.peek(self.position, DECODE_SIZE)):
             if self.position and bytes(data[:2]) != b"\x1f\x8b":
+                # gzip ignores zeros there, too: a tape pads its blocks with them.
                 if any(data):
                     yield Chunk(b"", self._flaw("garbage behind the end"))
                 return
+            # Nothing in it is checked: only where it ends matters to the data.
             self.position += gzip_header_size(bytes(data))
             sums = [0, 0]
             yield from self._hold(self._gzip_data(sums), zlib.error)
             if self._fault:
                 self.suspect = max(self.suspect, 1)
+                # Deflate refers to the 32 KiB before: without them, nothing more decompresses.
                 yield Chunk(None, self._flaw(self._fault))
                 return
-            stored = struct.unpack("<II", bytes(self.window.peek(self.position, 8)).ljust(8, b"\0"))
-            if stored != (sums[0], sums[1] & 0xFFFFFFFF):
+            stored = bytes(self.window.peek(self.position, 8))
+            found = struct.pack("<II", *sums)  # RFC 1952 2.3.1: CRC32, ISIZE
+            if stored != found:
                 # If most of the checksum is right, it is the checksum itself that is damaged.
-                wrong = sum(map(operator.ne, *(n.to_bytes(4, "big") for n in (stored[0], sums[0]))))
-                whole = wrong < 3 or len(self.window.peek(self.position, 8)) < 8
-                certain = not whole and stored[1] == sums[1] & 0xFFFFFFFF
+                whole = sum(map(operator.ne, stored[:4], found)) < 3 or len(stored) < 8
+                certain = not whole and stored[4:] == found[4:]
                 self.suspect = 2 if certain else 0 if whole else 1
                 yield Chunk(b"", self._flaw("the checksum does not match"))
             self.position += 8
 
     def _gzip_data(self, sums: list[int]) -> Iterator[bytes]:
-        """Yield what a member holds, and count its CRC and size."""
+        """Yield a member's data; keep its CRC and size modulo 2^32 in `sums`."""
         import zlib
 
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
         while not decoder.eof:
+            # Its output is limited: a piece may decompress to a thousand times its size.
             piece = decoder.unconsumed_tail or self._feed(DECODE_SIZE)
             if data := decoder.decompress(piece, DECODE_SIZE):
-                sums[:] = zlib.crc32(data, sums[0]), sums[1] + len(data)
+                sums[:] = zlib.crc32(data, sums[0]), (sums[1] + len(data)) & 0xFFFFFFFF
                 yield data
         self.position -= len(decoder.unused_data)
 
@@ -6404,6 +6442,7 @@ class DecodedSalvage(Salvage):
         while len(self.window.peek(self.position, 1)):
             begin = self.position
             decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            # The stream's header goes with any of its blocks, as if that were the first one.
             parts = self._xz_data(decoder, start if begin else b"")
             yield from self._hold(parts, lzma.LZMAError)
             if self._fault:
@@ -6414,14 +6453,18 @@ class DecodedSalvage(Salvage):
                     return
 
     def _xz_data(self, decoder: Any, start: bytes) -> Iterator[bytes]:
-        """Yield what blocks hold; after a `start` that stands for other blocks, up to the index."""
+        """Yield the data of blocks.
+
+        `start` replaces blocks that were passed over: then the index, which has them, is not read.
+        """
         piece = start
         self._at_checksum = False
         while not decoder.eof:
             if decoder.needs_input and not piece:
                 data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
-                end = 0  # size of what is behind the blocks, if it is near
+                end = 0  # size of index and footer, if they are near
                 if len(data) < DECODE_SIZE + XZ_END_SIZE and bytes(data[-2:]) == b"YZ":
+                    # The footer has the index's size, in units of four bytes, less one.
                     end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
                 if start and len(data) <= end:
                     self.position = self.window.end
@@ -6442,10 +6485,13 @@ class DecodedSalvage(Salvage):
 
         begin = start
         while (found := self.window.search(XZ_BLOCK_PATTERN, start)) is not None:
+            # Blocks begin at multiples of four bytes. In front of the filter are two bytes, and two
+            # sizes of up to nine each.
             for at in range(-(-max(found - 20, begin) // 4) * 4, found, 4):
                 head = bytes(self.window.peek(at, 1024))
                 size = 4 * (head[0] + 1)
                 crc = int.from_bytes(head[size - 4 : size], "little")
+                # A first byte of 0 begins the index.
                 if head[0] and at + size > found and zlib.crc32(head[: size - 4]) == crc:
                     self.position = at
                     return True
@@ -6457,19 +6503,20 @@ class DecodedSalvage(Salvage):
     def _bzip2(self) -> Iterator[Chunk]:
         return self._in_order(self._bzip2_blocks())
 
-    def _bzip2_blocks(self) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses each block."""
+    def _bzip2_blocks(self) -> Iterator[Task]:
+        """Yield a task for each block."""
         combined = 0
         bit, magic = self._next_bits(0)
         if bit != BZIP2_START:
-            yield functools.partial(list, [Chunk(None, self._flaw("damaged", 0))])
+            yield Chunk(None, self._flaw("damaged", 0))
         while bit is not None:
             self.window.forget(bit // 8)
+            # A block's CRC follows its magic; the CRC of all blocks follows the end's.
             crc = self._bits(bit + 48, 32)
             self.position = bit // 8
             if magic == BZIP2_END:
                 if combined != crc:
-                    yield functools.partial(list, [Chunk(b"", self._flaw("wrong checksum"))])
+                    yield Chunk(b"", self._flaw("wrong checksum"))
                 combined = 0
                 bit, magic = self._next_bits(bit + 80)
                 continue
@@ -6477,10 +6524,11 @@ class DecodedSalvage(Salvage):
             end, magic = self._next_bits(bit + 80)
             size = (8 * self.window.end if end is None else end) - bit
             if size > 8 * PIECE_ROOM:
-                size = 0  # what is between is too much for a block
+                size = 0  # too much for a block: other bytes are in between
             # A stream of this block only
             stream = self._bits(bit, size) << 80 | BZIP2_END << 32 | crc
             stream <<= -size % 8
+            # 9 allows blocks of any size.
             data = b"BZh9" + stream.to_bytes((size + 80 + 7) // 8, "big")
             yield functools.partial(self._bzip2_block, data, self.position)
             bit = end
@@ -6506,9 +6554,11 @@ class DecodedSalvage(Salvage):
         return None, 0
 
     def _bits(self, bit: int, count: int) -> int:
+        """Return count bits as a number, the first one highest."""
         end = bit + count
         data = self.window.peek(bit // 8, (end + 7) // 8 - bit // 8)
         missing = (end + 7) // 8 - bit // 8 - len(data)
+        # Bits after the end count as zeros, so a cut file needs no case of its own.
         number = int.from_bytes(data, "big") << 8 * missing
         return number >> -end % 8 & (1 << count) - 1
 
@@ -6522,18 +6572,21 @@ class DecodedSalvage(Salvage):
             raise VmaError(f"{self.file.name}: lzop is missing here: install the package lzop")
         return self._in_order(self._lzop_blocks(program))
 
-    def _lzop_blocks(self, program: str) -> Iterator[Callable[[], list[Chunk]]]:
-        """Yield what decompresses a few blocks."""
+    def _lzop_blocks(self, program: str) -> Iterator[Task]:
+        """Yield a task for every few blocks."""
         head = bytes(self.window.peek(0, 1024))
         try:
             size, flags = lzop_header(head)
         except (IndexError, struct.error):
             raise FormatError("lzop: the file's header is damaged", 0, self.file.name) from None
+        decompress = functools.partial(self._lzop_batch, program, head[:size])
         self.position = size
         batch: list[tuple[bytes, int]] = []
         total = 0
-        while len(fields := self.window.peek(self.position, LZOP_BLOCK.size)):
-            plain, stored = LZOP_BLOCK.unpack(bytes(fields).ljust(8, b"\0"))
+        while True:
+            fields = bytes(self.window.peek(self.position, LZOP_BLOCK.size))
+            plain, stored = LZOP_BLOCK.unpack(fields.ljust(LZOP_BLOCK.size, b"\0"))
+            # Adler-32 or CRC32, of the plain bytes, and if these are compressed, of the stored ones
             sums = bin(flags & 0x101).count("1")
             sums += bin(flags & 0x202).count("1") if stored < plain else 0
             length = LZOP_BLOCK.size + 4 * sums + stored
@@ -6541,24 +6594,22 @@ class DecodedSalvage(Salvage):
             if possible:
                 batch.append((bytes(self.window.peek(self.position, length)), plain))
                 total += plain
+            # To start the program costs more than to decompress a block.
             if batch and (total >= READ_SIZE or not possible):
-                yield functools.partial(
-                    self._lzop_batch, program, head[:size], batch, self.position
-                )
+                yield functools.partial(decompress, batch, self.position)
                 batch, total = [], 0
             if possible:
                 self.position += length
                 self.window.forget(self.position)
-                continue
-            if len(fields) >= 4 and not plain:  # the end
+            elif len(fields) >= 4 and not plain:  # a plain size of 0 ends the file
                 return
-            chunk = Chunk(None, self._flaw("no block of lzop"))
-            found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
-            self.position = self.window.end if found is None else found
-            yield functools.partial(list, [chunk])
-        if batch:
-            yield functools.partial(self._lzop_batch, program, head[:size], batch, self.position)
-        yield functools.partial(list, [Chunk(b"", self._flaw("the file is cut short"))])
+            elif fields:
+                yield Chunk(None, self._flaw("no block of lzop"))
+                found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
+                self.position = self.window.end if found is None else found
+            else:
+                yield Chunk(b"", self._flaw("the file is cut short"))
+                return
 
     def _lzop_batch(
         self, program: str, head: bytes, batch: Sequence[tuple[bytes, int]], position: int
@@ -6578,12 +6629,14 @@ class DecodedSalvage(Salvage):
             return [Chunk(result.stdout)]
         if len(batch) == 1:
             return [Chunk(bytes(size), self._flaw("a damaged block of lzop", position))]
+        # lzop stops at the first damaged block, so each gets a run of its own.
         one_by_one = (self._lzop_batch(program, head, [block], position) for block in batch)
         return list(itertools.chain(*one_by_one))
 
 
 def gzip_header_size(data: bytes) -> int:
     """Return the size of a gzip member's header (RFC 1952)."""
+    # FLG: 2 a CRC of the header, 4 an extra field, 8 the name, 16 a comment
     flags = data[3] if len(data) > 3 else 0
     size = 10
     if flags & 4:
@@ -6596,8 +6649,9 @@ def gzip_header_size(data: bytes) -> int:
 
 def lzop_header(data: bytes) -> tuple[int, int]:
     """Return the size of an lzop file's header, and its flags."""
+    # Versions before 0.940 lack the version that is needed, the level, and half of the time.
     version = int.from_bytes(data[9:11], "big")
-    at = 17 if version >= 0x940 else 14  # behind the method, and the level
+    at = 17 if version >= 0x940 else 14  # after the method, and the level
     (flags,) = struct.unpack_from(">I", data, at)
     at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
     at += 1 + data[at] + 4  # name, checksum
@@ -6605,13 +6659,13 @@ def lzop_header(data: bytes) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, extents: where one follows another, and where the next whole header is found
+# Rescue, extents: one follows another; else the next whole header is searched for
 
 
 class Found(NamedTuple):
     """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
 
-    `keys` are its place in the canonical order, and behind it; none if it cannot have one.
+    `keys` are its start and end in the canonical order; empty if that has no such extent.
     """
 
     extent: Extent
@@ -6653,6 +6707,7 @@ class RescuedDisk:
         self.device = device
         self.target = target
         self.exact = exact and not device.is_vmstate
+        # A damaged header may give too small a size, and a vmstate may be longer than its size.
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
         try:
             self.entries = lazy_numbers(device, self.limit, "I")
@@ -6666,6 +6721,7 @@ class RescuedDisk:
     def spans(self, cluster_count: int) -> Iterator[tuple[int, int, int]]:
         """Yield (first, end, entry) of each run of clusters with the same entry."""
         with self.entries[: self.end].cast("B") as view:
+            # A loop in Python would take seconds for each TiB.
             for match in re.finditer(rb"(?s)(....)\1*", view):
                 yield match.start() // 4, match.end() // 4, int.from_bytes(match[1], sys.byteorder)
         if self.end < cluster_count:
@@ -6673,9 +6729,9 @@ class RescuedDisk:
 
 
 class Rescue:
-    """Puts together what is left of an archive; `create` makes a file with a name.
+    """Recovers configs and disks from a damaged archive; `create` makes a file of a given name.
 
-    A cluster is lost, or doubtful, or right, as far as an archive without checksums can tell.
+    It calls each cluster lost, doubtful or right, as far as data without checksums allows.
     """
 
     def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
@@ -6713,7 +6769,7 @@ class Rescue:
     # The header
 
     def _read_header(self) -> Chain:
-        """Read the header, or what is left of it, and return the first chain of extents."""
+        """Read the header, as far as it is readable, and return the first chain of extents."""
         window = self.window
         header: Header | None = None
         if window.peek(0, 4) == DIFFERENCE_MAGIC:  # without its base, it has no whole disks
@@ -6728,7 +6784,7 @@ class Rescue:
         except FormatError as error:
             self._exact = False
             start = bytearray(window.peek(0, READ_SIZE))
-            # An extent tells the uuid, and the first one where the header ends.
+            # Any extent has the uuid, and the first one begins where the header ends.
             found = self._search(0)
             for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
                 header = header or guess_header(start[:size], self._uuid)
@@ -6738,7 +6794,9 @@ class Rescue:
             chain = found or self._begin(window.end, proven=True)
             chain.proven = True
             chain.note(0, f"the header is damaged, {used}: {error}")
-        for config in header.configs if header else ():
+        header = header or Header(self._uuid, 0, (), ())
+        for config in header.configs:
+            # Nothing stops for a name: the rest of the archive is still worth having.
             fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
             if fault or config.name in self._names:
                 text = f"config name {quote(config.name)} {fault or 'occurs twice'}: left out"
@@ -6747,9 +6805,10 @@ class Rescue:
             self._names.add(config.name)
             self._create(config.name).append([config.data])
             self.configs.append(config)
-        for device in header.devices if header else ():
+        for device in header.devices:
             self._add_disk(device, chain)
-        if header and self._uuid == CANONICAL_UUID:
+        if self._uuid == CANONICAL_UUID:
+            # A canonical archive begins with the first cluster of its first device.
             for device in canonical_order(header.devices)[:1]:
                 self._key = device.is_vmstate, device.dev_id, 0
         return chain
@@ -6760,6 +6819,7 @@ class Rescue:
         fault = name_fault(name, DEVICE_NAME_MAX_SIZE)
         if fault or file_name in self._names:
             fault = fault or "occurs twice"
+            # Another device may really have that name.
             free = (f"dev{dev_id}{'-' * i}" for i in itertools.count())
             name = next(name for name in free if f"disk-{name}.raw" not in self._names)
             chain.note(0, f"{device.title}: the name {fault}, it is called {quote(name)}")
@@ -6781,6 +6841,7 @@ class Rescue:
         if len(data) < EXTENT_HEADER_SIZE:
             return None
         if self._index and overlaps(self.window.source.lost, offset, offset + EXTENT_HEADER_SIZE):
+            # Its frame is lost, but the index has all that was in the header.
             data = indexed_extent(self._index, offset) or data
         try:
             extent = parse_extent(data, offset, uuid)
@@ -6790,23 +6851,23 @@ class Rescue:
         keys = [info & CLUSTER_KEY for info in infos]
         runs: list[tuple[int, int, int]] = []
         for key in sorted(keys):
-            dev_id, cluster_num = key >> 32, key & 0xFFFFFFFF
-            last = runs[-1] if runs else (0, 0, 0)
-            if dev_id != last[0] or cluster_num != last[1] + last[2]:
-                runs.append((dev_id, cluster_num, 1))
+            dev_id, first, count = runs[-1] if runs else (0, 0, 0)
+            if (key >> 32, key & 0xFFFFFFFF) == (dev_id, first + count):
+                runs[-1] = dev_id, first, count + 1
             else:
-                runs[-1] = (dev_id, last[1], last[2] + 1)
+                runs.append((key >> 32, key & 0xFFFFFFFF, 1))
         for dev_id, first, count in runs:
+            # A damaged header may have lost a device.
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
             if dev_id in self.disks:
                 limit = self.disks[dev_id].limit
             if first + count > limit:
                 return None
-        if sum(mask_size(info >> 48) for info in infos) != extent.payload_size:
-            return None
-        if len(set(keys)) < len(keys):
+        stored = sum(mask_size(info >> 48) for info in infos)
+        if stored != extent.payload_size or len(set(keys)) < len(keys):
             return None
         place: tuple[Any, ...] = ()
+        # optimize never puts two devices into an extent, nor leaves a gap.
         if len(runs) == 1 and keys == sorted(keys):
             dev_id, first, count = runs[0]
             last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
@@ -6818,9 +6879,8 @@ class Rescue:
         for dev_id, first, count in found.runs:
             disk = self.disks.get(dev_id)
             held = set(disk.entries[first : first + count].tolist()) if disk else ()
-            for entry in held:
-                if entry and (not proven or self._chains[entry >> 2].proven):
-                    return False
+            if any(e and (not proven or self._chains[e >> 2].proven) for e in held):
+                return False
         return True
 
     def _marked(self, offset: int) -> bool:
@@ -6828,11 +6888,17 @@ class Rescue:
         source = self.window.source
         start = self.window.peek(offset, EXTENT_MD5.start)
         return (
+            # Magic or uuid is enough, as damage may have hit the other one.
             start[:4] == EXTENT_MAGIC
             or start[8:] == self._uuid
             or offset in source.breaks
             or self.window.ends_at(offset)
         )
+
+    def _can_be_marked(self, offset: int) -> bool:
+        """Say whether it is marked, or the bytes there are lost."""
+        marked = self._marked(offset)  # first, as it reads: only then, lost ranges are known
+        return marked or overlaps(self.window.source.lost, offset, offset + EXTENT_MD5.start)
 
     def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
         """Return the extents that follow one another from an offset on, if proven, if nested.
@@ -6840,17 +6906,18 @@ class Rescue:
         They are proven if they go on up to the HORIZON, to what looks like another one, or to the
         end; nested if the next one has clusters that the archive does not have.
         """
+        # If the archive's header is lost, the first extents tell the uuid.
         uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
         extents: list[Found] = []
         end = offset
         while end - offset < HORIZON:
             found = self._whole(end, uuid)
             if found is None:
+                # If only its clusters are wrong, it belongs to another archive.
                 with suppress(FormatError, struct.error):
                     parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
                     return extents, False, True
-                lost = overlaps(self.window.source.lost, end, end + EXTENT_MD5.start)
-                return extents, lost or self._marked(end), False
+                return extents, self._can_be_marked(end), False
             extents.append(found)
             end = found.end
         return extents, True, False
@@ -6875,12 +6942,15 @@ class Rescue:
             if not extents:
                 continue
             offsets = [found.extent.offset for found in extents]
+            # Each extent of a chain has the magic, and would be followed again.
             seen.update(offsets)
             if through is not None:
+                # The archive goes on there, so a chain that misses it lies in a guest's disk.
                 proven = through in (*offsets, extents[-1].end)
                 nested = not proven
             if proven:
                 extents = [found for found in extents if self._fits(found, True)]
+                # Headers in their payload are a guest's.
                 start = offsets[-1] + 1
             else:
                 # A part of the archive may be there twice.
@@ -6891,6 +6961,7 @@ class Rescue:
                 self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
                 chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
                 if proven and self._key and extents[0].keys:
+                    # The order never goes back: a chain that went further was a guest's.
                     self._key = extents[0].keys[0]
                     for other in self._chains:
                         if not other.proven and other.key > self._key:
@@ -6919,14 +6990,16 @@ class Rescue:
     def _resume(self, chain: Chain) -> Chain:
         """Find out where to go on, as no extent that fits is where it is expected."""
         offset = self._offset
+        # The file's own flaw is told already, and nobody knows how much is missing.
         if offset in self.window.source.breaks:
             return self._search(offset) or self._end(chain)
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         through = near = None
         try:
             fields = EXTENT.unpack(data)
-            # Its size may still be right. Then what is inside may only be a guest's.
+            # Its size may still be right. Then extents inside its payload are a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
+            # block_count and the masks say the same: one of them may be right.
             for size in (fields[2] * BLOCK_SIZE, stored):
                 end = offset + EXTENT_HEADER_SIZE + size
                 if through is None and size < EXTENT_MAX_SIZE:
@@ -6935,6 +7008,7 @@ class Rescue:
             parse_extent(data, offset, self._uuid)
             text = "the extent has clusters that do not exist, or were there before"
         except (FormatError, struct.error) as error:
+            # Without its offset, which the line has already.
             text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
         following = self._search(offset + 1, through, through, near)
         if following is None and through is not None:
@@ -6953,11 +7027,10 @@ class Rescue:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
         self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
-        # Which ranges are lost is only known when they have been read.
-        self.window.peek(start, size + EXTENT_HEADER_SIZE)
-        lost = overlaps(self.window.source.lost, found.end, found.end + EXTENT_MD5.start)
-        in_place = lost or self._marked(found.end)
+        in_place = self._can_be_marked(found.end)
+        # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
+        # `peek` stops at breaks after its start, not at one there.
         broken = start in self.window.source.breaks
         stop = start if broken else start + len(self.window.peek(start, size))
         if in_place and stop == found.end:
@@ -6966,6 +7039,7 @@ class Rescue:
             return chain
         cut = stop < found.end
         self._offset = found.end
+        # Bytes are missing if the next extent begins inside this one.
         following = self._search(start, stop, near=found.end, cut=cut)
         if cut and not following:
             chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
@@ -6973,6 +7047,7 @@ class Rescue:
             self._offset = stop
             return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
         self._shifted = True
+        # A chain that is not proven may be a guest's: then it is payload, too.
         end = min(self._offset, stop) if following and following.proven else stop
         self._write(found, chain, start, end, doubtful=True)
         text = "bytes are missing or added in the extent"
@@ -6981,7 +7056,7 @@ class Rescue:
         return following
 
     def _take_rest(self, found: Found, chain: Chain) -> Chain:
-        """Write what comes behind a break in an extent, if that is certain; return its follower."""
+        """Write the payload after a break, if its place is certain; return the next chain."""
         start = self._offset
         following = self._search(start, found.end + 1)
         if following is None:
@@ -6994,6 +7069,7 @@ class Rescue:
                 # The canonical order goes on, so the break has cost this extent's bytes only.
                 breaks = self.window.source.breaks
                 start = breaks[bisect.bisect_right(breaks, self._offset) - 1]
+                # Its end is known, so it is placed from there.
                 begin = found.extent.payload_size - (self._offset - start)
                 self._write(found, chain, start, self._offset, begin)
         return following
@@ -7011,12 +7087,13 @@ class Rescue:
     ) -> None:
         """Write the clusters of an extent whose blocks are in a part of its payload.
 
-        The part is at start to stop of the archive, and begins at `begin` of the payload. Of
-        doubtful clusters, what is there is written.
+        The part is at start to stop of the archive, and begins at `begin` of the payload. Doubtful
+        clusters are written even if some of their blocks are missing.
         """
         source = self.window.source
         payload = self.window.peek(start, stop - start)
         doubtful = doubtful or chain.doubtful
+        # Nearly all extents are whole, and need no look at each cluster.
         certain = not doubtful and len(payload) == found.extent.payload_size
         certain = certain and not overlaps(source.lost, start, stop)
         certain = certain and not overlaps(source.doubtful, start, stop)
@@ -7035,7 +7112,7 @@ class Rescue:
                 if doubtful or overlaps(source.doubtful, *place):
                     state = FOUND_DOUBTFUL
             disk.entries[cluster_num] = chain.number << 2 | state
-            # A last cluster may have blocks behind the disk's end.
+            # A last cluster may have blocks after the disk's end.
             limit = disk.device.size if disk.exact else sys.maxsize
             for run_start, run_size in block_runs(mask):
                 offset = cluster_num * CLUSTER_SIZE + run_start
@@ -7047,20 +7124,20 @@ class Rescue:
 
     def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
         """Write pieces of a payload to the disks, neighbours with one call."""
-        views: list[Buffer] = []
-        target, end = None, 0
-        for dev_id, offset, first, size in sorted(pieces):
-            if target is not self.disks[dev_id].target or offset != end:
-                if target:
-                    target.write_at(end - sum(map(len, views)), views)
-                target, views = self.disks[dev_id].target, []
-            views.append(payload[first : first + size])
-            end = offset + size
-        if target:
-            target.write_at(end - sum(map(len, views)), views)
+        pieces.sort(reverse=True)
+        while pieces:
+            dev_id, start, *_ = pieces[-1]
+            views: list[Buffer] = []
+            end = start
+            while pieces and pieces[-1][:2] == (dev_id, end):
+                *_, first, size = pieces.pop()
+                views.append(payload[first : first + size])
+                end += size
+            self.disks[dev_id].target.write_at(start, views)
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        # An extent that proves nothing cannot begin the order.
         known = chain.proven or self._key
         if known and self._key is not None and self._uuid == CANONICAL_UUID:
             in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
@@ -7076,11 +7153,13 @@ class Rescue:
                 holder = self._chains[held >> 2]
                 # The same header again is only a part of the archive that is there twice.
                 holder.dropped = holder.dropped or found.extent.md5 not in self._headers
+                # Blocks that are not stored must not keep the other one's bytes.
                 disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
             state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
             entry = chain.number << 2 | state
             entries[first : first + count] = array.array("I", [entry]) * count
         self._headers.add(found.extent.md5)
+        # `_write` enters them, each with its state.
         if found.extent.block_count:
             for info in found.extent.blockinfo:
                 if info >> 48 and info >> 32 & 0xFF:
@@ -7099,14 +7178,16 @@ class Rescue:
                 count = disk.end
             size = device.size
             if device.is_vmstate or disk.end > count:
+                # As Proxmox restores it: a vmstate ends with its last cluster.
                 size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
             lost, doubtful = self._unsure(disk, max(count, disk.end), size)
             try:
                 disk.target.truncate(size)
             except VmaError:
+                # A damaged size may be more than the file system takes.
                 if disk.exact:
                     raise
-                disk.target.truncate(disk.end * CLUSTER_SIZE)  # the size is wrong
+                disk.target.truncate(disk.end * CLUSTER_SIZE)
             if lost:
                 number = sum(-(-each // CLUSTER_SIZE) for _, each in lost)
                 text = f"{device.title}: {plural(number, 'cluster')} not found"
@@ -7122,20 +7203,23 @@ class Rescue:
     def _unsure(
         self, disk: RescuedDisk, cluster_count: int, size: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return [offset, size] in bytes of what is lost and of what is doubtful."""
+        """Return the lost ranges and the doubtful ones, as [offset, size] in bytes."""
         lost: list[list[int]] = []
         doubtful: list[list[int]] = []
         for first, end, entry in disk.spans(cluster_count):
             state = entry & 3
             if entry and self._chains[entry >> 2].dropped:
                 for cluster_num in range(first, end):
+                    # These bytes came from an archive in a guest's disk: lost, not doubtful.
                     disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
                 state = 0
+            # A checksum that fails may itself be wrong, unless extents did not follow each other.
             if state == FOUND_STORED and self.window.source.suspect + self._shifted > 1:
                 state = FOUND_DOUBTFUL
             if state in (0, FOUND_DOUBTFUL):
                 ranges = doubtful if state else lost
                 start, stop = first * CLUSTER_SIZE, min(end * CLUSTER_SIZE, size)
+                # Neighbours from two chains are one range to who reads it.
                 if ranges and sum(ranges[-1]) == start:
                     ranges[-1][1] += stop - start
                 else:
@@ -7149,7 +7233,7 @@ def guess_header(data: bytearray, uuid: bytes) -> Header | None:
     if not HEADER_FIXED_SIZE < size <= HEADER_MAX_SIZE:
         return None
     fields = HEADER.unpack_from(data)
-    # What Proxmox always writes, in case these fields were hit.
+    # The values that Proxmox always writes, in case these fields were hit.
     usual = HEADER_FIXED_SIZE, size - HEADER_FIXED_SIZE
     for blob_offset, blob_size in (fields[5:7], usual):
         HEADER.pack_into(
@@ -7170,10 +7254,12 @@ def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
 
 def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
     """Return the extent header at an offset of a canonical archive as its index has it."""
+    # An entry is the offset of the payload << 16, and the mask; see DeviceIndex.
     place = offset + EXTENT_HEADER_SIZE << 16
     for dev_id, entries in index.entries.items():
         first = bisect.bisect_left(entries, place)
         masks = [entry & FULL_MASK for entry in entries[first : first + index.cluster_count]]
+        # Only an extent's first cluster follows a header.
         if masks and entries[first] >> 16 == place >> 16 and first % index.cluster_count == 0:
             infos = [mask << 48 | dev_id << 32 | first + i for i, mask in enumerate(masks)]
             return pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
@@ -7188,10 +7274,11 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
     with Input(name, raw) as file, ExitStack() as stack:
         if size is not None:
             with os_errors_as(name):
+                # Not a FileInput: that gives up at the first unreadable sector.
                 file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
         codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
-            # Its beginning may be damaged: then the name tells.
+            # Its first bytes may be damaged: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
         window = Window(RawSalvage(file))
         stack.callback(window.close)
@@ -7222,6 +7309,7 @@ def notice(args: Namespace, text: str) -> None:
 def require_report() -> None:
     """Raise VmaError, before anything is done, if standard output is closed."""
     if sys.stdout is None:
+        # Found out afterwards, it would cost the work of hours.
         raise VmaError("standard output is closed: there is nowhere to report to")
 
 
@@ -7235,11 +7323,9 @@ def progress_of(args: Namespace, *sources: Input) -> Progress:
     """Return the progress of reading archives."""
     progress = Progress(sources[0].name, args.quiet, args.verbose)
     totals = [source.total for source in sources]
-    progress.begin(
-        "reading",
-        sum(totals) if all(totals) else 0,
-        lambda: sum(source.position() for source in sources),
-    )
+    # Of a pipe, nobody knows the total: then no percentage is shown.
+    total = sum(totals) if all(totals) else 0
+    progress.begin("reading", total, lambda: sum(source.position() for source in sources))
     return progress
 
 
@@ -7252,6 +7338,7 @@ def loaded(args: Namespace) -> Iterator[tuple[Contents, Progress]]:
     with ExitStack() as stack:
         contents = stack.enter_context(open_archive(args.archive, args.base))
         progress = stack.enter_context(progress_of(args, *contents.inputs))
+        # A stream cannot be read twice: it is checked while the disks are written.
         if not contents.ordered:
             contents.complete()
         yield contents, progress
@@ -7262,10 +7349,22 @@ def paths_read(args: Namespace) -> list[str]:
     return [path for path in (args.archive, args.base) if path is not None]
 
 
+def require_any_place(args: Namespace, inputs: Sequence[Input], what: str) -> None:
+    """Raise VmaError if an archive or its base is a stream; `what` needs more."""
+    for path, source in zip(paths_read(args), inputs):
+        if source.size is None:
+            raise VmaError(
+                f"{source.name}: {what} reads at any place, which a stream does not allow; "
+                f"make a file that does: vma-tool optimize {escape(path)} "
+                f"{escape(plain_name(path))}.zst"
+            )
+
+
 def cmd_list(args: Namespace) -> int:
     """Print what an archive holds."""
     require_report()
     if args.base is not None and args.scan:
+        # A difference and its base make an archive that is laid out nowhere.
         raise UsageError("list: --scan shows how one file is laid out, not with --base")
     tables: dict[int, Table] = {}
     contents: Contents | None = None
@@ -7274,29 +7373,26 @@ def cmd_list(args: Namespace) -> int:
             contents = stack.enter_context(open_archive(args.archive, args.base))
             source = contents.source
         else:
-            source = stack.enter_context(
-                open_input(args.archive, index=args.scan or args.partitions)
-            )
-            contents = contents_of(source) if args.scan or args.partitions else None
+            # The header is enough for a plain listing, even if the rest is damaged.
+            more = args.scan or args.partitions
+            source = stack.enter_context(open_input(args.archive, index=more))
+            contents = contents_of(source) if more else None
         inputs = contents.inputs if contents else (source,)
-        for path, each in zip(paths_read(args), inputs) if args.partitions else ():
-            if each.size is None:
-                raise VmaError(
-                    f"{each.name}: --partitions reads at any place, which a stream does not allow; "
-                    f"make a file that does: vma-tool optimize {escape(path)} "
-                    f"{escape(plain_name(path))}.zst"
-                )
+        if args.partitions:
+            require_any_place(args, inputs, "--partitions")
         if contents:
             contents.complete()
             if isinstance(contents, Overlay):
+                # With another base, its clusters would make a table that no guest has had.
                 progress = stack.enter_context(progress_of(args, contents.base.source))
                 contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
-                if not device.is_vmstate:
+                if not device.is_vmstate:  # RAM has no partition table
                     read = functools.partial(contents.read_range, device.dev_id)
                     tables[device.dev_id] = read_table(read, device.size)
         header = contents.header if contents else read_header(source, whole=False)
         found = describe(source, header, contents if args.scan else None, tables)
+        # Before anything is printed: half an old and half a new archive is neither.
         for each in inputs:
             each.check_unchanged()
     if args.json:
@@ -7312,7 +7408,7 @@ def cmd_list(args: Namespace) -> int:
 def describe(
     source: Input, header: Header, contents: Contents | None, tables: Mapping[int, Table]
 ) -> dict[str, Any]:
-    """Return what list --json prints; `contents` adds what only a scan can know."""
+    """Return the object that list --json prints; `contents` adds the findings of a scan."""
     difference = parse_difference(header) if header.magic == DIFFERENCE_MAGIC else None
     header = whole_header(header)
     devices = [device._asdict() for device in header.devices]
@@ -7347,14 +7443,15 @@ def describe(
 
 def plain_name(path: str) -> str:
     """Return a name for the plain form of a compressed archive, or of standard input."""
+    # The result must not be the input: x.vma gives x.vma.new.
     root, extension = os.path.splitext(path)
     return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
 def access_commands(device: Device, partition: Partition) -> dict[str, str | None]:
-    """Return how to get at a partition of the disk that extract writes, and of a mounted archive.
+    """Return the commands that open a partition: in extract's disk, and in a mounted archive.
 
-    `mount` is the first of them where it mounts a file system; None where there is no way.
+    `mount` is the first one if it mounts a file system. None where there is no way.
     """
     import shlex
 
@@ -7365,25 +7462,25 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
     file_system = partition.file_system
     disk, part = disk_file_name(device), partition_file_name(device, partition)
     extracted, mounted = quoted(disk), quoted(f"{MOUNT_EXAMPLE}/{disk}")
-    command = OPEN_COMMANDS.get(file_system)
     if partition.mountable:
         # A journal must not be replayed, as nothing can be written.
         options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
         place = f",offset={partition.start},sizelimit={partition.size}"
         extracted = f"mount -o {options}{place} {extracted} /mnt"
         mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
-    elif command:
-        number = f"p{partition.number}" if partition.number else ""
-        extracted = command.format(file=extracted, part=number)
-        mounted = command.format(file=mounted, part=number)
-    else:
-        return {"mount": None, "extracted": None, "mounted": None}
-    mount = extracted if partition.mountable else None
-    return {"mount": mount, "extracted": extracted, "mounted": mounted}
+        return {"mount": extracted, "extracted": extracted, "mounted": mounted}
+    command = OPEN_COMMANDS.get(file_system)
+    # A disk without a table is opened as a whole.
+    number = f"p{partition.number}" if partition.number else ""
+    return {
+        "mount": None,
+        "extracted": command and command.format(file=extracted, part=number),
+        "mounted": command and command.format(file=mounted, part=number),
+    }
 
 
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
-    """Print for people what `describe` returned."""
+    """Print the result of `describe` for people."""
     print(f"archive  {archive}")
     print(f"uuid     {found['uuid']}")
     print(f"created  {format_time(found['ctime'])}")
@@ -7442,6 +7539,7 @@ def cmd_verify(args: Namespace) -> int:
     worst = 0
     for argument in args.archive:
         try:
+            # A directory that cannot be read costs only itself, like an archive.
             paths = find_archives(argument) if os.path.isdir(argument) else [argument]
         except VmaError as error:
             paths = []
@@ -7454,6 +7552,7 @@ def cmd_verify(args: Namespace) -> int:
                 status = error.exit_status
                 print_error(error)
                 if args.json:
+                    # One object each: a script sees that it was looked at.
                     print(to_json({"archive": path, "ok": False, "error": str(error)}), flush=True)
             worst = max(worst, status)  # a bad archive counts more than one that cannot be read
     return worst
@@ -7468,6 +7567,7 @@ def verify_one(args: Namespace, path: str) -> int:
         try:
             verify_input(args, path, str(error.args[0]))
         except VmaError:
+            # As a stream it fails as well: the first fault is nearer to the damage.
             raise error from None
     return 0
 
@@ -7483,11 +7583,13 @@ def verify_input(args: Namespace, path: str, fault: str = "") -> None:
             source.read_all = True  # a sector that cannot be read must not pass
         contents = contents_of(source)
         with in_archive(source.name):
+            # Names that no file can have do not restore; nothing here needs them otherwise.
             check_names(contents.header)
         for _ in ticking(contents.extents(), progress):
             pass
         progress.finish()
         source.check_unchanged()
+        # Of a stream, everything is read anyway.
         what = "headers only" if args.quick and source.size is not None else "all data read"
         if source.note or fault:
             what += f", as a stream: {source.note or fault}"
@@ -7506,6 +7608,7 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
     def ranges() -> Iterator[tuple[int, int]]:
         start = 0
         for i in range(1, source.frame_count + 1):
+            # Whole frames, as many as a buffer holds: so none is decompressed twice.
             if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
                 yield start, source.table.offsets[i]
                 progress.tick()
@@ -7518,29 +7621,28 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
     pump(ranges(), lambda place, _: place, [lambda _: None], work)
 
 
+def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
+    """Read all clusters, which checks them, and hand them to a consumer."""
+    with progress_of(args, *contents.inputs) as progress:
+        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+        progress.finish()
+    contents.check_unchanged()
+
+
 def verify_difference(args: Namespace, path: str) -> int:
     """Read a difference and its base, and say that the archive they make will restore."""
-    with ExitStack() as stack:
-        contents = stack.enter_context(open_archive(path, args.base))
-        with progress_of(args, *contents.inputs) as progress:
-            copy_parts(contents, Consumer(), CANONICAL_MAX_CLUSTERS, progress)
-            progress.finish()
-        contents.check_unchanged()
-        devices = contents.header.devices
+    with open_archive(path, args.base) as contents:
+        read_all(args, contents, Consumer())  # which does nothing
     if args.json:
         description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
-        print(
-            to_json({**description, **describe(contents.source, contents.header, None, {})}),
-            flush=True,
-        )
+        description.update(describe(contents.source, contents.header, None, {}))
+        print(to_json(description), flush=True)
     elif not args.quiet:
         source, base = contents.inputs
+        devices = contents.header.devices
         size = format_size(sum(device.size for device in devices))
-        print(
-            f"{source.name}: OK, a difference from {base.name}, {plural(len(devices), 'device')}, "
-            f"{size}, all data read",
-            flush=True,
-        )
+        what = f"a difference from {base.name}, {plural(len(devices), 'device')}, {size}"
+        print(f"{source.name}: OK, {what}, all data read", flush=True)
     return 0
 
 
@@ -7552,6 +7654,7 @@ def verify_against(args: Namespace, path: str) -> int:
             found = compare_headers(ours.header, theirs.header, args.ignore_ctime)
             found += compare_disks(ours, theirs, progress)
             progress.finish()
+        # Before the verdict: files that change meanwhile may differ, or not, for that reason only.
         ours.check_unchanged()
         theirs.check_unchanged()
     if args.json:
@@ -7559,6 +7662,7 @@ def verify_against(args: Namespace, path: str) -> int:
         print(to_json({**result, "differences": found}), flush=True)
     elif not found and not args.quiet:
         print(f"{source.name}: OK, the same as {other.name}", flush=True)
+    # An archive that differs is an error; --json has the lines in its object.
     for line in found if not args.json else ():
         print_error(f"{source.name}: differs from {other.name}: {line}")
     return EXIT_BAD if found else 0
@@ -7568,10 +7672,7 @@ def verify_digest(args: Namespace, path: str) -> int:
     """Print the SHA-256 of each config and disk, under the names that unpack gives them."""
     with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
-        with progress_of(args, *contents.inputs) as progress:
-            copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
-            progress.finish()
-        contents.check_unchanged()
+        read_all(args, contents, consumer)
     files: list[dict[str, Any]] = []
     for name, data in contents.header.configs:
         digest = hashlib.sha256(data).hexdigest()
@@ -7589,13 +7690,12 @@ def verify_digest(args: Namespace, path: str) -> int:
 def summary(contents: Contents) -> str:
     """Return verify's line on a good archive."""
     devices = contents.header.devices
-    stored = sum(index.stored_size for index in contents.index.devices.values())
+    size = format_size(sum(device.size for device in devices))
+    stored = format_size(sum(index.stored_size for index in contents.index.devices.values()))
     align = find_align(contents)
-    return (
-        f"{contents.source.name}: OK, {plural(len(devices), 'device')}, "
-        f"{format_size(sum(device.size for device in devices))}, {format_size(stored)} stored, "
-        + (f"canonical (--align {align})" if align else "not canonical")
-    )
+    layout = f"canonical (--align {align})" if align else "not canonical"
+    start = f"{contents.source.name}: OK, {plural(len(devices), 'device')}"
+    return f"{start}, {size}, {stored} stored, {layout}"
 
 
 def print_totals(args: Namespace, index: Index) -> None:
@@ -7630,15 +7730,16 @@ def choose(header: Header, lists: Sequence[str] | None) -> list[Device]:
 
     A part of a name between dashes will do where one device has it: scsi0 for drive-scsi0.
     """
-    known = {device.name: device for device in header.devices}
     if lists is None:
-        return list(known.values())
+        return list(header.devices)
+    known = {device.name: device for device in header.devices}
     chosen = set()
     for text in lists:
         for word in [text] if text in known else text.split(","):  # a name may have a comma itself
-            fitting = [name for name in known if word and f"-{word}-" in f"-{name}-"]
-            if word in known:
-                fitting = [word]
+            # Dashes on both sides, so that scsi1 is not taken for scsi10.
+            parts = [name for name in known if word and f"-{word}-" in f"-{name}-"]
+            # A whole name counts more than parts of others: scsi1 may be one.
+            fitting = [word] if word in known else parts
             if len(fitting) > 1:
                 raise VmaError(f"device {quote(word)} may be {', '.join(map(quote, fitting))}")
             if not fitting:
@@ -7659,6 +7760,7 @@ def extract_one(args: Namespace) -> int:
         with open_output(args.output, args.force, contents.readers, device) as output:
             if isinstance(output, PartialFile):
                 warn_of_leftovers(args, output.directory)
+            # The holes of a new file are zeros; a device may have other bytes there.
             zeros = () if isinstance(output, PartialFile) else {device.dev_id}
             write_disks(contents, {device.dev_id: output}, progress, zeros)
             finish_writing(output.sync, progress)
@@ -7667,7 +7769,7 @@ def extract_one(args: Namespace) -> int:
 
 
 def finish_writing(sync: Callable[[], None], progress: Progress) -> None:
-    """Flush what was written; that may take long, so the progress says so."""
+    """Flush the output; that may take long, so the progress says so."""
     progress.finish()
     progress.begin("flushing", 0, lambda: 0)
     sync()
@@ -7679,6 +7781,7 @@ def extract_mapped(args: Namespace) -> int:
     with ExitStack() as stack:
         contents, progress = stack.enter_context(loaded(args))
         header = contents.header
+        # RAM goes beside the configs, as it has no line in the map.
         states = [disk_file_name(device) for device in header.devices if device.is_vmstate]
         refuse_twice(contents.source.name, [*(config.name for config in header.configs), *states])
         directory = stack.enter_context(make_directory(args.targetdir, contents.readers))
@@ -7687,15 +7790,19 @@ def extract_mapped(args: Namespace) -> int:
         # Who writes the map into a FIFO reads the configs first, and waits for the lines below.
         for config in header.configs:
             directory.create(config.name).append([config.data])
+        # A name must not appear before its data is on the disk.
         directory.flush()
         undo = stack.enter_context(ExitStack())
         with signals_blocked():
             directory.commit(replace=False)
             for config in header.configs:
+                # If a disk fails later, the configs must not stay alone.
                 undo.callback(directory.remove, config.name)
         print_contents(header)
+        # Only now: a FIFO has no map in it before qmrestore has read the lines above.
         with os_errors_as(escape(args.map)), open(args.map, "rb") as lines:
             plan = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
+        # qmrestore may ask for throttling or a cache, which do not change what is written.
         if plan.ignored:
             options = ", ".join(sorted(set(map(escape, plan.ignored))))
             notice(args, f"{escape(args.map)}: not applied here: {options}")
@@ -7737,7 +7844,7 @@ def open_destinations(
         if device.name not in plan.places:
             raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
         place = plan.places[device.name]
-        if place is None:
+        if place is None:  # the map leaves it out
             continue
         path, write_zeros = place
         refuse_same(paths_read(args), path)
@@ -7746,6 +7853,7 @@ def open_destinations(
         used.append(path)
         targets[device.dev_id] = stack.enter_context(open_destination(path, device))
         if write_zeros:
+            # Only who made the map knows whether the storage is all zeros already.
             zeros.add(device.dev_id)
     return targets, zeros
 
@@ -7754,35 +7862,36 @@ def cmd_mount(args: Namespace) -> int:
     """Mount an archive; serve it in the background, or as long as a command runs."""
     if sys.platform != "linux":
         raise VmaError("mount speaks to the Linux kernel: on other systems, extract the disks")
+    # It would count as no command, and the archive would stay mounted.
     if args.command == []:
         raise UsageError("no command after --")
     options = sorted({option for options in args.options for option in options})
     point = MountPoint(args.directory, escape(args.archive), options)
     with open_archive(args.archive, args.base) as contents:
-        for path, source in zip(paths_read(args), contents.inputs):
-            if source.size is None:
-                raise VmaError(
-                    f"{source.name}: mount reads at any place, which this archive does not allow; "
-                    f"make one that does: vma-tool optimize {escape(path)} "
-                    f"{escape(plain_name(path))}.zst"
-                )
+        inputs = contents.inputs
+        require_any_place(args, inputs, "mount")
+        for source in inputs:
             if isinstance(source, FramesInput):
+                # Many programs may read at different places at once.
                 source.cached_frames = MOUNT_FRAMES
-        with progress_of(args, *contents.inputs) as progress:
-            size = sum(source.size or 0 for source in contents.inputs)
-            progress.begin(
-                "reading headers", size, lambda: sum(source.offset for source in contents.inputs)
-            )
+        with progress_of(args, *inputs) as progress:
+            size = sum(source.size or 0 for source in inputs)
+            progress.begin("reading headers", size, lambda: sum(each.offset for each in inputs))
+            # A damaged archive is refused here, not when a program reads it later.
             contents.complete(progress.tick)
+            # Reading here and there would not show that it is the wrong one.
             if isinstance(contents, Overlay):
                 contents.check_base(progress)
             files = mounted_files(contents)
             contents.check_unchanged()
         in_background = not (args.foreground or args.command)
+        # In the background, standard error belongs to nobody any more.
         log = log_to_syslog if in_background else print_error
         readers = contents.readers
+        # Nobody may read a disk through the mount who cannot read the archive.
         mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
         server = FuseServer(files, mode, contents.header.ctime, log)
+        # Before mounting: a signal in between would leave a mount that nobody serves.
         with waiting_signals() as signals:
             server.fd = point.mount()
             if args.foreground and not args.command:
@@ -7799,11 +7908,13 @@ def mount_and_leave(
     with ExitStack() as undo:
 
         def unmount() -> None:
+            # Else the child serves on for as long as a file is open, perhaps for days.
             if point.unmount():
                 os.waitpid(child, 0)  # then nothing is in use any more
             else:
                 print_error(f"{point.name}: {STILL_IN_USE}")
 
+        # Until the child serves, every access would hang.
         undo.callback(point.unmount)
         child = start_server(server, point, signals, keep_stderr=bool(args.command))
         undo.pop_all()
@@ -7814,7 +7925,7 @@ def mount_and_leave(
 
 
 def cmd_rescue(args: Namespace) -> int:
-    """Write what is left of a damaged archive, and say what is lost."""
+    """Recover configs and disks from a damaged archive, and report what is lost."""
     require_report()
     with open_salvage(args.archive) as (source, window):
         progress = progress_of(args, source)
@@ -7824,6 +7935,7 @@ def cmd_rescue(args: Namespace) -> int:
             rescue = Rescue(window, directory.create)
             with in_archive(source.name):
                 rescue.run()
+            # The report is written last, when all is known, and appears with the disks.
             found = rescue.finish()
             directory.create(RESCUE_NAME).append([to_json(found).encode() + b"\n"])
             finish_writing(directory.flush, progress)
@@ -7832,11 +7944,12 @@ def cmd_rescue(args: Namespace) -> int:
         print(to_json(found))
     elif not args.quiet:
         print_rescued(source.name, found)
+    # So that a script does not take the disks for whole.
     return EXIT_BAD if found["damage"] else 0
 
 
 def print_rescued(archive: str, found: Mapping[str, Any]) -> None:
-    """Print for people what `Rescue.finish` returned."""
+    """Print the result of `Rescue.finish` for people."""
     print(f"archive  {archive}")
     for flaw in found["damage"]:
         print(f"damage   offset 0x{flaw['offset']:x}: {escape(flaw['text'])}")
@@ -7864,6 +7977,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
     with loaded(args) as (contents, progress):
         source, header = contents.source, contents.header
         if for_pack:
+            # pack takes names as they are; Proxmox's extract makes disk-NAME.raw of them.
             names = {device.dev_id: device.name for device in header.devices}
             extra = [DESCRIPTION_NAME]
         else:
@@ -7873,6 +7987,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
         files = [*(config.name for config in header.configs), *names.values(), *extra]
         refuse_twice(source.name, files)
         for name in files:
+            # With --force, a disk would replace the archive that it is read from.
             refuse_same(paths_read(args), os.path.join(path, name_on_disk(name)))
         with make_directory(path, contents.readers) as directory:
             replace = for_pack and args.force
@@ -7883,7 +7998,7 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
                 directory.require_empty()
 
             def create(name: str) -> PartialFile:
-                # A symbolic link, or what else is no file, has nothing that its successor keeps.
+                # A symbolic link or another special file has no attributes to keep.
                 state = directory.state(name)
                 replaces = state is not None and stat.S_ISREG(state.st_mode)
                 return directory.create(name, replaces)
@@ -7901,10 +8016,12 @@ def restore(args: Namespace, path: str, for_pack: bool) -> int:
 
 
 def cmd_pack(args: Namespace) -> int:
-    """Write the canonical archive of what unpack or extract wrote, or of files named like that."""
+    """Write the canonical archive of a directory that unpack or extract wrote, or one like it."""
+    # Not `exists`: a broken link is a mistake to report, not a directory of another kind.
     described = os.path.lexists(os.path.join(args.directory, DESCRIPTION_NAME))
     with os_errors_as(escape(args.directory)):
         names = os.listdir(args.directory)
+        # OUTPUT must not replace a disk that it is made of.
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
         refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
@@ -7915,6 +8032,7 @@ def cmd_pack(args: Namespace) -> int:
 def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
     """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
     header, paths = packing
+    # Everything is checked before OUTPUT is opened.
     require_names(header)
     level = compression_level(args, args.output)
     if args.map is not None:
@@ -7926,26 +8044,18 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         ]
         for disk in disks:
             if disk.device.size != disk.size and not exact:
-                notice(
-                    args,
-                    f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}, "
-                    "as disks have whole sectors",
-                )
+                text = f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}"
+                notice(args, f"{text}, as disks have whole sectors")
+        # Sizes are known only now.
         header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
         missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
         if missing:
-            notice(
-                args,
-                f"{CONFIG_NAME} has no #qmdump#map line for {missing}: qmrestore needs one, "
-                "--map STORAGE adds it",
-            )
+            text = f"{CONFIG_NAME} has no #qmdump#map line for {missing}"
+            notice(args, f"{text}: qmrestore needs one, --map STORAGE adds it")
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
-        progress.begin(
-            "reading",
-            sum(disk.data_size for disk in disks),
-            lambda: sum(disk.source.bytes_read for disk in disks),
-        )
+        total = sum(disk.data_size for disk in disks)  # without holes, as they are not read
+        progress.begin("reading", total, lambda: sum(disk.source.bytes_read for disk in disks))
 
         def last_look() -> None:
             for disk in disks:
@@ -7956,11 +8066,11 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         output.commit(last_look)
 
 
-def compression_level(args: Namespace, output: str, was_compressed: bool = False) -> int:
-    """Return the zstd level for an output, 0 for a plain one."""
+def compression_level(args: Namespace, output: str, compress: bool = False) -> int:
+    """Return the zstd level for an output, 0 for a plain one; `compress` is the default."""
     level = args.compress
     if level is None:
-        level = DEFAULT_LEVEL if was_compressed or output.endswith(".zst") else 0
+        level = DEFAULT_LEVEL if compress or output.endswith(".zst") else 0
     if level:
         require_zstd()  # before anything is read or written
     return int(level)
@@ -7969,9 +8079,10 @@ def compression_level(args: Namespace, output: str, was_compressed: bool = False
 def write_archive(
     args: Namespace, producer: Producer, output: Target, level: int, progress: Progress
 ) -> None:
-    """Write the canonical archive of what a producer has, and check that it reads back."""
+    """Write the canonical archive of a producer's clusters, and check that it reads back."""
     align = ALIGNS[args.align]
     with warning_of_partial(output):
+        # A pipe may have got a part of the archive when an error comes.
         writer = canonical_writer(align, output, level)
         writer.begin(producer.header)
         copy_parts(producer, writer, writer.cluster_count, progress)
@@ -8000,9 +8111,11 @@ def cmd_create(args: Namespace) -> int:
     paths = {}
     for spec in [*args.devices, *args.disks]:
         text = spec
+        # Proxmox's program takes a format in front of the name.
         if text.startswith("format="):
             image_format, _, text = text.removeprefix("format=").partition(":")
             disk = escape(text.partition("=")[2])
+            # A qcow2 image taken for a raw disk would make an archive that restores to garbage.
             require_raw(image_format, f"first run qemu-img convert -O raw {disk} {disk}.raw")
         name, _, path = text.partition("=")
         if not name or not path or name in paths:
@@ -8010,6 +8123,7 @@ def cmd_create(args: Namespace) -> int:
         paths[name] = path
     refuse_same([*paths.values(), *args.config], args.output)
     refuse_existing(args.output, args.force)
+    # Proxmox's program, too, takes the file's name as the config's.
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
     write_packed(args, packing_of(configs, paths), exact=False)
     return 0
@@ -8019,6 +8133,7 @@ def cmd_config(args: Namespace) -> int:
     """Print one config, byte for byte, from the header alone."""
     require_report()
     with open_input(args.archive, index=False) as source:
+        # Of two configs with one name, the later one counts, as for Proxmox.
         configs = dict(read_header(source, whole=False).configs)
     data = configs.get(args.config)
     if data is None:
@@ -8039,6 +8154,7 @@ def cmd_optimize(args: Namespace) -> int:
         refuse_same(paths_read(args), args.output)
     if args.output != "-" and not args.quiet:
         require_report()
+    # OUTPUT may be another name of the same file.
     in_place = args.output is None or is_same_file(args.archive, args.output)
     path = args.archive if args.output is None else args.output
     if not in_place:
@@ -8049,10 +8165,12 @@ def cmd_optimize(args: Namespace) -> int:
             open_archive(args.archive, args.base, args.memory, directory_beside(path))
         )
         source = contents.source
+        # In place, the file keeps its form.
         level = compression_level(args, path, source.compression == "zstd" and in_place)
         if in_place:
             require_replaceable(path, source, args.compress)
         progress = stack.enter_context(progress_of(args, *contents.inputs))
+        # Rewriting it would give the same bytes, and cost a new copy in each snapshot.
         if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
@@ -8065,13 +8183,16 @@ def cmd_optimize(args: Namespace) -> int:
         if args.check and (file is None or source.raw is None):
             raise UsageError("optimize: --check reads both archives again: name files")
         if file is None and not contents.ordered:
-            check_extents(contents)  # what goes into a pipe cannot be taken back
+            check_extents(contents)  # bytes in a pipe cannot be taken back
+        # So a full disk shows at once. How large the others become is not known.
         if file and source.size is not None and not level and args.base is None:
             file.reserve(source.size)
         write_archive(args, contents, output, level, progress)
+        # In place, the written archive will be the only one.
         if file and (args.check or (args.check is None and in_place)):
             check_contents(args, contents, file, level, progress)
         if file and in_place:
+            # It is the same backup: a cleanup by age must not take it for a new one.
             file.times = source.state
         finish_writing(output.sync, progress)
         output.commit(lambda: contents.check_unchanged(path if in_place else None))
@@ -8089,9 +8210,7 @@ def cmd_diff(args: Namespace) -> int:
     if args.output != "-" and not args.quiet:
         require_report()
     temporary = directory_beside(args.output)
-    level = DEFAULT_LEVEL if args.compress is None else args.compress
-    if level:
-        require_zstd()
+    level = compression_level(args, args.output, compress=True)
     with ExitStack() as stack:
         base, new = (
             stack.enter_context(open_archive(path, directory=temporary))
@@ -8101,6 +8220,7 @@ def cmd_diff(args: Namespace) -> int:
         for contents in (base, new):
             if not contents.ordered:
                 contents.complete()
+        # The difference shows something of both.
         readers = common_readers([base.readers, new.readers])
         output = stack.enter_context(open_output(args.output, args.force, readers))
         names = [
@@ -8111,6 +8231,7 @@ def cmd_diff(args: Namespace) -> int:
         stack.callback(difference.waiting.close)
         difference.write_extents(progress)
         with warning_of_partial(output):
+            # The header has the digests of all data, so the extents have waited for it in a file.
             writer = difference.finish(names, output)
         if isinstance(output, PartialFile):
             warn_of_leftovers(args, output.directory)
@@ -8136,7 +8257,7 @@ def check_extents(contents: Contents) -> None:
 
 
 def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
-    """Say whether a file is what optimize would replace it by."""
+    """Say whether a file needs no change by optimize."""
     if contents.ordered or compressed != isinstance(contents, IndexedContents):
         return False
     check_extents(contents)
@@ -8145,6 +8266,7 @@ def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
 
 def directory_beside(output: str) -> str:
     """Return where a stream's temporary file may be: beside a file, but not in /dev or /proc."""
+    # A pipe or a device has no place beside it for a file of this size.
     if output == "-" or (os.path.exists(output) and not os.path.isfile(output)):
         return ""
     return os.path.dirname(os.path.realpath(output))
@@ -8167,8 +8289,7 @@ def check_contents(
 ) -> None:
     """Raise VmaError unless the written archive has the same disks as the one it was made of."""
     with ExitStack() as stack:
-        written = output.read_back(require_zstd() if level else None)
-        stack.enter_context(written)
+        written = stack.enter_context(output.read_back(require_zstd() if level else None))
         if contents.ordered:  # a stream is read once: it is opened again
             # Standard input only comes here in place, so OUTPUT still is the same file.
             path = args.output if args.archive == "-" else args.archive
@@ -8204,8 +8325,8 @@ examples:
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
 
-    _intermixed = False
-    title = ""  # what the command does, for the list of all commands
+    _intermixed = False  # whether parse_known_intermixed_args is at work
+    title = ""  # one line about the command, for the list of all commands
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -8230,6 +8351,7 @@ class Once(argparse.Action):
 
 
 def parse_option(text: str) -> tuple[str, str]:
+    # A line of a config is `key: value`; neither part may begin a new line, a section or a comment.
     match = re.fullmatch(r"([^=:[#\n\r \t]+)=([^\n\r]*)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not KEY=VALUE")
@@ -8237,6 +8359,7 @@ def parse_option(text: str) -> tuple[str, str]:
 
 
 def parse_storage(text: str) -> str:
+    # The lines of the map are separated by colons.
     if not re.fullmatch(r"[^\s:]*", text):
         raise argparse.ArgumentTypeError(f"{quote(text)} is no storage's name")
     return text
@@ -8298,6 +8421,7 @@ def layout_options() -> CommandParser:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each command sets `func` to the function that runs it."""
     parser = argparse.ArgumentParser(
+        # Not the name of the file: the examples use this one.
         prog="vma-tool",
         parents=[common_options(False)],
         usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
@@ -8310,8 +8434,9 @@ def build_parser() -> argparse.ArgumentParser:
         parser_class=CommandParser, help=argparse.SUPPRESS,
     )  # fmt: skip
     again = common_options(argparse.SUPPRESS)  # global options may also precede the command
-    add_reading_commands(functools.partial(add_command, commands, again))
-    add_writing_commands(functools.partial(add_command, commands, again))
+    add = functools.partial(add_command, commands, again)
+    add_reading_commands(add)
+    add_writing_commands(add)
     lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
     for group, names in COMMAND_GROUPS.items():
         lines += ["", f"{group}:"]
@@ -8336,12 +8461,14 @@ def add_command(
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  vma-tool {name} {example}",
     )
+    # argparse keeps the text of `help` where no public name reaches it.
     command.title = text
     command.set_defaults(func=func)
     added: Callable[..., argparse.Action] = command.add_argument
     return added
 
 
+# Arguments that several commands have read the same in the --help of each.
 FLAG: dict[str, Any] = {"action": "store_true"}
 BASE: dict[str, Any] = {
     "action": Once,
@@ -8396,13 +8523,9 @@ def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> 
     arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
     text = "for mount: allow_other, noexec, noatime"
     arg(
-        "-o",
-        dest="options",
-        metavar="OPTION[,OPTION]",
-        type=parse_mount_options,
-        **SEVERAL,
-        help=text,
-    )
+        "-o", dest="options", metavar="OPTION[,OPTION]", type=parse_mount_options,
+        help=text, **SEVERAL,
+    )  # fmt: skip
     arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
     text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
     arg("directory", metavar="DIRECTORY", help=text)
@@ -8475,6 +8598,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     command = None
     if "--" in words:
         end = words.index("--")
+        # For mount, `--` begins a command; for others it ends the options.
         if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
             words, command = words[:end], words[end + 1 :]
             end = len(words)
@@ -8494,6 +8618,7 @@ def cmd_completion(args: Namespace) -> int:
     for name, command in commands.items():
         words: list[str] = []
         for action in command._actions:
+            # The pattern of a shell's case: COMMAND:OPTION
             pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
             if action.choices and pattern:
                 cases.append(f"    {pattern}) words='{' '.join(action.choices)}' ;;")
@@ -8503,6 +8628,7 @@ def cmd_completion(args: Namespace) -> int:
             if pattern:
                 words += action.option_strings
             else:
+                # First, as words that begin with an option are only offered after a dash.
                 words = [*(action.choices or ()), *words]
         cases.append(f"    {name}:*) words='{' '.join(words)}' ;;")
     if args.shell == "zsh":
@@ -8557,6 +8683,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         status = int(args.func(args))
         if sys.stdout is not None:  # closed by the caller
+            # A full disk or a closed pipe shows here, and not in the interpreter's exit.
             sys.stdout.flush()
     except VmaError as error:
         status, message = error.exit_status, str(error)
@@ -8576,8 +8703,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def occupy_standard_streams() -> None:
     """Let nothing take the place of a standard stream that the caller has closed.
 
-    A file of ours would get its number, and what is meant for standard error would go to standard
-    output, perhaps into an archive.
+    A file of ours would get its number, and messages would go into that file, perhaps an archive.
     """
     streams = ("input", os.O_WRONLY), ("output", os.O_RDONLY), ("error", os.O_RDONLY)
     for fd, (name, flags) in enumerate(streams):
@@ -8587,14 +8713,14 @@ def occupy_standard_streams() -> None:
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
-                # What is opened gets the lowest free number. To use it as intended still fails.
+                # The lowest free number is the one to fill. Reading or writing it still fails.
                 os.open(os.devnull, flags)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
 
 def discard_output() -> None:
-    """Let what standard output still buffers go nowhere, so that the exit does not fail again."""
+    """Discard the rest of standard output's buffer, so that the exit does not fail again."""
     fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(fd, 1)
     os.close(fd)
@@ -8603,7 +8729,7 @@ def discard_output() -> None:
 def script() -> NoReturn:
     """Run as a program of its own: with signals handled, and the exit status set."""
     if hasattr(gc, "freeze"):  # PyPy has none
-        gc.freeze()  # looking for garbage in what was loaded costs time, most at the exit
+        gc.freeze()  # else every collection, and the exit, looks through all that was loaded
     Cleanup.install()
     sys.exit(main())
 
