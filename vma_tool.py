@@ -119,6 +119,7 @@ def os_errors_as(name: str) -> Iterator[None]:
 
 def escape(text: str) -> str:
     """Return text with everything that could act on a terminal as Python escapes."""
+    # Marks that turn the direction of text around are not printable either.
     return "".join(
         c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text
     )
@@ -161,20 +162,21 @@ def format_time(seconds: int) -> str:
 
 def parse_size(text: str) -> int:
     """Return the number of bytes in a text like 4096, 128K, 256M or 1G; raises ValueError."""
+    # `find` returns -1 for a digit, and for a wrong unit, which int() then refuses.
     unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
 
 
 def to_json(value: object) -> str:
-    import json
+    import json  # here, like others that few commands need: an import delays the start
 
     return json.dumps(value, indent=2)
 
 
 def require(value: object, kind: type[T]) -> T:
     """Return a value that was read from JSON; raises TypeError if it is of another kind."""
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool):  # True is an int for Python
         raise TypeError(f"{value!r} is no {kind.__name__}")
     return value
 
@@ -204,9 +206,9 @@ class Progress:
         self.name = name
         self._terminal = not quiet and sys.stderr.isatty()
         self._lines = verbose and not self._terminal
-        self._start = self._drawn = time.monotonic()
+        self._start = self._drawn = time.monotonic()  # nothing flashes up in a short run
         self._shown = False
-        self.begin("starting", 0, lambda: 0)
+        self.begin("starting", 0, lambda: 0)  # SIGUSR1 may come before the first stage
 
     def begin(self, stage: str, total: int, position: Callable[[], int]) -> None:
         """Begin a stage of `total` bytes, 0 if unknown; `position` returns the bytes done."""
@@ -231,7 +233,7 @@ class Progress:
     def status(self) -> str:
         """Return one line about the stage, without the name."""
         done = self._position()
-        rate = done / (time.monotonic() - self._stage_start or 1)
+        rate = done / (time.monotonic() - self._stage_start or 1)  # a coarse clock stands still
         text = f"{self._stage}, {format_size(done)}, {format_size(rate)}/s"
         if not self._total:
             return text if done else self._stage
@@ -259,16 +261,15 @@ class Progress:
             self._percent = percent
             seconds = time.monotonic() - self._start
             word = "progress" if self._stage == "reading" else self._stage
-            read = self._position()
-            print(
-                f"{word} {percent}% (read {read} bytes, duration {seconds:.0f} sec)",
-                file=sys.stderr,
-            )
+            text = f"{word} {percent}% (read {self._position()} bytes, duration {seconds:.0f} sec)"
+            print(text, file=sys.stderr)
 
     def _draw(self) -> None:
         columns = 80
         with suppress(ValueError, OSError):
+            # Serial consoles and pseudo-terminals without a size say that they have 0 columns.
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        # One column stays free: some terminals begin a new line when the last one is filled.
         text = self.status()
         name = shorten(self.name, columns - len(text) - 3)
         line = f"{name}: {text}" if name else text[: columns - 1]
@@ -313,8 +314,8 @@ ZERO_BLOCK = bytes(BLOCK_SIZE)
 # header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
-# Begins a difference: an archive without the clusters that its base has. No other program takes it
-# for a backup; Proxmox's verify would pass an archive from which clusters are missing.
+# A difference lacks the clusters that its base has. With a magic of its own, no other program takes
+# it for a backup: Proxmox's verify passes an archive from which clusters are missing.
 DIFFERENCE_MAGIC = b"VMAD"
 HEADER_FIXED_SIZE = 12288
 HEADER_MD5 = slice(32, 48)
@@ -377,12 +378,13 @@ class Device(NamedTuple):
 
     @property
     def max_size(self) -> int:
-        """How many bytes are restored at most: a vmstate is as long as its clusters."""
+        """How many bytes are restored at most."""
+        # Proxmox appends each stored block of a vmstate, whatever size the header says.
         return sys.maxsize if self.is_vmstate else self.size
 
     def block_mask(self, cluster_num: int) -> int:
         """Return the mask of a cluster's blocks that begin inside the device."""
-        # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
+        # The header's size says nothing of a vmstate: see max_size.
         blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
         return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
 
@@ -450,7 +452,7 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     return digest.digest()
 
 
-# What people take for a VMA archive: where in the file, the bytes there, and what they show.
+# Files that people take for VMA archives: offset, the bytes there, and the format.
 # The Proxmox Backup Server's magics are those of its public file-format documentation.
 FOREIGN_FORMATS = (
     (257, b"ustar", "a tar archive, as vzdump makes of a container"),
@@ -467,7 +469,7 @@ FOREIGN_SIZE = 32774  # bytes that tell all of them
 
 
 def foreign_format(start: Buffer) -> str:
-    """Say what a file that begins with these FOREIGN_SIZE bytes is, "" if it is not known."""
+    """Return the format of a file by its first FOREIGN_SIZE bytes, "" if it is not known."""
     if not start:
         return "an empty file"
     found = (what for at, magic, what in FOREIGN_FORMATS if start[at : at + len(magic)] == magic)
@@ -498,6 +500,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     """Return the header in these header_size bytes; raises FormatError.
 
     As in Proxmox's program, a device with size 0 or without a readable name does not exist.
+    Without `check_md5`, the header may be damaged, and so may be the devices' sizes.
     """
     if len(data) < parse_header_size(data):
         raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
@@ -549,11 +552,13 @@ def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
     A blob exists only where a walk from the first one, by their lengths, comes past.
     """
     blobs = {}
+    # Proxmox's program walks as well: an offset in the middle of a blob names none.
     offset = 1  # offset 0 means no blob, so byte 0 is unused
     end = min(len(buffer) - 2, max(wanted))
     while offset <= end:
         start = offset + 2
         size = buffer[offset] | buffer[offset + 1] << 8
+        # A blob that is too long for the buffer does not count, but the walk goes on behind it.
         if offset in wanted and start + size <= len(buffer):
             blobs[offset] = bytes(buffer[start : start + size])
         offset = start + size
@@ -568,6 +573,7 @@ def parse_name(blob: bytes | None) -> str | None:
 
 
 def encode_name(name: str) -> bytes:
+    # A name keeps bytes that are not UTF-8: they come back from the surrogates they became.
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -596,9 +602,8 @@ def pack_header(header: Header) -> bytearray:
         return offset
 
     for slot, (name, content) in enumerate(header.configs):
-        offsets = add(encode_name(name) + b"\0"), add(content)
-        for table, offset in zip((CONFIG_NAMES_OFFSET, CONFIG_DATA_OFFSET), offsets):
-            struct.pack_into(">I", data, table + 4 * slot, offset)
+        struct.pack_into(">I", data, CONFIG_NAMES_OFFSET + 4 * slot, add(encode_name(name) + b"\0"))
+        struct.pack_into(">I", data, CONFIG_DATA_OFFSET + 4 * slot, add(content))
     for dev_id, name, size in header.devices:
         offset = add(encode_name(name) + b"\0")
         DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
@@ -643,9 +648,7 @@ def check_names(header: Header) -> None:
             raise FormatError(f"{len(items)} {kind}s, an archive holds {count} at most")
         seen = set()
         for item in items:
-            fault = name_fault(item.name, max_size)
-            if not fault and item.name in seen:
-                fault = "occurs twice"
+            fault = name_fault(item.name, max_size) or ("occurs twice" if item.name in seen else "")
             if fault:
                 raise FormatError(f"{kind} name {quote(item.name)} {fault}")
             seen.add(item.name)
@@ -678,7 +681,7 @@ def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> byte
     return b"".join((data[: EXTENT_MD5.start], digest, data[EXTENT_MD5.stop :]))
 
 
-@functools.cache
+@functools.cache  # there are no more than 65,536 masks
 def mask_size(mask: int) -> int:
     """Return the size in bytes of a cluster's stored blocks."""
     return bin(mask).count("1") * BLOCK_SIZE
@@ -696,7 +699,7 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
             start += size
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)  # the runs of all masks would take 38 MB
 def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
     runs = re.finditer("1+", bin(mask)[:1:-1])  # its bits, the lowest first
@@ -710,6 +713,7 @@ def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
     """
     if all(mask == FULL_MASK for mask in masks):
         return [(0, len(masks) * CLUSTER_SIZE)] if masks else []
+    # As one number, so that a run does not end where a cluster does.
     bits = bin(int.from_bytes(struct.pack(f"<{len(masks)}H", *masks), "little"))[:1:-1]
     return [(r.start() * BLOCK_SIZE, r.end() * BLOCK_SIZE) for r in re.finditer("1+", bits)]
 
@@ -764,9 +768,10 @@ def fill_up(
 ) -> tuple[Sequence[int], int]:
     """Set mask bits from the extent's end until its blocks are a multiple of unit.
 
-    Return the masks and the number of blocks. So each extent keeps its phase relative to the
-    storage's blocks, however many zero blocks come and go.
+    Return the masks and the number of blocks.
     """
+    # Filled up, an extent moves those behind it by whole blocks of the storage, however many zero
+    # blocks come and go in it. From the end, since a block that is added moves those behind it.
     block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
     wanted = -block_count % unit
     if not wanted:
@@ -809,7 +814,7 @@ class Origin(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What vma-tool.json says: `new` is `base` with the clusters in this file.
+    """Contents of vma-tool.json: `new` is `base` with the clusters in this file.
 
     `disks` are the digests of new's devices in canonical order, of which new's content digest is
     made; `extents` is the SHA-256 of the MD5s of this file's extents. All in hex.
@@ -829,7 +834,7 @@ def pack_difference(difference: Difference) -> bytes:
 
 
 def parse_difference(header: Header) -> Difference:
-    """Return what the first config of a difference says; raises FormatError."""
+    """Return the contents of a difference's first config; raises FormatError."""
     import json
 
     def digest(value: object) -> str:
@@ -841,11 +846,10 @@ def parse_difference(header: Header) -> Difference:
         name, ctime = require(value["name"], str), require(value["ctime"], int)
         return Origin(name, ctime, digest(value["layout"]), digest(value["content"]))
 
-    config, *_ = [*header.configs, Config("", b"")]
-    if config.name != DIFFERENCE_CONFIG:
+    if not header.configs or header.configs[0].name != DIFFERENCE_CONFIG:
         raise FormatError(f"a difference, but its first config is not {DIFFERENCE_CONFIG}")
     try:
-        value = json.loads(config.data)
+        value = json.loads(header.configs[0].data)
         if value["format"] != DIFFERENCE_FORMAT:
             raise FormatError(f"a difference of format {value['format']!r}, which is not supported")
         disks = tuple(map(digest, require(value["disks"], list)))
@@ -853,8 +857,8 @@ def parse_difference(header: Header) -> Difference:
         if len(disks) != len(header.devices) or combine_digests(disks) != new.content:
             raise ValueError("the digests contradict each other")
         return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = escape(repr(error))[:200]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # nested too deeply
+        reason = escape(repr(error))[:200]  # it quotes the file, which may be made by anybody
         raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
 
 
