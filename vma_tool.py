@@ -925,6 +925,7 @@ class Zstd:
 
     def decompress_into(self, frame: Buffer, view: memoryview) -> None:
         """Decompress one frame that fills view exactly; raises FormatError."""
+        # The library would go on with a second frame that follows, the module would ignore it.
         found = parse_frame(frame)
         if found.size != len(frame):
             raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
@@ -944,7 +945,7 @@ class Zstd:
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Decompress one frame given as its header, its blocks and its checksum, piece by piece.
 
-        Raises FormatError at the first damaged one; what was before has been given.
+        Raises FormatError at the first damaged piece, after the contents of those before it.
         """
         raise NotImplementedError
 
@@ -957,6 +958,8 @@ class ModuleZstd(Zstd):
         self._idle: dict[int, list[Any]] = {}  # compressors by level
 
     def compress(self, data: Buffer, level: int) -> bytes:
+        # A new compressor would have to allocate its tables for each frame. Threads share the idle
+        # ones without a lock, as a list's `pop` and `append` are atomic.
         idle = self._idle.setdefault(level, [])
         try:
             compressor = idle.pop()
@@ -973,6 +976,7 @@ class ModuleZstd(Zstd):
             # One byte more than expected: the frame's end is only read with room left.
             data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
         except self.module.ZstdError as error:
+            # Only the library's own words, which LibraryZstd raises as well.
             raise FormatError(str(error).rpartition(": ")[2].lower()) from None
         if len(data) > len(view):
             raise FormatError(f"it holds more than {len(view)} bytes")
@@ -981,16 +985,16 @@ class ModuleZstd(Zstd):
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         decompressor = self.module.ZstdDecompressor()
-        for piece in pieces:
-            try:
-                yield decompressor.decompress(piece)
-            except self.module.ZstdError as error:
-                raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        try:
+            yield from map(decompressor.decompress, pieces)
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
 
 
 class LibraryZstd(Zstd):
     """zstd by the system's library. Debian always has it: dpkg needs it."""
 
+    # ctypes.util.find_library would run ldconfig, or a compiler, at each start.
     NAMES = (
         "libzstd.so.1",
         "libzstd.1.dylib",
@@ -1048,6 +1052,7 @@ class LibraryZstd(Zstd):
             context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
         if len(buffer) < bound:
             buffer = bytearray(bound)
+        # Each time, as an idle context may have worked at another level.
         for parameter, value in zip(self.PARAMETERS, (level, 1)):
             self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
         target, source = address_of(buffer), address_of(data)
@@ -1070,30 +1075,29 @@ class LibraryZstd(Zstd):
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         import ctypes
 
-        class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer: address, size, position
-            _fields_ = (
-                ("address", ctypes.c_void_p),
-                ("size", ctypes.c_size_t),
-                ("position", ctypes.c_size_t),
-            )
+        address, size = ctypes.c_void_p, ctypes.c_size_t
 
+        class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer
+            _fields_ = (("address", address), ("size", size), ("position", size))
+
+        # Declared here and not with the others: only rescue needs them.
         library = self.library
-        library.ZSTD_decompressStream.restype = ctypes.c_size_t
-        library.ZSTD_freeDCtx.argtypes = [ctypes.c_void_p]
+        library.ZSTD_decompressStream.restype = size
+        library.ZSTD_decompressStream.argtypes = [address, address, address]
+        library.ZSTD_freeDCtx.argtypes = [address]
         output = ctypes.create_string_buffer(FRAME_BLOCK_MAX)
-        context = ctypes.c_void_p(self._created(library.ZSTD_createDCtx()))
+        # A context of its own, freed at the end: this one may be left in the middle of a frame.
+        context = self._created(library.ZSTD_createDCtx())
         try:
             for piece in pieces:
                 data = ctypes.create_string_buffer(piece, len(piece))
                 source = Buffer(ctypes.addressof(data), len(piece), 0)
                 target = Buffer(ctypes.addressof(output), len(output), 0)
+                # If the output is full, more may follow, though the piece has been used up.
                 while source.position < source.size or target.position == target.size:
                     target.position = 0
-                    self._checked(
-                        library.ZSTD_decompressStream(
-                            context, ctypes.byref(target), ctypes.byref(source)
-                        )
-                    )
+                    references = ctypes.byref(target), ctypes.byref(source)
+                    self._checked(library.ZSTD_decompressStream(context, *references))
                     yield output.raw[: target.position]
         finally:
             library.ZSTD_freeDCtx(context)
@@ -1116,9 +1120,9 @@ def address_of(data: Buffer) -> Any:
 
     if isinstance(data, bytes):
         return data
-    try:
+    try:  # from_buffer takes neither an empty buffer nor a read-only one
         return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
-    except TypeError:  # read-only
+    except TypeError:
         return bytes(data)
 
 
@@ -1145,7 +1149,7 @@ def frame_number(data: Buffer, start: int, size: int) -> int:
 
 
 def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
-    """Return what a frame's header says of it, `size` being the header's; raises FormatError."""
+    """Return the frame as its header describes it, with the header's size; raises FormatError."""
     magic = frame_number(data, offset, 4)
     if magic != FRAME_MAGIC:
         raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
@@ -1157,7 +1161,7 @@ def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
     position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
     size = (single_segment, 2, 4, 8)[descriptor >> 6]
     content_size = None
-    if size:
+    if size:  # two bytes count from 256 on: RFC 3.1.1.1.4
         content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
     return Frame(position + size - offset, content_size, bool(descriptor & 4))
 
@@ -1178,7 +1182,7 @@ def parse_frame(data: Buffer, offset: int = 0) -> Frame:
         if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
             at = position - offset
             raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
-        position += 3 + (1 if kind == 1 else size)
+        position += 3 + (1 if kind == 1 else size)  # of a repeated byte, size is how often
     position += 4 if frame.has_checksum else 0
     if position > len(data):
         raise CutError("the zstd frame is cut off")
@@ -1273,7 +1277,7 @@ def payload_pieces(masks: Sequence[int]) -> list[int]:
 
 
 class ArchiveIndex(NamedTuple):
-    """What an index says: each device's entries as in DeviceIndex, by dev_id."""
+    """Contents of an index: each device's entries as in DeviceIndex, by dev_id."""
 
     cluster_count: int  # of a whole extent
     entries: dict[int, array.array[int]]
@@ -1282,10 +1286,10 @@ class ArchiveIndex(NamedTuple):
 def index_archive(
     header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
 ) -> list[ArchiveIndex]:
-    """Return what the masks in an index mean; devices are in canonical order.
+    """Return the index that the masks make; devices are in canonical order.
 
-    That the frames are cut as the masks demand proves all offsets; raises FormatError otherwise.
-    Rarely two results fit: they differ in extents that store nothing.
+    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
+    two indexes fit: they differ in extents that store nothing.
     """
     counts = [device.cluster_count for device in devices]
     if devices and devices[-1].is_vmstate:
@@ -1293,6 +1297,7 @@ def index_archive(
         counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
     if sum(counts) != len(masks):
         raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    # Of a device, only the last mask can have such blocks; a canonical archive has none.
     for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
         if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
             raise FormatError(f"the index has blocks behind the end of {device.title}")
@@ -1329,7 +1334,7 @@ def lay_out_frames(
             chunk = masks[start : min(start + cluster_count, first + count)]
             offset += EXTENT_HEADER_SIZE
             base = offset << 16
-            stores = chunk != zeros and any(chunk)
+            stores = chunk != zeros and any(chunk)  # a device's last extent may be shorter
             if run and (stores or number % RUN_EXTENTS == 0):
                 sizes.append(run)
                 run = 0
@@ -1359,7 +1364,7 @@ def lay_out_frames(
 
 
 class Cleanup:
-    """What a signal that ends the program removes first: the handler does it, nothing is raised.
+    """Files to remove, and children to end, when a signal ends the program.
 
     `files` are (descriptor of the directory or None, name), `directories` are removed if empty.
     """
@@ -1387,6 +1392,7 @@ class Cleanup:
     def _end(cls, signum: int, _frame: object) -> NoReturn:
         cls.remove()
         cls._print(f"ended by {signal.Signals(signum).name}")
+        # An exception could cut any two steps apart, or be lost in a destructor.
         os._exit(128 + signum)
 
     @classmethod
@@ -1400,7 +1406,7 @@ class Cleanup:
         for directory, name in list(cls.files):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)
-        for path in sorted(cls.directories, reverse=True):
+        for path in sorted(cls.directories, reverse=True):  # first those inside others
             with suppress(OSError):  # somebody else has put something there
                 os.rmdir(path)
 
