@@ -1461,7 +1461,7 @@ IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
 
 class Readers(NamedTuple):
-    """Who may read a file: what is made of it is for nobody else."""
+    """Who may read a file: a file made of it must not let anybody else read."""
 
     mode: int
     gid: int
@@ -1469,6 +1469,7 @@ class Readers(NamedTuple):
 
     def mode_for(self, gid: int) -> int:
         """Return a mode for a file of group gid that lets nobody read who cannot read this one."""
+        # A list may forbid what the mode allows, and another group has other members.
         private = self.has_acl or gid != self.gid
         return 0o600 if private else 0o600 | self.mode & 0o666
 
@@ -1514,6 +1515,7 @@ class Input:
         """Fill view with the next bytes; return how many there were before the end."""
         count = 0
         with os_errors_as(f"{self.name}: offset 0x{self.offset:x}"):
+            # A pipe gives as much as is in it, not as much as is asked for.
             while count < len(view) and (got := self.file.readinto(view[count:])):
                 count += got
         self.offset += count
@@ -1581,6 +1583,7 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     mode = functools.reduce(operator.and_, (readers.mode for readers in known))
     shared = len({readers.gid for readers in known}) == 1
     has_acl = any(readers.has_acl for readers in known)
+    # A file has one group, which need not be allowed to read the sources of another.
     return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
 
 
@@ -1594,7 +1597,7 @@ def has_acl(fd: int) -> bool:
 class FileInput(Input):
     """A plain file or block device of `size` bytes, which can also be read at any place.
 
-    `bytes_read` counts everything that was read. With `read_all`, what is skipped is read as well.
+    `bytes_read` counts everything that was read. `read_all` makes `skip` read as well.
     """
 
     size: int
@@ -1624,10 +1627,8 @@ class FileInput(Input):
         at = self.offset - self._window_offset
         if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
             # After a skip, nothing is read ahead: what follows may be skipped as well.
-            follows = 0 <= at <= len(self._window)
-            window = bytearray(
-                min(max(size, WINDOW_SIZE), self.size - self.offset) if follows else size
-            )
+            size_ahead = max(size, WINDOW_SIZE) if 0 <= at <= len(self._window) else size
+            window = bytearray(min(size_ahead, self.size - self.offset))
             self._fill([memoryview(window)], self.offset)
             self._window, self._window_offset, at = bytes(window), self.offset, 0
         self.offset += size
@@ -1688,19 +1689,19 @@ class FileInput(Input):
                 if hasattr(os, "preadv"):
                     count = os.preadv(self.fd, views[:IOV_MAX], offset)
                 else:  # macOS before 11, Windows
-                    with self._lock:
+                    with self._lock:  # threads share the descriptor's offset
                         os.lseek(self.fd, offset, os.SEEK_SET)
                         data = os.read(self.fd, len(views[0]))
                     count = len(data)
                     views[0][:count] = data
             except OSError as error:
-                raise VmaError(
-                    f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
-                ) from error
+                text = f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
+                raise VmaError(text) from error
             if not count:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
             offset += count
             self.bytes_read += count
+            # Linux reads up to 2 GiB at once, and only up to a sector that cannot be read.
             views = drop_bytes(views, count)
 
 
@@ -1717,34 +1718,37 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 class SeekableError(FormatError):
-    """What only reading at any place has found; as a stream the archive may be good."""
+    """Damage to what only reading at any place needs; as a stream the archive may be good."""
 
 
 class FramesInput(FileInput):
     """A compressed canonical archive, read at any place by its seek table.
 
-    `size` and all offsets are those of the plain archive. `index` is there after `read_index`,
-    except that of a difference, which has none.
+    `size` and all offsets are those of the plain archive. `has_index` says whether there is an
+    `index`: a difference has none.
     """
 
     compression = "zstd"
     has_index = False
     index: ArchiveIndex
 
-    def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
-        """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
+    def __init__(self, name: str, file: io.FileIO, zstd: Zstd, index: bool) -> None:
+        """Read the seek table, and with `index` the index.
+
+        Raises FormatError, and leaves the file open, if one of them is not right.
+        """
         super().__init__(name, file)
         self.zstd = zstd
-        self._mine = threading.local()  # each thread's buffer for a compressed frame
+        self._mine = threading.local()  # each thread's buffer for a compressed frame, to use again
         self.cached_frames = 2 * processor_count()
         # The frames used last, the latest one at the end, each with a lock for who decompresses it.
         self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
         self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
-        table_size = parse_seek_footer(tail) or 0
-        end = self.size - table_size
-        if not table_size:
+        table_size = parse_seek_footer(tail)
+        if table_size is None:
             raise FormatError("")  # nothing is wrong: most files have none
+        end = self.size - table_size
         if end < 0:
             raise FormatError("the seek table has more frames than the file")
         if table_size > len(tail):
@@ -1755,13 +1759,14 @@ class FramesInput(FileInput):
         is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
         if is_difference and self._index_data:
             raise FormatError("the seek table has fewer frames than the file")
+        # Also without `index`: other programs write seekable files too, of any archive.
         if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
             raise FormatError("there is no index in front of the seek table")
+        if index and not is_difference:
+            self._read_index()
 
-    def read_index(self) -> None:
+    def _read_index(self) -> None:
         """Read the index; raises FormatError unless header and seek table agree with it."""
-        if not self._index_data:
-            return
         header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
         header = parse_header(self._plain(0, min(header_size, self.size)))
         if header.uuid != CANONICAL_UUID:
@@ -1777,6 +1782,7 @@ class FramesInput(FileInput):
 
     def _fits(self, index: ArchiveIndex) -> bool:
         """Say whether each device's first extent has as many clusters as an index says."""
+        # Headers of extents that store nothing share frames, so the seek table does not tell.
         for entries in filter(None, index.entries.values()):
             data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
             slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
@@ -1788,10 +1794,7 @@ class FramesInput(FileInput):
     def frame_count(self) -> int:
         return len(self.table.offsets) - 1
 
-    def read(self, size: int) -> bytes:
-        data = self._plain(self.offset, min(size, self.size - self.offset))
-        self.offset += len(data)
-        return data
+    read = Input.read  # without a window: frames are kept anyway
 
     def _plain(self, offset: int, size: int) -> bytes:
         data = bytearray(size)
@@ -1826,6 +1829,7 @@ class FramesInput(FileInput):
             self._frames[number] = lock, found
             if len(self._frames) > self.cached_frames:
                 del self._frames[next(iter(self._frames))]
+        # Held for this frame only: another thread that needs it waits, and does not do it again.
         with lock:
             if not found:
                 start, end = self.table.offsets[number : number + 2]
@@ -1838,6 +1842,7 @@ class FramesInput(FileInput):
         start, end = self.table.compressed_offsets[number : number + 2]
         frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
         if len(frame) < end - start:
+            # As large as nearly any frame, so that it need not grow with each.
             frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
         frame = frame[: end - start]
         super()._fill([frame], start)
@@ -1860,18 +1865,19 @@ class FramesInput(FileInput):
 
 
 class Codec(NamedTuple):
-    """A compression: how its files begin, and what decompresses it."""
+    """A compression: how its files begin, and the programs or module that decompress it."""
 
     name: str
     magics: tuple[bytes, ...]
     programs: tuple[str, ...]
     module: str
     package: str
-    damage: str = "(?!)"  # what the program prints of damage for which it ends with status 0
+    damage: str = "(?!)"  # pattern of a message about damage that the exit status does not tell
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
 # than gzip, but ignores what follows the end, and does not say so. bzip2 says so, with status 0.
+# lbzip2 uses all processors.
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((i, 0x2A, 0x4D, 0x18)) for i in range(0x50, 0x60)))
 CODECS = (
     Codec("zstd", ZSTD_MAGICS, ("zstd",), "compression.zstd", "zstd"),
@@ -1883,8 +1889,8 @@ CODECS = (
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
-# What a decompressor prints of a file that was cut, and of a window that it does not take. lzop has
-# the system's message for an error that there was not.
+# What decompressors print of a file that was cut, and of a window that is too large for them. lzop
+# prints the system's message for an errno that has nothing to do with it.
 CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
 WINDOW_MESSAGES = r"--long=|too much memory for decoding"
 # A message behind the program's name and what it calls its standard input
@@ -1949,7 +1955,7 @@ class ModuleInput(Input):
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
-        self._buffered.close()
+        self._buffered.close()  # which the modules leave open
 
 
 class ProgramInput(Input):
@@ -1994,12 +2000,14 @@ class ProgramInput(Input):
 
     def _listen(self) -> None:
         """Keep the first of the child's messages, in a thread of its own."""
+        # All of them are read: a child that filled this pipe would wait for ever.
         with suppress(OSError), self._process.stderr as pipe:  # type: ignore[union-attr]  # it is a pipe
             while data := pipe.read(4096):
                 self._messages = (self._messages + data)[:1000]
 
     def _feed(self) -> None:
         """Hand the pipe's bytes on to the child, in a thread of its own."""
+        # The child cannot read the pipe itself: its first bytes have been read here.
         try:
             with self.raw, self._process.stdin as pipe:  # type: ignore[union-attr]  # it is a pipe
                 buffer = memoryview(bytearray(SCRATCH_SIZE))
@@ -2021,6 +2029,7 @@ class ProgramInput(Input):
 
     def _check(self, status: int, expected: tuple[int, ...]) -> None:
         """Raise an error if the child had one."""
+        # First, as the child took this for the end of a file cut short.
         if self._feeding_error:
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
         if self._listener:
@@ -2065,6 +2074,7 @@ class ProgramInput(Input):
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
+            # Closing its pipe early ends a program with SIGPIPE, which is no error.
             self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
 
 
@@ -2108,15 +2118,12 @@ def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterat
 
 
 def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
-    """Return an input that is read at any place; or None, and what is wrong, "" for nothing."""
+    """Return an input that is read at any place; or None, and the fault, "" if there is none."""
     zstd = Zstd.load()
     if zstd is None:
         return None, ""  # the zstd program reads it, as a stream
     try:
-        source = FramesInput(name, raw, zstd)
-        if index:
-            source.read_index()
-        return source, ""
+        return FramesInput(name, raw, zstd, index), ""
     except FormatError as error:
         return None, str(error)
 
@@ -2162,7 +2169,7 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
 def open_path(path: str, flags: int) -> int:
     """Return a descriptor of an existing file; raises VmaError with its name."""
     with os_errors_as(escape(path)):
-        return os.open(path, flags | getattr(os, "O_BINARY", 0))
+        return os.open(path, flags | getattr(os, "O_BINARY", 0))  # or Windows changes line ends
 
 
 def is_disk(mode: int) -> bool:
@@ -2488,14 +2495,12 @@ class PartialFile(Target):
         if zstd is None:
             return FileInput(self.name, file)
         try:
-            source = FramesInput(self.name, file, zstd)
-            source.read_index()
+            return FramesInput(self.name, file, zstd, index=True)
         except FormatError as error:
             file.close()
             raise VmaError(
                 f"{self.name}: what was written reads back as something else: {error}"
             ) from error
-        return source
 
     def sync(self) -> None:
         if self._old >= 0:
