@@ -2209,7 +2209,7 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
 WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
-# What a file system without hard links answers
+# Errors of file systems without hard links
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
 
@@ -2243,7 +2243,7 @@ class Target:
                     if self.seekable:
                         os.lseek(self.fd, offset, os.SEEK_SET)
                     count = os.write(self.fd, pending[0])
-                if not count:
+                if not count:  # trying again might go on for ever
                     raise OSError(errno.EIO, "nothing could be written")
                 offset += count
                 pending = drop_bytes(pending, count)
@@ -2263,6 +2263,7 @@ class Target:
     def _write_behind(self, start: int, end: int) -> None:
         """Let the disk begin with what was written, so that `sync` has little to wait for."""
         first, last = self._fresh
+        # Small gaps do not matter: blocks of zeros are left out.
         if not first <= start <= last + WRITE_BEHIND or last - first >= WRITE_BEHIND:
             # The advice starts the writing of dirty pages; only clean ones are dropped. Scattered
             # writes are left to the system, which may find an order for them.
@@ -2289,8 +2290,8 @@ class Target:
 class Directory:
     """A directory whose files appear under their names when they are complete, not before.
 
-    It is held open: whatever happens to its path, what was checked is what is written. Names in it
-    are never followed as symbolic links. What is not committed when it is closed is removed.
+    It is held open, so that all goes into the directory that was checked, whatever happens to its
+    path. Symbolic links in it are never followed. Closing it removes files that are not committed.
     `readers` are those of the archive that the new files are made of.
     """
 
@@ -2308,7 +2309,7 @@ class Directory:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
-            # An error is on its way, which the user has to read.
+            # An error is on its way, and no other may take its place.
             with suppress(OSError):
                 file.close()
             with suppress(OSError):
@@ -2359,9 +2360,11 @@ class Directory:
 
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
+                    # A FIFO of that name must not make us wait for a writer.
                     flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
                     fd = os.open(self.at(name), flags, dir_fd=self.fd)
                     try:
+                        # Who writes it has it locked, and the system unlocks it even after SIGKILL.
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                         found.append(self.full(name))
                     finally:
@@ -2373,6 +2376,7 @@ class Directory:
 
         One that replaces another keeps its mode, owner, access list and extended attributes.
         """
+        # Its temporary name is short: the system would refuse this one only at the end.
         if len(encode_name(name)) > NAME_MAX_SIZE:
             raise os_error(self.full(name), errno.ENAMETOOLONG)
         with os_errors_as(self.full(name)):
@@ -2396,6 +2400,7 @@ class Directory:
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist, and those that were replaced stay replaced.
         """
+        # A signal in between would leave some of the files, or two names of one.
         with signals_blocked(), ExitStack() as undo:
             while self._files:
                 file = self._files[0]
@@ -2414,7 +2419,7 @@ class Directory:
                     os.unlink(old, dir_fd=self.fd)
                 Cleanup.files.discard((self.fd, old))
                 self._files.pop(0)
-            if self.fd is not None:
+            if self.fd is not None:  # names reach the disk with the directory, not with the files
                 where = escape(self.path)
                 undo.enter_context(
                     os_errors_as(f"{where}: cannot be flushed; what was replaced stays replaced")
@@ -2447,10 +2452,11 @@ class PartialFile(Target):
         self._old = -1  # descriptor of the file that it replaces
         nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         path = directory.at(self.temporary)
+        # Before there is such a file: a signal may come right after it was created.
         Cleanup.files.add((directory.fd, path))
         with ExitStack() as undo:
             undo.callback(Cleanup.files.discard, (directory.fd, path))
-            if replaces:
+            if replaces:  # by a descriptor, as the name may be another file's by the end
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
                 self._old = os.open(directory.at(final), flags, dir_fd=directory.fd)
                 undo.callback(os.close, self._old)
@@ -2467,7 +2473,7 @@ class PartialFile(Target):
                 # An access list here was inherited from the directory; a group bit would put it
                 # in force.
                 mode = 0o600 if has_acl(fd) else directory.readers.mode_for(os.fstat(fd).st_gid)
-                umask = os.umask(0o077)
+                umask = os.umask(0o077)  # there is no way to read it without setting it
                 os.umask(umask)
                 os.fchmod(fd, mode & ~umask)
             undo.pop_all()
@@ -2491,7 +2497,7 @@ class PartialFile(Target):
     def read_back(self, zstd: Zstd | None) -> FileInput:
         """Return the archive that was written, as an input; `zstd` if it is compressed."""
         with os_errors_as(self.name):
-            file = io.FileIO(os.dup(self.fd))
+            file = io.FileIO(os.dup(self.fd))  # the input closes its own
         if zstd is None:
             return FileInput(self.name, file)
         try:
@@ -2506,7 +2512,7 @@ class PartialFile(Target):
         if self._old >= 0:
             with os_errors_as(f"{self.name}: cannot keep owner and mode"):
                 keep_attributes(self._old, self.fd, self.name)
-        if self.times and os.utime in os.supports_fd:
+        if self.times and os.utime in os.supports_fd:  # only now, as each write changes them
             with os_errors_as(f"{self.name}: cannot keep times"):
                 os.utime(self.fd, ns=(self.times.st_atime_ns, self.times.st_mtime_ns))
         super().sync()
@@ -2517,6 +2523,7 @@ class PartialFile(Target):
     def close(self) -> None:
         if self._old >= 0:
             os.close(self._old)
+        # Forgotten first: after an error it is closed again, when the number may be another file's.
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
@@ -2540,6 +2547,7 @@ def keep_attributes(old: int, new: int, name: str) -> None:
     Raises OSError or VmaError where one cannot be kept.
     """
     state, own = os.fstat(old), os.fstat(new)
+    # Owner before mode: a change of owner clears set-user-ID bits.
     if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
         os.fchown(new, state.st_uid, state.st_gid)
     wanted, there = extended_attributes(old), extended_attributes(new)
@@ -2562,7 +2570,7 @@ def extended_attributes(fd: int) -> dict[str, bytes]:
     except OSError as error:
         if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        return {}
+        return {}  # this file system has none
 
 
 def allocates_cheaply(fd: int) -> bool:
@@ -2580,68 +2588,10 @@ def allocates_cheaply(fd: int) -> bool:
     return False
 
 
-@contextmanager
-def open_output(
-    path: str, force: bool = False, readers: Readers | None = None, device: Device | None = None
-) -> Iterator[Target]:
-    """Open a file to be written and then committed, or (`-`) standard output, or a special file.
-
-    `force` replaces a file that exists. A block device only takes a `device` that it has room for.
-    What is not committed at the end is removed.
-    """
-    name = display_name(path, "output")
-    old = None
-    with os_errors_as(name), suppress(FileNotFoundError):
-        old = os.stat(path) if path != "-" else os.fstat(1)
-    kind = old.st_mode if old else stat.S_IFREG
-    if not path:
-        raise os_error(quote(path), errno.ENOENT)
-    if stat.S_ISDIR(kind) or path.endswith(os.sep):
-        raise os_error(name, errno.EISDIR)
-    if stat.S_ISBLK(kind) and device is None:
-        raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
-    if path == "-":
-        refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-        yield Target(1, name, seekable=False)
-    elif stat.S_ISREG(kind):
-        with open_new_file(path, name, old, force, readers) as output:
-            yield output
-    elif stat.S_ISBLK(kind):
-        with open_destination(path, device, force) as output:
-            output.seekable = False
-            yield output
-    else:
-        fd = open_path(path, os.O_WRONLY)
-        try:
-            refuse_terminal(fd, f"{name} is a terminal")
-            yield Target(fd, name, seekable=False)
-        finally:
-            os.close(fd)
-
-
 def refuse_existing(path: str, force: bool, hint: str = "") -> None:
     """Raise VmaError if an output is a file that exists, before anything is read."""
     if not force and path != "-" and os.path.isfile(path):
         raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it{hint}")
-
-
-@contextmanager
-def open_new_file(
-    path: str, name: str, old: os.stat_result | None, force: bool, readers: Readers | None
-) -> Iterator[PartialFile]:
-    """Create a file that takes its name, perhaps that of an old one, when it is committed."""
-    # As cp does: what a symbolic link points to is written, the link stays.
-    path = os.path.realpath(path)
-    if old and not force:
-        raise VmaError(f"{name}: {os.strerror(errno.EEXIST)}: --force replaces it")
-    if old:
-        now = None
-        with os_errors_as(name), suppress(FileNotFoundError):
-            now = os.stat(path)
-        if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
-            raise VmaError(f"{name}: the file has no name under which it could be replaced")
-    with Directory(os.path.dirname(path), readers=readers) as directory:
-        yield directory.create(os.path.basename(path), replaces=old is not None)
 
 
 @contextmanager
@@ -2681,6 +2631,54 @@ def open_destination(
         os.close(fd)
 
 
+@contextmanager
+def open_output(
+    path: str, force: bool = False, readers: Readers | None = None, device: Device | None = None
+) -> Iterator[Target]:
+    """Open a file to be written and then committed, or (`-`) standard output, or a special file.
+
+    `force` replaces a file that exists. A block device only takes a `device` that it has room for.
+    A new file is removed at the end unless it is committed.
+    """
+    name = display_name(path, "output")
+    old = None
+    with os_errors_as(name), suppress(FileNotFoundError):
+        old = os.stat(path) if path != "-" else os.fstat(1)
+    kind = old.st_mode if old else stat.S_IFREG
+    if not path:
+        raise os_error(quote(path), errno.ENOENT)
+    if stat.S_ISDIR(kind) or path.endswith(os.sep):
+        raise os_error(name, errno.EISDIR)
+    if stat.S_ISBLK(kind) and device is None:
+        raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
+    if path == "-":
+        refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
+        yield Target(1, name, seekable=False)
+    elif stat.S_ISREG(kind):
+        refuse_existing(path, force)
+        # As cp does: what a symbolic link points to is written, the link stays.
+        path = os.path.realpath(path)
+        if old:
+            now = None
+            with os_errors_as(name), suppress(FileNotFoundError):
+                now = os.stat(path)
+            if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
+                raise VmaError(f"{name}: the file has no name under which it could be replaced")
+        with Directory(os.path.dirname(path), readers=readers) as directory:
+            yield directory.create(os.path.basename(path), replaces=old is not None)
+    elif stat.S_ISBLK(kind):
+        with open_destination(path, device, force) as output:
+            output.seekable = False
+            yield output
+    else:
+        fd = open_path(path, os.O_WRONLY)
+        try:
+            refuse_terminal(fd, f"{name} is a terminal")
+            yield Target(fd, name, seekable=False)
+        finally:
+            os.close(fd)
+
+
 def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
     states = []
@@ -2695,6 +2693,7 @@ def is_same_file(path: str, output: str) -> bool:
     one, other = states
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
+    # A terminal, or /dev/null, may well be both.
     return is_disk(one.st_mode) and os.path.samestat(one, other)
 
 
