@@ -489,10 +489,8 @@ def parse_header_size(start: Buffer) -> int:
     if version != 1:
         raise FormatError(f"VMA version {version} is not supported", 4)
     if not HEADER_FIXED_SIZE < header_size <= HEADER_MAX_SIZE:
-        raise FormatError(
-            f"header_size is {header_size}, expected {HEADER_FIXED_SIZE + 1} to {HEADER_MAX_SIZE}",
-            56,
-        )
+        expected = f"{HEADER_FIXED_SIZE + 1} to {HEADER_MAX_SIZE}"
+        raise FormatError(f"header_size is {header_size}, expected {expected}", 56)
     return int(header_size)
 
 
@@ -774,8 +772,6 @@ def fill_up(
     # blocks come and go in it. From the end, since a block that is added moves those behind it.
     block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
     wanted = -block_count % unit
-    if not wanted:
-        return masks, block_count
     block_count += wanted
     filled = list(masks)
     for i in reversed(range(len(filled))):
@@ -1362,6 +1358,9 @@ def lay_out_frames(
 # ---------------------------------------------------------------------------------------------
 # Stopping and cleaning up
 
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+ENDING_SIGNALS = {getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)}
+
 
 class Cleanup:
     """Files to remove, and children to end, when a signal ends the program.
@@ -1376,10 +1375,9 @@ class Cleanup:
     @classmethod
     def install(cls) -> None:
         """Handle signals for the rest of this process."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
+        for number in ENDING_SIGNALS:
             # What the caller ignores (nohup) stays ignored.
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, cls._end)
         for name in ("SIGUSR1", "SIGINFO"):
             if hasattr(signal, name):
@@ -1429,9 +1427,7 @@ def signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:
@@ -1944,14 +1940,13 @@ class ModuleInput(Input):
     def readinto(self, view: memoryview) -> int:
         try:
             return super().readinto(view)
-        except VmaError as error:
-            cause = error.__cause__
+        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError, an
+        # OSError without an errno.
+        except Exception as error:
+            cause = error.__cause__ or error
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
             raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
-        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
-        except Exception as error:
-            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
@@ -2313,25 +2308,25 @@ class Directory:
             with suppress(OSError):
                 file.close()
             with suppress(OSError):
-                os.unlink(self.at(file.temporary), dir_fd=self.fd)
-            Cleanup.files.discard((self.fd, self.at(file.temporary)))
+                os.unlink(self.encoded(file.temporary), dir_fd=self.fd)
+            Cleanup.files.discard((self.fd, self.encoded(file.temporary)))
         self._files.clear()
         if self.fd is not None:
             with suppress(OSError):  # it was only read
                 os.close(self.fd)
             self.fd = None
 
-    def at(self, name: str) -> bytes:
+    def encoded(self, name: str) -> bytes:
         # Names are bytes on disk, whatever the locale believes.
         return encode_name(name if self.fd is not None else os.path.join(self.path, name))
 
-    def full(self, name: str) -> str:
+    def display_name(self, name: str) -> str:
         return escape(os.path.join(self.path, name))
 
     def state(self, name: str) -> os.stat_result | None:
         """Return the state of a name, of a symbolic link its own, or None."""
-        with os_errors_as(self.full(name)), suppress(FileNotFoundError):
-            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
+        with os_errors_as(self.display_name(name)), suppress(FileNotFoundError):
+            return os.stat(self.encoded(name), dir_fd=self.fd, follow_symlinks=False)
         return None
 
     def names(self) -> list[str]:
@@ -2343,9 +2338,9 @@ class Directory:
         for name in names:
             state = self.state(name)
             if state and not replace:
-                raise os_error(self.full(name), errno.EEXIST)
+                raise os_error(self.display_name(name), errno.EEXIST)
             if state and stat.S_ISDIR(state.st_mode):
-                raise os_error(self.full(name), errno.EISDIR)
+                raise os_error(self.display_name(name), errno.EISDIR)
 
     def require_empty(self) -> None:
         if self.names():
@@ -2362,11 +2357,11 @@ class Directory:
                 with suppress(OSError):
                     # A FIFO of that name must not make us wait for a writer.
                     flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
-                    fd = os.open(self.at(name), flags, dir_fd=self.fd)
+                    fd = os.open(self.encoded(name), flags, dir_fd=self.fd)
                     try:
                         # Who writes it has it locked, and the system unlocks it even after SIGKILL.
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                        found.append(self.full(name))
+                        found.append(self.display_name(name))
                     finally:
                         os.close(fd)
         return found
@@ -2378,8 +2373,8 @@ class Directory:
         """
         # Its temporary name is short: the system would refuse this one only at the end.
         if len(encode_name(name)) > NAME_MAX_SIZE:
-            raise os_error(self.full(name), errno.ENAMETOOLONG)
-        with os_errors_as(self.full(name)):
+            raise os_error(self.display_name(name), errno.ENAMETOOLONG)
+        with os_errors_as(self.display_name(name)):
             file = PartialFile(self, name, replaces)
         self._files.append(file)
         return file
@@ -2387,7 +2382,7 @@ class Directory:
     def remove(self, name: str) -> None:
         """Remove a file that was committed."""
         with suppress(OSError):
-            os.unlink(self.at(name), dir_fd=self.fd)
+            os.unlink(self.encoded(name), dir_fd=self.fd)
 
     def flush(self) -> None:
         """Wait until all files are on the disk."""
@@ -2405,7 +2400,7 @@ class Directory:
             while self._files:
                 file = self._files[0]
                 undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
-                old, new = self.at(file.temporary), self.at(file.final)
+                old, new = self.encoded(file.temporary), self.encoded(file.final)
                 file.close()
                 exists = self.state(file.final) is not None
                 if exists and not replace:
@@ -2451,14 +2446,14 @@ class PartialFile(Target):
         self.times: os.stat_result | None = None  # those that it is to have, if not its own
         self._old = -1  # descriptor of the file that it replaces
         nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        path = directory.at(self.temporary)
+        path = directory.encoded(self.temporary)
         # Before there is such a file: a signal may come right after it was created.
         Cleanup.files.add((directory.fd, path))
         with ExitStack() as undo:
             undo.callback(Cleanup.files.discard, (directory.fd, path))
             if replaces:  # by a descriptor, as the name may be another file's by the end
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
-                self._old = os.open(directory.at(final), flags, dir_fd=directory.fd)
+                self._old = os.open(directory.encoded(final), flags, dir_fd=directory.fd)
                 undo.callback(os.close, self._old)
             # A random name, and made by us: nobody can have put a link to another file there.
             # Nobody else may read it until it is known who may.
@@ -2467,7 +2462,7 @@ class PartialFile(Target):
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
-            super().__init__(fd, directory.full(final), seekable=True)
+            super().__init__(fd, directory.display_name(final), seekable=True)
             lock_partial(fd)
             if directory.readers and not replaces and hasattr(os, "fchmod"):
                 # An access list here was inherited from the directory; a group bit would put it
