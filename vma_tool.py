@@ -233,7 +233,7 @@ class Progress:
     def status(self) -> str:
         """Return one line about the stage, without the name."""
         done = self._position()
-        rate = done / (time.monotonic() - self._stage_start or 1)  # a coarse clock stands still
+        rate = done / (time.monotonic() - self._stage_start or 1)  # 0 s on a coarse clock
         text = f"{self._stage}, {format_size(done)}, {format_size(rate)}/s"
         if not self._total:
             return text if done else self._stage
@@ -768,8 +768,8 @@ def fill_up(
 
     Return the masks and the number of blocks.
     """
-    # Filled up, an extent moves those behind it by whole blocks of the storage, however many zero
-    # blocks come and go in it. From the end, since a block that is added moves those behind it.
+    # Zero blocks that come and go then move the next extents by whole blocks of the storage only.
+    # The blocks are added at the end, where they move none of this extent.
     block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
     wanted = -block_count % unit
     block_count += wanted
@@ -853,8 +853,9 @@ def parse_difference(header: Header) -> Difference:
         if len(disks) != len(header.devices) or combine_digests(disks) != new.content:
             raise ValueError("the digests contradict each other")
         return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # nested too deeply
-        reason = escape(repr(error))[:200]  # it quotes the file, which may be made by anybody
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # It quotes the file, which may come from anybody, and be nested until Python gives up.
+        reason = escape(repr(error))[:200]
         raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
 
 
@@ -1282,7 +1283,7 @@ class ArchiveIndex(NamedTuple):
 def index_archive(
     header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
 ) -> list[ArchiveIndex]:
-    """Return the index that the masks make; devices are in canonical order.
+    """Return the indexes that fit; devices are in canonical order.
 
     Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
     two indexes fit: they differ in extents that store nothing.
@@ -1503,9 +1504,8 @@ class Input:
 
     def read(self, size: int) -> bytes:
         """Return the next bytes; fewer than size only at the end."""
-        data = bytearray(size)
-        count = self.readinto(memoryview(data))
-        return bytes(data) if count == size else bytes(data[:count])
+        view = memoryview(bytearray(size))
+        return bytes(view[: self.readinto(view)])
 
     def readinto(self, view: memoryview) -> int:
         """Fill view with the next bytes; return how many there were before the end."""
@@ -1666,11 +1666,9 @@ class FileInput(Input):
         views: list[memoryview] = []
         start = end = 0
         for offset, view in sorted(wanted, key=operator.itemgetter(0)):
-            if offset != end and views:
+            if offset != end:
                 self._fill(views, start)
-                views = []
-            if not views:
-                start = offset
+                views, start = [], offset
             views.append(view)
             end = offset + len(view)
         self._fill(views, start)
@@ -2427,10 +2425,8 @@ class Directory:
         try:
             # Unlike a rename, this never replaces what somebody else has just put there.
             os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-        except (AttributeError, NotImplementedError):
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
+        except (AttributeError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LINKS:
                 raise
             return False
         return True
