@@ -231,7 +231,7 @@ class Progress:
             self._print_percent(100)
 
     def status(self) -> str:
-        """Return one line about the stage, without the name."""
+        """Return one line about the stage, without the archive's name."""
         done = self._position()
         rate = done / (time.monotonic() - self._stage_start or 1)  # 0 s on a coarse clock
         text = f"{self._stage}, {format_size(done)}, {format_size(rate)}/s"
@@ -659,7 +659,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
     """
     fields = EXTENT.unpack(data)
     magic, reserved, block_count, extent_uuid, digest = fields[:5]
-    # The MD5 comes before the other fields: what is damaged is called damaged, not foreign.
+    # The MD5 comes before the other fields, so that a damaged uuid is no extent of another archive.
     if magic != EXTENT_MAGIC:
         raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
     if md5_without(data, EXTENT_MD5) != digest:
@@ -672,7 +672,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
 
 
 def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> bytes:
-    """Return an extent header with up to 59 blockinfos, the slots behind them empty."""
+    """Return an extent header with up to 59 blockinfos; the other slots are empty."""
     unused = (0,) * (EXTENT_SLOTS - len(blockinfo))
     data = EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, bytes(16), *blockinfo, *unused)
     digest = md5_without(data, EXTENT_MD5)
@@ -1187,7 +1187,7 @@ def parse_frame(data: Buffer, offset: int = 0) -> Frame:
 
 
 class SeekTable(NamedTuple):
-    """Where the frames of a seekable file begin, and behind them their end: 16 bytes a frame."""
+    """Start of each frame of a seekable file, and the end of the last one: 16 bytes a frame."""
 
     offsets: array.array[int]  # in the plain archive
     compressed_offsets: array.array[int]  # in the file
@@ -1377,7 +1377,7 @@ class Cleanup:
     def install(cls) -> None:
         """Handle signals for the rest of this process."""
         for number in ENDING_SIGNALS:
-            # What the caller ignores (nohup) stays ignored.
+            # A signal that the caller ignores (nohup) stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, cls._end)
         for name in ("SIGUSR1", "SIGINFO"):
@@ -1450,25 +1450,23 @@ def start_thread(target: Callable[[], None]) -> threading.Thread:
 # ---------------------------------------------------------------------------------------------
 # Input: files, pipes, decompressors
 
-WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
+WINDOW_SIZE = 16 << 10  # read ahead where small reads follow one another
 PIPE_SIZE = 1 << 20
-TAIL_SIZE = 64 << 10  # what is read first of a file that may end in a seek table
-SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
+TAIL_SIZE = 64 << 10  # of a file's end, read first: it may hold a seek table
+SCRATCH_SIZE = 256 << 10  # for data that is only passed on or dropped: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
 
 class Readers(NamedTuple):
-    """Who may read a file: a file made of it must not let anybody else read."""
+    """Who may read a file, and so a file made of it: the mode's bits, for that group."""
 
     mode: int
     gid: int
-    has_acl: bool
 
     def mode_for(self, gid: int) -> int:
         """Return a mode for a file of group gid that lets nobody read who cannot read this one."""
-        # A list may forbid what the mode allows, and another group has other members.
-        private = self.has_acl or gid != self.gid
-        return 0o600 if private else 0o600 | self.mode & 0o666
+        # In a file of another group, members of this one count as others: no bits are safe.
+        return 0o600 | self.mode & 0o666 if gid == self.gid else 0o600
 
 
 class Input:
@@ -1545,7 +1543,7 @@ class Input:
 
     @property
     def total(self) -> int:
-        """What `position` counts up to, 0 if that is not known."""
+        """Final value of `position`, 0 if it is not known."""
         return self.raw_size
 
     @property
@@ -1553,7 +1551,9 @@ class Input:
         """Who may read the file, None for a pipe."""
         if self.raw is None or self.state is None:
             return None
-        return Readers(self.state.st_mode, self.state.st_gid, has_acl(self.raw.fileno()))
+        # An access list may forbid what the mode allows.
+        allowed = ~0o077 if has_acl(self.raw.fileno()) else ~0
+        return Readers(self.state.st_mode & allowed, self.state.st_gid)
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
@@ -1578,9 +1578,8 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
         return None
     mode = functools.reduce(operator.and_, (readers.mode for readers in known))
     shared = len({readers.gid for readers in known}) == 1
-    has_acl = any(readers.has_acl for readers in known)
     # A file has one group, which need not be allowed to read the sources of another.
-    return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
+    return Readers(mode if shared else mode & ~0o070, known[0].gid)
 
 
 def has_acl(fd: int) -> bool:
@@ -1887,7 +1886,7 @@ CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD
 # prints the system's message for an errno that has nothing to do with it.
 CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
 WINDOW_MESSAGES = r"--long=|too much memory for decoding"
-# A message behind the program's name and what it calls its standard input
+# The group is a message without the program's name and its name for standard input.
 CODEC_MESSAGE = (
     r"(?:(?:(?:\S*/)?(?:zstd|gzip|lzop|xz|l?bzip2)|/\*stdin\*\\+|[(<]?stdin[)>]?) ?: )+(.*)"
 )
@@ -2043,11 +2042,11 @@ class ProgramInput(Input):
             )
         lines = list(filter(None, map(str.strip, text.splitlines())))
         # Where a program puts its name before a message, other lines are advice.
-        told = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
-        said = escape("; ".join(told)) or f"ended with status {status}"
+        errors = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
+        reason = escape("; ".join(errors)) or f"ended with status {status}"
         if re.search(CUT_MESSAGES, text):
-            said = "the compressed file is cut short"
-        raise FormatError(f"{self._program}: {said}", archive=self.name)
+            reason = "the compressed file is cut short"
+        raise FormatError(f"{self._program}: {reason}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
@@ -2149,7 +2148,7 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
             except OSError:
                 if not (seekable and damaged):
                     raise
-                break  # rescue comes to that again, and goes on behind it
+                break  # rescue reads this place again, and goes on after it
         size = None
         if seekable:
             size = os.lseek(fd, 0, os.SEEK_END)
