@@ -2092,11 +2092,17 @@ def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterat
         with os_errors_as(name):
             state = os.fstat(raw.fileno())
         codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
+        source: Input | None = None
         if codec is not None:
-            frames, note = None, ""
-            if codec.name == "zstd" and stat.S_ISREG(state.st_mode) and size and not as_stream:
-                frames, note = open_frames(name, raw, index)
-            source = frames or open_codec(name, codec, raw, seekable=size is not None)
+            note = ""
+            is_file = stat.S_ISREG(state.st_mode) and size  # a block device is longer than that
+            # Without the library, the zstd program reads it, as a stream.
+            if codec.name == "zstd" and is_file and not as_stream and (zstd := Zstd.load()):
+                try:
+                    source = FramesInput(name, raw, zstd, index)
+                except FormatError as error:
+                    note = str(error)
+            source = source or open_codec(name, codec, raw, seekable=size is not None)
             source.note = note
             if size is not None:
                 source.state, source.raw_size = state, size
@@ -2107,17 +2113,6 @@ def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterat
         undo.pop_all()  # the input closes it
     with source:
         yield source
-
-
-def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
-    """Return an input that is read at any place; or None, and the fault, "" if there is none."""
-    zstd = Zstd.load()
-    if zstd is None:
-        return None, ""  # the zstd program reads it, as a stream
-    try:
-        return FramesInput(name, raw, zstd, index), ""
-    except FormatError as error:
-        return None, str(error)
 
 
 def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, bytes, int | None]:
