@@ -181,16 +181,21 @@ def require(value: object, kind: type[T]) -> T:
     return value
 
 
-def print_error(error: object) -> None:
-    """Print one line on standard error, in place of a progress line that may be there."""
-    Progress.erase()
-    print(f"vma-tool: {error}", file=sys.stderr)
+def shorten(text: str, columns: int) -> str:
+    """Return text of at most so many columns, its middle left out; "" if there is no room."""
 
+    def width(part: str) -> int:
+        return sum(1 if c < "\u1100" else 2 for c in part)  # East Asian characters are wide
 
-def print_report(line: str) -> None:
-    """Print one line on standard output, which may be the terminal of the progress line."""
-    Progress.erase()
-    print(line, flush=True)
+    if width(text) <= columns:
+        return text
+    if columns < 12:
+        return ""
+    end = (columns - 3) * 2 // 3  # the end of a path says more than its beginning
+    first, last = text[: columns - 3 - end], text[-end:]
+    while width(first) + 3 + width(last) > columns:
+        first, last = first[:-1], last[1:]
+    return f"{first}...{last}"
 
 
 class Progress:
@@ -278,21 +283,16 @@ class Progress:
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def shorten(text: str, columns: int) -> str:
-    """Return text of at most so many columns, its middle left out; "" if there is no room."""
+def print_error(error: object) -> None:
+    """Print one line on standard error, in place of a progress line that may be there."""
+    Progress.erase()
+    print(f"vma-tool: {error}", file=sys.stderr)
 
-    def width(part: str) -> int:
-        return sum(1 if c < "\u1100" else 2 for c in part)  # East Asian characters are wide
 
-    if width(text) <= columns:
-        return text
-    if columns < 12:
-        return ""
-    end = (columns - 3) * 2 // 3  # the end of a path says more than its beginning
-    first, last = text[: columns - 3 - end], text[-end:]
-    while width(first) + 3 + width(last) > columns:
-        first, last = first[:-1], last[1:]
-    return f"{first}...{last}"
+def print_report(line: str) -> None:
+    """Print one line on standard output, which may be the terminal of the progress line."""
+    Progress.erase()
+    print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -494,6 +494,32 @@ def parse_header_size(start: Buffer) -> int:
     return int(header_size)
 
 
+def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
+    """Return the blobs at the wanted offsets of the blob buffer, as far as they exist.
+
+    A blob exists only where a walk from the first one, by their lengths, comes past.
+    """
+    blobs = {}
+    # Proxmox's program walks as well: an offset in the middle of a blob names none.
+    offset = 1  # offset 0 means no blob, so byte 0 is unused
+    end = min(len(buffer) - 2, max(wanted))
+    while offset <= end:
+        start = offset + 2
+        size = buffer[offset] | buffer[offset + 1] << 8
+        # A blob that is too long for the buffer does not count, but the walk goes on behind it.
+        if offset in wanted and start + size <= len(buffer):
+            blobs[offset] = bytes(buffer[start : start + size])
+        offset = start + size
+    return blobs
+
+
+def parse_name(blob: bytes | None) -> str | None:
+    """Return the name in a blob, None if there is none that ends in a NUL."""
+    if not blob or blob[-1]:
+        return None
+    return blob[: blob.index(0)].decode("utf-8", "surrogateescape")
+
+
 def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     """Return the header in these header_size bytes; raises FormatError.
 
@@ -542,32 +568,6 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
             )
         devices.append(device)
     return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
-
-
-def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
-    """Return the blobs at the wanted offsets of the blob buffer, as far as they exist.
-
-    A blob exists only where a walk from the first one, by their lengths, comes past.
-    """
-    blobs = {}
-    # Proxmox's program walks as well: an offset in the middle of a blob names none.
-    offset = 1  # offset 0 means no blob, so byte 0 is unused
-    end = min(len(buffer) - 2, max(wanted))
-    while offset <= end:
-        start = offset + 2
-        size = buffer[offset] | buffer[offset + 1] << 8
-        # A blob that is too long for the buffer does not count, but the walk goes on behind it.
-        if offset in wanted and start + size <= len(buffer):
-            blobs[offset] = bytes(buffer[start : start + size])
-        offset = start + size
-    return blobs
-
-
-def parse_name(blob: bytes | None) -> str | None:
-    """Return the name in a blob, None if there is none that ends in a NUL."""
-    if not blob or blob[-1]:
-        return None
-    return blob[: blob.index(0)].decode("utf-8", "surrogateescape")
 
 
 def encode_name(name: str) -> bytes:
@@ -744,23 +744,6 @@ def lay_out_header(header: Header, align: int) -> bytearray:
     return pack_header(header._replace(size=size))
 
 
-def lay_out_extent(
-    device: Device, first: int, masks: Sequence[int], align: int
-) -> tuple[bytes, Sequence[int]]:
-    """Return the header of the extent that holds these clusters, and their masks in it.
-
-    Where its masks have more bits than the given ones, zero blocks are stored.
-    """
-    info = device.dev_id << 32 | first
-    if not any(masks):
-        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
-    # Proxmox restores only what a vmstate stores: a zero block more would change it.
-    unit = 1 if device.is_vmstate else align // BLOCK_SIZE
-    masks, block_count = fill_up(device, first, masks, unit)
-    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
-    return pack_extent(CANONICAL_UUID, block_count, infos), masks
-
-
 def fill_up(
     device: Device, first: int, masks: Sequence[int], unit: int
 ) -> tuple[Sequence[int], int]:
@@ -784,6 +767,23 @@ def fill_up(
             filled[i] |= highest
             wanted -= 1
     return filled, block_count - wanted
+
+
+def lay_out_extent(
+    device: Device, first: int, masks: Sequence[int], align: int
+) -> tuple[bytes, Sequence[int]]:
+    """Return the header of the extent that holds these clusters, and their masks in it.
+
+    Where its masks have more bits than the given ones, zero blocks are stored.
+    """
+    info = device.dev_id << 32 | first
+    if not any(masks):
+        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
+    # Proxmox restores only what a vmstate stores: a zero block more would change it.
+    unit = 1 if device.is_vmstate else align // BLOCK_SIZE
+    masks, block_count = fill_up(device, first, masks, unit)
+    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
+    return pack_extent(CANONICAL_UUID, block_count, infos), masks
 
 
 DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
@@ -829,6 +829,11 @@ def pack_difference(difference: Difference) -> bytes:
     return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
 
 
+def combine_digests(disks: Iterable[str]) -> str:
+    """Return the content digest of an archive, from those of its devices in canonical order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
+
+
 def parse_difference(header: Header) -> Difference:
     """Return the contents of a difference's first config; raises FormatError."""
     import json
@@ -872,11 +877,6 @@ def whole_header(header: Header) -> Header:
     return header._replace(magic=HEADER_MAGIC, configs=header.configs[1:], size=0, md5=b"")
 
 
-def combine_digests(disks: Iterable[str]) -> str:
-    """Return the content digest of an archive, from those of its devices in canonical order."""
-    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------
 # zstd frames: the compressed canonical archive. Pieces of the plain archive are a zstd frame each;
 # an index and a seek table follow in skippable frames. All numbers are little-endian.
@@ -901,6 +901,69 @@ COMPRESSION_LEVELS = range(1, 23)
 DEFAULT_LEVEL = 3  # vzdump's
 # Clusters of a whole extent, by the smallest align with so many
 EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
+
+
+class Frame(NamedTuple):
+    """A zstd frame as its headers describe it, or a skippable one, which has no content.
+
+    Sizes are in bytes; `content_size` is None if the frame does not say it.
+    """
+
+    size: int
+    content_size: int | None
+    has_checksum: bool
+
+
+class CutError(FormatError):
+    """A frame of which only the beginning is there."""
+
+
+def frame_number(data: Buffer, start: int, size: int) -> int:
+    field = bytes(data[start : start + size])
+    if len(field) < size:
+        raise CutError("the zstd frame is cut off")
+    return int.from_bytes(field, "little")
+
+
+def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame as its header describes it, with the header's size; raises FormatError."""
+    magic = frame_number(data, offset, 4)
+    if magic != FRAME_MAGIC:
+        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
+    descriptor = frame_number(data, offset + 4, 1)
+    single_segment = descriptor >> 5 & 1
+    if descriptor & 8:
+        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
+    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
+    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    content_size = None
+    if size:  # two bytes count from 256 on: RFC 3.1.1.1.4
+        content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
+    return Frame(position + size - offset, content_size, bool(descriptor & 4))
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+    if frame_number(data, offset, 4) in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + frame_number(data, offset + 4, 4)
+        if size > len(data) - offset:
+            raise CutError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    frame = parse_frame_start(data, offset)
+    position = offset + frame.size
+    last = 0
+    while not last:
+        block = frame_number(data, position, 3)
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
+            at = position - offset
+            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
+        position += 3 + (1 if kind == 1 else size)  # of a repeated byte, size is how often
+    position += 4 if frame.has_checksum else 0
+    if position > len(data):
+        raise CutError("the zstd frame is cut off")
+    return frame._replace(size=position - offset)
 
 
 class Zstd:
@@ -986,6 +1049,18 @@ class ModuleZstd(Zstd):
             yield from map(decompressor.decompress, pieces)
         except self.module.ZstdError as error:
             raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+
+
+def address_of(data: Buffer) -> Any:
+    """Return data as a C function's argument, copied only if it is a read-only view."""
+    import ctypes
+
+    if isinstance(data, bytes):
+        return data
+    try:  # from_buffer takes neither an empty buffer nor a read-only one
+        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
+    except TypeError:
+        return bytes(data)
 
 
 class LibraryZstd(Zstd):
@@ -1111,81 +1186,6 @@ class LibraryZstd(Zstd):
         return size
 
 
-def address_of(data: Buffer) -> Any:
-    """Return data as a C function's argument, copied only if it is a read-only view."""
-    import ctypes
-
-    if isinstance(data, bytes):
-        return data
-    try:  # from_buffer takes neither an empty buffer nor a read-only one
-        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
-    except TypeError:
-        return bytes(data)
-
-
-class Frame(NamedTuple):
-    """A zstd frame as its headers describe it, or a skippable one, which has no content.
-
-    Sizes are in bytes; `content_size` is None if the frame does not say it.
-    """
-
-    size: int
-    content_size: int | None
-    has_checksum: bool
-
-
-class CutError(FormatError):
-    """A frame of which only the beginning is there."""
-
-
-def frame_number(data: Buffer, start: int, size: int) -> int:
-    field = bytes(data[start : start + size])
-    if len(field) < size:
-        raise CutError("the zstd frame is cut off")
-    return int.from_bytes(field, "little")
-
-
-def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
-    """Return the frame as its header describes it, with the header's size; raises FormatError."""
-    magic = frame_number(data, offset, 4)
-    if magic != FRAME_MAGIC:
-        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
-    descriptor = frame_number(data, offset + 4, 1)
-    single_segment = descriptor >> 5 & 1
-    if descriptor & 8:
-        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
-    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
-    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
-    size = (single_segment, 2, 4, 8)[descriptor >> 6]
-    content_size = None
-    if size:  # two bytes count from 256 on: RFC 3.1.1.1.4
-        content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
-    return Frame(position + size - offset, content_size, bool(descriptor & 4))
-
-
-def parse_frame(data: Buffer, offset: int = 0) -> Frame:
-    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
-    if frame_number(data, offset, 4) in SKIPPABLE_MAGICS:
-        size = SKIPPABLE.size + frame_number(data, offset + 4, 4)
-        if size > len(data) - offset:
-            raise CutError("the skippable frame is cut off")
-        return Frame(size, 0, False)
-    frame = parse_frame_start(data, offset)
-    position = offset + frame.size
-    last = 0
-    while not last:
-        block = frame_number(data, position, 3)
-        last, kind, size = block & 1, block >> 1 & 3, block >> 3
-        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
-            at = position - offset
-            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
-        position += 3 + (1 if kind == 1 else size)  # of a repeated byte, size is how often
-    position += 4 if frame.has_checksum else 0
-    if position > len(data):
-        raise CutError("the zstd frame is cut off")
-    return frame._replace(size=position - offset)
-
-
 class SeekTable(NamedTuple):
     """Start of each frame of a seekable file, and the end of the last one: 16 bytes a frame."""
 
@@ -1280,35 +1280,6 @@ class ArchiveIndex(NamedTuple):
     entries: dict[int, array.array[int]]
 
 
-def index_archive(
-    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
-) -> list[ArchiveIndex]:
-    """Return the indexes that fit; devices are in canonical order.
-
-    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
-    two indexes fit: they differ in extents that store nothing.
-    """
-    counts = [device.cluster_count for device in devices]
-    if devices and devices[-1].is_vmstate:
-        # A vmstate has as many clusters as are left, whatever its size is.
-        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
-    if sum(counts) != len(masks):
-        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
-    # Of a device, only the last mask can have such blocks; a canonical archive has none.
-    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
-        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
-            raise FormatError(f"the index has blocks behind the end of {device.title}")
-    found = []
-    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
-        if header_size % align == 0:
-            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
-            if offsets == table.offsets:
-                found.append(index)
-    if not found:
-        raise FormatError("the index and the seek table contradict each other")
-    return found
-
-
 def lay_out_frames(
     header_size: int,
     devices: Sequence[Device],
@@ -1354,6 +1325,35 @@ def lay_out_frames(
     if run or not devices:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
     return index, array.array("Q", itertools.accumulate(sizes, initial=0))
+
+
+def index_archive(
+    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
+) -> list[ArchiveIndex]:
+    """Return the indexes that fit; devices are in canonical order.
+
+    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
+    two indexes fit: they differ in extents that store nothing.
+    """
+    counts = [device.cluster_count for device in devices]
+    if devices and devices[-1].is_vmstate:
+        # A vmstate has as many clusters as are left, whatever its size is.
+        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
+    if sum(counts) != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    # Of a device, only the last mask can have such blocks; a canonical archive has none.
+    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
+        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+            raise FormatError(f"the index has blocks behind the end of {device.title}")
+    found = []
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            if offsets == table.offsets:
+                found.append(index)
+    if not found:
+        raise FormatError("the index and the seek table contradict each other")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1469,6 +1469,17 @@ class Readers(NamedTuple):
         return 0o600 | self.mode & 0o666 if gid == self.gid else 0o600
 
 
+def has_acl(fd: int) -> bool:
+    """Say whether a file has an access control list beside its mode."""
+    with suppress(AttributeError, OSError):
+        return bool(os.getxattr(fd, "system.posix_acl_access"))
+    return False
+
+
+# mtime can be set back, ctime cannot.
+file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+
 class Input:
     """An archive's bytes in their order, as a pipe or a decompressor gives them: a stream.
 
@@ -1567,10 +1578,6 @@ class Input:
             raise VmaError(f"{self.name}: the file was changed while it was read")
 
 
-# mtime can be set back, ctime cannot.
-file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
-
-
 def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     """Return who may read all of some files; pipes do not count."""
     known = list(filter(None, sources))
@@ -1582,11 +1589,16 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     return Readers(mode if shared else mode & ~0o070, known[0].gid)
 
 
-def has_acl(fd: int) -> bool:
-    """Say whether a file has an access control list beside its mode."""
-    with suppress(AttributeError, OSError):
-        return bool(os.getxattr(fd, "system.posix_acl_access"))
-    return False
+def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return views without their first count bytes."""
+    first = 0
+    while first < len(views) and count >= len(views[first]):
+        count -= len(views[first])
+        first += 1
+    left = list(views[first:])
+    if count:
+        left[0] = left[0][count:]
+    return left
 
 
 class FileInput(Input):
@@ -1696,18 +1708,6 @@ class FileInput(Input):
             self.bytes_read += count
             # Linux reads up to 2 GiB at once, and only up to a sector that cannot be read.
             views = drop_bytes(views, count)
-
-
-def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """Return views without their first count bytes."""
-    first = 0
-    while first < len(views) and count >= len(views[first]):
-        count -= len(views[first])
-        first += 1
-    left = list(views[first:])
-    if count:
-        left[0] = left[0][count:]
-    return left
 
 
 class SeekableError(FormatError):
@@ -1892,6 +1892,21 @@ CODEC_MESSAGE = (
 )
 
 
+def wait_for_data(fd: int) -> None:
+    """Wait until there is something to read."""
+    import select  # Another process may have made the shared pipe non-blocking.
+
+    select.select([fd], [], [])
+
+
+def widen_pipe(fd: int) -> None:
+    """Give a pipe room for fewer, larger reads, where the system knows how."""
+    with suppress(ImportError, OSError):  # it only saves time
+        import fcntl
+
+        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
+
+
 class RestOfPipe(io.FileIO):
     """A pipe of which the first bytes have been read already.
 
@@ -1916,13 +1931,6 @@ class RestOfPipe(io.FileIO):
             wait_for_data(self.fileno())
         self._ended = not count
         return count
-
-
-def wait_for_data(fd: int) -> None:
-    """Wait until there is something to read."""
-    import select  # Another process may have made the shared pipe non-blocking.
-
-    select.select([fd], [], [])
 
 
 class ModuleInput(Input):
@@ -2070,49 +2078,20 @@ class ProgramInput(Input):
             self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
 
 
-def widen_pipe(fd: int) -> None:
-    """Give a pipe room for fewer, larger reads, where the system knows how."""
-    with suppress(ImportError, OSError):  # it only saves time
-        import fcntl
-
-        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
+def open_path(path: str, flags: int) -> int:
+    """Return a descriptor of an existing file; raises VmaError with its name."""
+    with os_errors_as(escape(path)):
+        return os.open(path, flags | getattr(os, "O_BINARY", 0))  # or Windows changes line ends
 
 
-@contextmanager
-def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
-    """Open an archive, plain or compressed, from a path or (`-`) standard input.
+def is_disk(mode: int) -> bool:
+    """Say whether a file of this mode can be read at any place."""
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
-    A plain regular file or block device can be read at any place, and a compressed canonical
-    archive, whose index is read if `index` says so. Everything else is a stream.
-    """
-    name = display_name(path, "input")
-    with ExitStack() as undo:
-        raw, start, size = open_raw(path, name)
-        undo.callback(raw.close)
-        with os_errors_as(name):
-            state = os.fstat(raw.fileno())
-        codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
-        source: Input | None = None
-        if codec is not None:
-            note = ""
-            is_file = stat.S_ISREG(state.st_mode) and size  # a block device is longer than that
-            # Without the library, the zstd program reads it, as a stream.
-            if codec.name == "zstd" and is_file and not as_stream and (zstd := Zstd.load()):
-                try:
-                    source = FramesInput(name, raw, zstd, index)
-                except FormatError as error:
-                    note = str(error)
-            source = source or open_codec(name, codec, raw, seekable=size is not None)
-            source.note = note
-            if size is not None:
-                source.state, source.raw_size = state, size
-        elif size is not None:
-            source = FileInput(name, raw)
-        else:
-            source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
-        undo.pop_all()  # the input closes it
-    with source:
-        yield source
+
+def refuse_terminal(fd: int, message: str) -> None:
+    if os.isatty(fd):
+        raise VmaError(message)
 
 
 def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, bytes, int | None]:
@@ -2153,22 +2132,6 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
         return raw, start, size
 
 
-def open_path(path: str, flags: int) -> int:
-    """Return a descriptor of an existing file; raises VmaError with its name."""
-    with os_errors_as(escape(path)):
-        return os.open(path, flags | getattr(os, "O_BINARY", 0))  # or Windows changes line ends
-
-
-def is_disk(mode: int) -> bool:
-    """Say whether a file of this mode can be read at any place."""
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def refuse_terminal(fd: int, message: str) -> None:
-    if os.isatty(fd):
-        raise VmaError(message)
-
-
 def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
     """Return the decompressed bytes of raw, as a stream.
 
@@ -2188,6 +2151,43 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
             f"{codec.package}, or decompress it elsewhere: "
             f"{codec.programs[0]} -dc FILE | vma-tool COMMAND -"
         ) from None
+
+
+@contextmanager
+def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
+    """Open an archive, plain or compressed, from a path or (`-`) standard input.
+
+    A plain regular file or block device can be read at any place, and a compressed canonical
+    archive, whose index is read if `index` says so. Everything else is a stream.
+    """
+    name = display_name(path, "input")
+    with ExitStack() as undo:
+        raw, start, size = open_raw(path, name)
+        undo.callback(raw.close)
+        with os_errors_as(name):
+            state = os.fstat(raw.fileno())
+        codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
+        source: Input | None = None
+        if codec is not None:
+            note = ""
+            is_file = stat.S_ISREG(state.st_mode) and size  # a block device is longer than that
+            # Without the library, the zstd program reads it, as a stream.
+            if codec.name == "zstd" and is_file and not as_stream and (zstd := Zstd.load()):
+                try:
+                    source = FramesInput(name, raw, zstd, index)
+                except FormatError as error:
+                    note = str(error)
+            source = source or open_codec(name, codec, raw, seekable=size is not None)
+            source.note = note
+            if size is not None:
+                source.state, source.raw_size = state, size
+        elif size is not None:
+            source = FileInput(name, raw)
+        else:
+            source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
+        undo.pop_all()  # the input closes it
+    with source:
+        yield source
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2272,6 +2272,65 @@ class Target:
     def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
         """Give a new file its name; `last_look` may still prevent it. Others have theirs."""
         last_look()
+
+
+def lock_partial(fd: int) -> None:
+    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        for _ in range(5):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another run looks at it just now
+                time.sleep(0.01)
+
+
+def extended_attributes(fd: int) -> dict[str, bytes]:
+    """Return a file's extended attributes: access lists and SELinux labels are among them."""
+    if not hasattr(os, "listxattr"):
+        return {}
+    try:
+        return {key: os.getxattr(fd, key) for key in os.listxattr(fd)}
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return {}  # this file system has none
+
+
+def keep_attributes(old: int, new: int, name: str) -> None:
+    """Give one open file the owner, mode, access list and extended attributes of another.
+
+    Raises OSError or VmaError where one cannot be kept.
+    """
+    state, own = os.fstat(old), os.fstat(new)
+    # Owner before mode: a change of owner clears set-user-ID bits.
+    if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
+        os.fchown(new, state.st_uid, state.st_gid)
+    wanted, there = extended_attributes(old), extended_attributes(new)
+    for inherited in there.keys() - wanted.keys() & {"system.posix_acl_access"}:
+        os.removexattr(new, inherited)  # before the mode puts it in force
+    if hasattr(os, "fchmod"):
+        os.fchmod(new, stat.S_IMODE(state.st_mode))
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
+                os.setxattr(new, key, value)
+
+
+def allocates_cheaply(fd: int) -> bool:
+    """Say whether the file is on a file system known to reserve space without writing it.
+
+    Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
+    say beforehand what fits.
+    """
+    device = os.fstat(fd).st_dev
+    line = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .*? - (\S+)"
+    # Where there is no such list (not on Linux), nothing is known to be cheap.
+    with suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        match = re.search(line.encode(), file.read())
+        return match is not None and match[1] in (b"ext4", b"xfs")
+    return False
 
 
 class Directory:
@@ -2512,65 +2571,6 @@ class PartialFile(Target):
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
             os.close(fd)
-
-
-def lock_partial(fd: int) -> None:
-    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        for _ in range(5):
-            try:
-                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another run looks at it just now
-                time.sleep(0.01)
-
-
-def keep_attributes(old: int, new: int, name: str) -> None:
-    """Give one open file the owner, mode, access list and extended attributes of another.
-
-    Raises OSError or VmaError where one cannot be kept.
-    """
-    state, own = os.fstat(old), os.fstat(new)
-    # Owner before mode: a change of owner clears set-user-ID bits.
-    if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
-        os.fchown(new, state.st_uid, state.st_gid)
-    wanted, there = extended_attributes(old), extended_attributes(new)
-    for inherited in there.keys() - wanted.keys() & {"system.posix_acl_access"}:
-        os.removexattr(new, inherited)  # before the mode puts it in force
-    if hasattr(os, "fchmod"):
-        os.fchmod(new, stat.S_IMODE(state.st_mode))
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
-                os.setxattr(new, key, value)
-
-
-def extended_attributes(fd: int) -> dict[str, bytes]:
-    """Return a file's extended attributes: access lists and SELinux labels are among them."""
-    if not hasattr(os, "listxattr"):
-        return {}
-    try:
-        return {key: os.getxattr(fd, key) for key in os.listxattr(fd)}
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        return {}  # this file system has none
-
-
-def allocates_cheaply(fd: int) -> bool:
-    """Say whether the file is on a file system known to reserve space without writing it.
-
-    Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
-    say beforehand what fits.
-    """
-    device = os.fstat(fd).st_dev
-    line = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .*? - (\S+)"
-    # Where there is no such list (not on Linux), nothing is known to be cheap.
-    with suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
-        match = re.search(line.encode(), file.read())
-        return match is not None and match[1] in (b"ext4", b"xfs")
-    return False
 
 
 def refuse_existing(path: str, force: bool, hint: str = "") -> None:
