@@ -531,28 +531,22 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
     magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
     if check_md5 and md5_without(data, HEADER_MD5) != digest:
         raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
-    if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
-        raise FormatError(
-            f"the blob buffer is at {blob_offset} to {blob_offset + blob_size}, expected to be "
-            f"inside {HEADER_FIXED_SIZE} to {len(data)}",
-            48,
-        )
+    blob_end = blob_offset + blob_size
+    if blob_offset < HEADER_FIXED_SIZE or blob_end > len(data):
+        text = f"the blob buffer is at {blob_offset} to {blob_end}, expected to be inside "
+        raise FormatError(f"{text}{HEADER_FIXED_SIZE} to {len(data)}", 48)
     names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
     contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
     dev_infos = [DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * i) for i in DEV_IDS]
-    blobs = find_blobs(
-        memoryview(data)[blob_offset : blob_offset + blob_size],
-        {*names, *contents, *(name_offset for name_offset, _ in dev_infos)},
-    )
+    wanted = {*names, *contents, *(name_offset for name_offset, _ in dev_infos)}
+    blobs = find_blobs(memoryview(data)[blob_offset:blob_end], wanted)
     configs = []
     for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
         if name_offset and data_offset:  # a slot with only one of them is empty
             name, content = parse_name(blobs.get(name_offset)), blobs.get(data_offset)
             if name is None or content is None:
-                raise FormatError(
-                    f"config {slot}: its name or its data is no blob of the header",
-                    CONFIG_NAMES_OFFSET + 4 * slot,
-                )
+                text = f"config {slot}: its name or its data is no blob of the header"
+                raise FormatError(text, CONFIG_NAMES_OFFSET + 4 * slot)
             configs.append(Config(name, content))
     devices = []
     for dev_id, (name_offset, size) in zip(DEV_IDS, dev_infos):
@@ -562,10 +556,8 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
         device = Device(dev_id, name, size)
         # Proxmox's program loses the last sector of any other, or dies.
         if check_md5 and size % SECTOR_SIZE:
-            raise FormatError(
-                f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}",
-                DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
-            )
+            text = f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}"
+            raise FormatError(text, DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8)
         devices.append(device)
     return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
 
@@ -1226,10 +1218,8 @@ def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
     sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
     compressed, plain = sizes[0::2], sizes[1::2]
     if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
-        raise FormatError(
-            f"the seek table has frames of {min(plain)} to {max(plain)} bytes, "
-            f"expected 1 to {FRAME_MAX_SIZE}"
-        )
+        found = f"{min(plain)} to {max(plain)} bytes"
+        raise FormatError(f"the seek table has frames of {found}, expected 1 to {FRAME_MAX_SIZE}")
     table = SeekTable(
         array.array("Q", itertools.accumulate(plain, initial=0)),
         array.array("Q", itertools.accumulate(compressed, initial=0)),
@@ -2040,9 +2030,8 @@ class ProgramInput(Input):
             return
         # A child that was killed, or that lacks an option, says nothing about the archive.
         if status < 0:
-            raise VmaError(
-                f"{self.name}: {self._program} was ended by {signal.Signals(-status).name}"
-            )
+            signal_name = signal.Signals(-status).name
+            raise VmaError(f"{self.name}: {self._program} was ended by {signal_name}")
         if re.search(WINDOW_MESSAGES, text):
             raise VmaError(
                 f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
@@ -2466,10 +2455,8 @@ class Directory:
                 Cleanup.files.discard((self.fd, old))
                 self._files.pop(0)
             if self.fd is not None:  # names reach the disk with the directory, not with the files
-                where = escape(self.path)
-                undo.enter_context(
-                    os_errors_as(f"{where}: cannot be flushed; what was replaced stays replaced")
-                )
+                text = f"{escape(self.path)}: cannot be flushed; what was replaced stays replaced"
+                undo.enter_context(os_errors_as(text))
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
 
@@ -2548,9 +2535,8 @@ class PartialFile(Target):
             return FramesInput(self.name, file, zstd, index=True)
         except FormatError as error:
             file.close()
-            raise VmaError(
-                f"{self.name}: what was written reads back as something else: {error}"
-            ) from error
+            text = f"{self.name}: what was written reads back as something else: {error}"
+            raise VmaError(text) from error
 
     def sync(self) -> None:
         if self._old >= 0:
