@@ -119,6 +119,7 @@ def os_errors_as(name: str) -> Iterator[None]:
 
 def escape(text: str) -> str:
     """Return text with everything that could act on a terminal as Python escapes."""
+    # Marks that turn the direction of text around are not printable either.
     return "".join(
         c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text
     )
@@ -161,34 +162,40 @@ def format_time(seconds: int) -> str:
 
 def parse_size(text: str) -> int:
     """Return the number of bytes in a text like 4096, 128K, 256M or 1G; raises ValueError."""
+    # `find` returns -1 for a digit, and for a wrong unit, which int() then refuses.
     unit = " KMGT".find(text[-1:].upper())
     number = int(text[:-1] if unit > 0 else text)
     return number << 10 * max(unit, 0)
 
 
 def to_json(value: object) -> str:
-    import json
+    import json  # here, like others that few commands need: an import delays the start
 
     return json.dumps(value, indent=2)
 
 
 def require(value: object, kind: type[T]) -> T:
     """Return a value that was read from JSON; raises TypeError if it is of another kind."""
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool):  # True is an int for Python
         raise TypeError(f"{value!r} is no {kind.__name__}")
     return value
 
 
-def print_error(error: object) -> None:
-    """Print one line on standard error, in place of a progress line that may be there."""
-    Progress.erase()
-    print(f"vma-tool: {error}", file=sys.stderr)
+def shorten(text: str, columns: int) -> str:
+    """Return text of at most so many columns, its middle left out; "" if there is no room."""
 
+    def width(part: str) -> int:
+        return sum(1 if c < "\u1100" else 2 for c in part)  # East Asian characters are wide
 
-def print_report(line: str) -> None:
-    """Print one line on standard output, which may be the terminal of the progress line."""
-    Progress.erase()
-    print(line, flush=True)
+    if width(text) <= columns:
+        return text
+    if columns < 12:
+        return ""
+    end = (columns - 3) * 2 // 3  # the end of a path says more than its beginning
+    first, last = text[: columns - 3 - end], text[-end:]
+    while width(first) + 3 + width(last) > columns:
+        first, last = first[:-1], last[1:]
+    return f"{first}...{last}"
 
 
 class Progress:
@@ -204,9 +211,9 @@ class Progress:
         self.name = name
         self._terminal = not quiet and sys.stderr.isatty()
         self._lines = verbose and not self._terminal
-        self._start = self._drawn = time.monotonic()
+        self._start = self._drawn = time.monotonic()  # nothing flashes up in a short run
         self._shown = False
-        self.begin("starting", 0, lambda: 0)
+        self.begin("starting", 0, lambda: 0)  # SIGUSR1 may come before the first stage
 
     def begin(self, stage: str, total: int, position: Callable[[], int]) -> None:
         """Begin a stage of `total` bytes, 0 if unknown; `position` returns the bytes done."""
@@ -229,9 +236,9 @@ class Progress:
             self._print_percent(100)
 
     def status(self) -> str:
-        """Return one line about the stage, without the name."""
+        """Return one line about the stage, without the archive's name."""
         done = self._position()
-        rate = done / (time.monotonic() - self._stage_start or 1)
+        rate = done / (time.monotonic() - self._stage_start or 1)  # 0 s on a coarse clock
         text = f"{self._stage}, {format_size(done)}, {format_size(rate)}/s"
         if not self._total:
             return text if done else self._stage
@@ -259,16 +266,15 @@ class Progress:
             self._percent = percent
             seconds = time.monotonic() - self._start
             word = "progress" if self._stage == "reading" else self._stage
-            read = self._position()
-            print(
-                f"{word} {percent}% (read {read} bytes, duration {seconds:.0f} sec)",
-                file=sys.stderr,
-            )
+            text = f"{word} {percent}% (read {self._position()} bytes, duration {seconds:.0f} sec)"
+            print(text, file=sys.stderr)
 
     def _draw(self) -> None:
         columns = 80
         with suppress(ValueError, OSError):
+            # Serial consoles and pseudo-terminals without a size say that they have 0 columns.
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        # One column stays free: some terminals begin a new line when the last one is filled.
         text = self.status()
         name = shorten(self.name, columns - len(text) - 3)
         line = f"{name}: {text}" if name else text[: columns - 1]
@@ -277,21 +283,16 @@ class Progress:
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def shorten(text: str, columns: int) -> str:
-    """Return text of at most so many columns, its middle left out; "" if there is no room."""
+def print_error(error: object) -> None:
+    """Print one line on standard error, in place of a progress line that may be there."""
+    Progress.erase()
+    print(f"vma-tool: {error}", file=sys.stderr)
 
-    def width(part: str) -> int:
-        return sum(1 if c < "\u1100" else 2 for c in part)  # East Asian characters are wide
 
-    if width(text) <= columns:
-        return text
-    if columns < 12:
-        return ""
-    end = (columns - 3) * 2 // 3  # the end of a path says more than its beginning
-    first, last = text[: columns - 3 - end], text[-end:]
-    while width(first) + 3 + width(last) > columns:
-        first, last = first[:-1], last[1:]
-    return f"{first}...{last}"
+def print_report(line: str) -> None:
+    """Print one line on standard output, which may be the terminal of the progress line."""
+    Progress.erase()
+    print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,8 +314,8 @@ ZERO_BLOCK = bytes(BLOCK_SIZE)
 # header_size; further on the two tables of blob offsets, and dev_info
 HEADER = struct.Struct(">4sI16sq16sIII")
 HEADER_MAGIC = b"VMA\0"
-# Begins a difference: an archive without the clusters that its base has. No other program takes it
-# for a backup; Proxmox's verify would pass an archive from which clusters are missing.
+# A difference lacks the clusters that its base has. With a magic of its own, no other program takes
+# it for a backup: Proxmox's verify passes an archive from which clusters are missing.
 DIFFERENCE_MAGIC = b"VMAD"
 HEADER_FIXED_SIZE = 12288
 HEADER_MD5 = slice(32, 48)
@@ -377,12 +378,13 @@ class Device(NamedTuple):
 
     @property
     def max_size(self) -> int:
-        """How many bytes are restored at most: a vmstate is as long as its clusters."""
+        """How many bytes are restored at most."""
+        # Proxmox appends each stored block of a vmstate, whatever size the header says.
         return sys.maxsize if self.is_vmstate else self.size
 
     def block_mask(self, cluster_num: int) -> int:
         """Return the mask of a cluster's blocks that begin inside the device."""
-        # Proxmox restores a vmstate as long as its clusters are, whatever the header says.
+        # The header's size says nothing of a vmstate: see max_size.
         blocks = -(-self.size // BLOCK_SIZE) - cluster_num * CLUSTER_BLOCKS
         return FULL_MASK if self.is_vmstate or blocks >= CLUSTER_BLOCKS else (1 << blocks) - 1
 
@@ -450,7 +452,7 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     return digest.digest()
 
 
-# What people take for a VMA archive: where in the file, the bytes there, and what they show.
+# Files that people take for VMA archives: offset, the bytes there, and the format.
 # The Proxmox Backup Server's magics are those of its public file-format documentation.
 FOREIGN_FORMATS = (
     (257, b"ustar", "a tar archive, as vzdump makes of a container"),
@@ -467,7 +469,7 @@ FOREIGN_SIZE = 32774  # bytes that tell all of them
 
 
 def foreign_format(start: Buffer) -> str:
-    """Say what a file that begins with these FOREIGN_SIZE bytes is, "" if it is not known."""
+    """Return the format of a file by its first FOREIGN_SIZE bytes, "" if it is not known."""
     if not start:
         return "an empty file"
     found = (what for at, magic, what in FOREIGN_FORMATS if start[at : at + len(magic)] == magic)
@@ -487,60 +489,9 @@ def parse_header_size(start: Buffer) -> int:
     if version != 1:
         raise FormatError(f"VMA version {version} is not supported", 4)
     if not HEADER_FIXED_SIZE < header_size <= HEADER_MAX_SIZE:
-        raise FormatError(
-            f"header_size is {header_size}, expected {HEADER_FIXED_SIZE + 1} to {HEADER_MAX_SIZE}",
-            56,
-        )
+        expected = f"{HEADER_FIXED_SIZE + 1} to {HEADER_MAX_SIZE}"
+        raise FormatError(f"header_size is {header_size}, expected {expected}", 56)
     return int(header_size)
-
-
-def parse_header(data: Buffer, check_md5: bool = True) -> Header:
-    """Return the header in these header_size bytes; raises FormatError.
-
-    As in Proxmox's program, a device with size 0 or without a readable name does not exist.
-    """
-    if len(data) < parse_header_size(data):
-        raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
-    magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
-    if check_md5 and md5_without(data, HEADER_MD5) != digest:
-        raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
-    if blob_offset < HEADER_FIXED_SIZE or blob_offset + blob_size > len(data):
-        raise FormatError(
-            f"the blob buffer is at {blob_offset} to {blob_offset + blob_size}, expected to be "
-            f"inside {HEADER_FIXED_SIZE} to {len(data)}",
-            48,
-        )
-    names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
-    contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
-    dev_infos = [DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * i) for i in DEV_IDS]
-    blobs = find_blobs(
-        memoryview(data)[blob_offset : blob_offset + blob_size],
-        {*names, *contents, *(name_offset for name_offset, _ in dev_infos)},
-    )
-    configs = []
-    for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
-        if name_offset and data_offset:  # a slot with only one of them is empty
-            name, content = parse_name(blobs.get(name_offset)), blobs.get(data_offset)
-            if name is None or content is None:
-                raise FormatError(
-                    f"config {slot}: its name or its data is no blob of the header",
-                    CONFIG_NAMES_OFFSET + 4 * slot,
-                )
-            configs.append(Config(name, content))
-    devices = []
-    for dev_id, (name_offset, size) in zip(DEV_IDS, dev_infos):
-        name = parse_name(blobs.get(name_offset)) if size else None
-        if name is None:
-            continue
-        device = Device(dev_id, name, size)
-        # Proxmox's program loses the last sector of any other, or dies.
-        if check_md5 and size % SECTOR_SIZE:
-            raise FormatError(
-                f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}",
-                DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8,
-            )
-        devices.append(device)
-    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
 
 
 def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
@@ -549,11 +500,13 @@ def find_blobs(buffer: memoryview, wanted: Collection[int]) -> dict[int, bytes]:
     A blob exists only where a walk from the first one, by their lengths, comes past.
     """
     blobs = {}
+    # Proxmox's program walks as well: an offset in the middle of a blob names none.
     offset = 1  # offset 0 means no blob, so byte 0 is unused
     end = min(len(buffer) - 2, max(wanted))
     while offset <= end:
         start = offset + 2
         size = buffer[offset] | buffer[offset + 1] << 8
+        # A blob that is too long for the buffer does not count, but the walk goes on behind it.
         if offset in wanted and start + size <= len(buffer):
             blobs[offset] = bytes(buffer[start : start + size])
         offset = start + size
@@ -567,7 +520,50 @@ def parse_name(blob: bytes | None) -> str | None:
     return blob[: blob.index(0)].decode("utf-8", "surrogateescape")
 
 
+def parse_header(data: Buffer, check_md5: bool = True) -> Header:
+    """Return the header in these header_size bytes; raises FormatError.
+
+    As in Proxmox's program, a device with size 0 or without a readable name does not exist.
+    Without `check_md5`, the header may be damaged, and so may be the devices' sizes.
+    """
+    if len(data) < parse_header_size(data):
+        raise FormatError(f"the archive ends inside its header, after {len(data)} bytes")
+    magic, _, uuid, ctime, digest, blob_offset, blob_size, _ = HEADER.unpack_from(data)
+    if check_md5 and md5_without(data, HEADER_MD5) != digest:
+        raise FormatError("the header's MD5 does not match", HEADER_MD5.start)
+    blob_end = blob_offset + blob_size
+    if blob_offset < HEADER_FIXED_SIZE or blob_end > len(data):
+        text = f"the blob buffer is at {blob_offset} to {blob_end}, expected to be inside "
+        raise FormatError(f"{text}{HEADER_FIXED_SIZE} to {len(data)}", 48)
+    names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
+    contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
+    dev_infos = [DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * i) for i in DEV_IDS]
+    wanted = {*names, *contents, *(name_offset for name_offset, _ in dev_infos)}
+    blobs = find_blobs(memoryview(data)[blob_offset:blob_end], wanted)
+    configs = []
+    for slot, (name_offset, data_offset) in enumerate(zip(names, contents)):
+        if name_offset and data_offset:  # a slot with only one of them is empty
+            name, content = parse_name(blobs.get(name_offset)), blobs.get(data_offset)
+            if name is None or content is None:
+                text = f"config {slot}: its name or its data is no blob of the header"
+                raise FormatError(text, CONFIG_NAMES_OFFSET + 4 * slot)
+            configs.append(Config(name, content))
+    devices = []
+    for dev_id, (name_offset, size) in zip(DEV_IDS, dev_infos):
+        name = parse_name(blobs.get(name_offset)) if size else None
+        if name is None:
+            continue
+        device = Device(dev_id, name, size)
+        # Proxmox's program loses the last sector of any other, or dies.
+        if check_md5 and size % SECTOR_SIZE:
+            text = f"{device.title}: a size of {size} bytes is no multiple of {SECTOR_SIZE}"
+            raise FormatError(text, DEV_INFO_OFFSET + DEV_INFO.size * dev_id + 8)
+        devices.append(device)
+    return Header(uuid, ctime, tuple(configs), tuple(devices), len(data), digest, magic)
+
+
 def encode_name(name: str) -> bytes:
+    # A name keeps bytes that are not UTF-8: they come back from the surrogates they became.
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -596,9 +592,8 @@ def pack_header(header: Header) -> bytearray:
         return offset
 
     for slot, (name, content) in enumerate(header.configs):
-        offsets = add(encode_name(name) + b"\0"), add(content)
-        for table, offset in zip((CONFIG_NAMES_OFFSET, CONFIG_DATA_OFFSET), offsets):
-            struct.pack_into(">I", data, table + 4 * slot, offset)
+        struct.pack_into(">I", data, CONFIG_NAMES_OFFSET + 4 * slot, add(encode_name(name) + b"\0"))
+        struct.pack_into(">I", data, CONFIG_DATA_OFFSET + 4 * slot, add(content))
     for dev_id, name, size in header.devices:
         offset = add(encode_name(name) + b"\0")
         DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
@@ -643,9 +638,7 @@ def check_names(header: Header) -> None:
             raise FormatError(f"{len(items)} {kind}s, an archive holds {count} at most")
         seen = set()
         for item in items:
-            fault = name_fault(item.name, max_size)
-            if not fault and item.name in seen:
-                fault = "occurs twice"
+            fault = name_fault(item.name, max_size) or ("occurs twice" if item.name in seen else "")
             if fault:
                 raise FormatError(f"{kind} name {quote(item.name)} {fault}")
             seen.add(item.name)
@@ -658,7 +651,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
     """
     fields = EXTENT.unpack(data)
     magic, reserved, block_count, extent_uuid, digest = fields[:5]
-    # The MD5 comes before the other fields: what is damaged is called damaged, not foreign.
+    # The MD5 comes before the other fields, so that a damaged uuid is no extent of another archive.
     if magic != EXTENT_MAGIC:
         raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
     if md5_without(data, EXTENT_MD5) != digest:
@@ -671,14 +664,14 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
 
 
 def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> bytes:
-    """Return an extent header with up to 59 blockinfos, the slots behind them empty."""
+    """Return an extent header with up to 59 blockinfos; the other slots are empty."""
     unused = (0,) * (EXTENT_SLOTS - len(blockinfo))
     data = EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, bytes(16), *blockinfo, *unused)
     digest = md5_without(data, EXTENT_MD5)
     return b"".join((data[: EXTENT_MD5.start], digest, data[EXTENT_MD5.stop :]))
 
 
-@functools.cache
+@functools.cache  # there are no more than 65,536 masks
 def mask_size(mask: int) -> int:
     """Return the size in bytes of a cluster's stored blocks."""
     return bin(mask).count("1") * BLOCK_SIZE
@@ -696,7 +689,7 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
             start += size
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)  # the runs of all masks would take 38 MB
 def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
     runs = re.finditer("1+", bin(mask)[:1:-1])  # its bits, the lowest first
@@ -710,6 +703,7 @@ def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
     """
     if all(mask == FULL_MASK for mask in masks):
         return [(0, len(masks) * CLUSTER_SIZE)] if masks else []
+    # As one number, so that a run does not end where a cluster does.
     bits = bin(int.from_bytes(struct.pack(f"<{len(masks)}H", *masks), "little"))[:1:-1]
     return [(r.start() * BLOCK_SIZE, r.end() * BLOCK_SIZE) for r in re.finditer("1+", bits)]
 
@@ -742,6 +736,31 @@ def lay_out_header(header: Header, align: int) -> bytearray:
     return pack_header(header._replace(size=size))
 
 
+def fill_up(
+    device: Device, first: int, masks: Sequence[int], unit: int
+) -> tuple[Sequence[int], int]:
+    """Set mask bits from the extent's end until its blocks are a multiple of unit.
+
+    Return the masks and the number of blocks.
+    """
+    # Zero blocks that come and go then move the next extents by whole blocks of the storage only.
+    # The blocks are added at the end, where they move none of this extent.
+    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
+    wanted = -block_count % unit
+    block_count += wanted
+    filled = list(masks)
+    for i in reversed(range(len(filled))):
+        if not wanted:
+            break
+        zeros = device.block_mask(first + i) & ~filled[i]
+        while zeros and wanted:
+            highest = 1 << zeros.bit_length() - 1
+            zeros ^= highest
+            filled[i] |= highest
+            wanted -= 1
+    return filled, block_count - wanted
+
+
 def lay_out_extent(
     device: Device, first: int, masks: Sequence[int], align: int
 ) -> tuple[bytes, Sequence[int]]:
@@ -757,32 +776,6 @@ def lay_out_extent(
     masks, block_count = fill_up(device, first, masks, unit)
     infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
     return pack_extent(CANONICAL_UUID, block_count, infos), masks
-
-
-def fill_up(
-    device: Device, first: int, masks: Sequence[int], unit: int
-) -> tuple[Sequence[int], int]:
-    """Set mask bits from the extent's end until its blocks are a multiple of unit.
-
-    Return the masks and the number of blocks. So each extent keeps its phase relative to the
-    storage's blocks, however many zero blocks come and go.
-    """
-    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
-    wanted = -block_count % unit
-    if not wanted:
-        return masks, block_count
-    block_count += wanted
-    filled = list(masks)
-    for i in reversed(range(len(filled))):
-        if not wanted:
-            break
-        zeros = device.block_mask(first + i) & ~filled[i]
-        while zeros and wanted:
-            highest = 1 << zeros.bit_length() - 1
-            zeros ^= highest
-            filled[i] |= highest
-            wanted -= 1
-    return filled, block_count - wanted
 
 
 DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
@@ -809,7 +802,7 @@ class Origin(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What vma-tool.json says: `new` is `base` with the clusters in this file.
+    """Contents of vma-tool.json: `new` is `base` with the clusters in this file.
 
     `disks` are the digests of new's devices in canonical order, of which new's content digest is
     made; `extents` is the SHA-256 of the MD5s of this file's extents. All in hex.
@@ -828,8 +821,13 @@ def pack_difference(difference: Difference) -> bytes:
     return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
 
 
+def combine_digests(disks: Iterable[str]) -> str:
+    """Return the content digest of an archive, from those of its devices in canonical order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
+
+
 def parse_difference(header: Header) -> Difference:
-    """Return what the first config of a difference says; raises FormatError."""
+    """Return the contents of a difference's first config; raises FormatError."""
     import json
 
     def digest(value: object) -> str:
@@ -841,11 +839,10 @@ def parse_difference(header: Header) -> Difference:
         name, ctime = require(value["name"], str), require(value["ctime"], int)
         return Origin(name, ctime, digest(value["layout"]), digest(value["content"]))
 
-    config, *_ = [*header.configs, Config("", b"")]
-    if config.name != DIFFERENCE_CONFIG:
+    if not header.configs or header.configs[0].name != DIFFERENCE_CONFIG:
         raise FormatError(f"a difference, but its first config is not {DIFFERENCE_CONFIG}")
     try:
-        value = json.loads(config.data)
+        value = json.loads(header.configs[0].data)
         if value["format"] != DIFFERENCE_FORMAT:
             raise FormatError(f"a difference of format {value['format']!r}, which is not supported")
         disks = tuple(map(digest, require(value["disks"], list)))
@@ -854,6 +851,7 @@ def parse_difference(header: Header) -> Difference:
             raise ValueError("the digests contradict each other")
         return Difference(origin(value["base"]), new, disks, digest(value["extents"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # It quotes the file, which may come from anybody, and be nested until Python gives up.
         reason = escape(repr(error))[:200]
         raise FormatError(f"{DIFFERENCE_CONFIG}: not what diff writes: {reason}") from error
 
@@ -869,11 +867,6 @@ def whole_header(header: Header) -> Header:
     if header.magic != DIFFERENCE_MAGIC:
         return header
     return header._replace(magic=HEADER_MAGIC, configs=header.configs[1:], size=0, md5=b"")
-
-
-def combine_digests(disks: Iterable[str]) -> str:
-    """Return the content digest of an archive, from those of its devices in canonical order."""
-    return hashlib.sha256(b"".join(map(bytes.fromhex, disks))).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -902,6 +895,69 @@ DEFAULT_LEVEL = 3  # vzdump's
 EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
 
 
+class Frame(NamedTuple):
+    """A zstd frame as its headers describe it, or a skippable one, which has no content.
+
+    Sizes are in bytes; `content_size` is None if the frame does not say it.
+    """
+
+    size: int
+    content_size: int | None
+    has_checksum: bool
+
+
+class CutError(FormatError):
+    """A frame of which only the beginning is there."""
+
+
+def frame_number(data: Buffer, start: int, size: int) -> int:
+    field = bytes(data[start : start + size])
+    if len(field) < size:
+        raise CutError("the zstd frame is cut off")
+    return int.from_bytes(field, "little")
+
+
+def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame as its header describes it, with the header's size; raises FormatError."""
+    magic = frame_number(data, offset, 4)
+    if magic != FRAME_MAGIC:
+        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
+    descriptor = frame_number(data, offset + 4, 1)
+    single_segment = descriptor >> 5 & 1
+    if descriptor & 8:
+        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
+    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
+    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    content_size = None
+    if size:  # two bytes count from 256 on: RFC 3.1.1.1.4
+        content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
+    return Frame(position + size - offset, content_size, bool(descriptor & 4))
+
+
+def parse_frame(data: Buffer, offset: int = 0) -> Frame:
+    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
+    if frame_number(data, offset, 4) in SKIPPABLE_MAGICS:
+        size = SKIPPABLE.size + frame_number(data, offset + 4, 4)
+        if size > len(data) - offset:
+            raise CutError("the skippable frame is cut off")
+        return Frame(size, 0, False)
+    frame = parse_frame_start(data, offset)
+    position = offset + frame.size
+    last = 0
+    while not last:
+        block = frame_number(data, position, 3)
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
+            at = position - offset
+            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
+        position += 3 + (1 if kind == 1 else size)  # of a repeated byte, size is how often
+    position += 4 if frame.has_checksum else 0
+    if position > len(data):
+        raise CutError("the zstd frame is cut off")
+    return frame._replace(size=position - offset)
+
+
 class Zstd:
     """The zstd library, for whole frames. Threads may call it at the same time."""
 
@@ -921,6 +977,7 @@ class Zstd:
 
     def decompress_into(self, frame: Buffer, view: memoryview) -> None:
         """Decompress one frame that fills view exactly; raises FormatError."""
+        # The library would go on with a second frame that follows, the module would ignore it.
         found = parse_frame(frame)
         if found.size != len(frame):
             raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
@@ -940,7 +997,7 @@ class Zstd:
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Decompress one frame given as its header, its blocks and its checksum, piece by piece.
 
-        Raises FormatError at the first damaged one; what was before has been given.
+        Raises FormatError at the first damaged piece, after the contents of those before it.
         """
         raise NotImplementedError
 
@@ -953,6 +1010,8 @@ class ModuleZstd(Zstd):
         self._idle: dict[int, list[Any]] = {}  # compressors by level
 
     def compress(self, data: Buffer, level: int) -> bytes:
+        # A new compressor would have to allocate its tables for each frame. Threads share the idle
+        # ones without a lock, as a list's `pop` and `append` are atomic.
         idle = self._idle.setdefault(level, [])
         try:
             compressor = idle.pop()
@@ -969,6 +1028,7 @@ class ModuleZstd(Zstd):
             # One byte more than expected: the frame's end is only read with room left.
             data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
         except self.module.ZstdError as error:
+            # Only the library's own words, which LibraryZstd raises as well.
             raise FormatError(str(error).rpartition(": ")[2].lower()) from None
         if len(data) > len(view):
             raise FormatError(f"it holds more than {len(view)} bytes")
@@ -977,16 +1037,28 @@ class ModuleZstd(Zstd):
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         decompressor = self.module.ZstdDecompressor()
-        for piece in pieces:
-            try:
-                yield decompressor.decompress(piece)
-            except self.module.ZstdError as error:
-                raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        try:
+            yield from map(decompressor.decompress, pieces)
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+
+
+def address_of(data: Buffer) -> Any:
+    """Return data as a C function's argument, copied only if it is a read-only view."""
+    import ctypes
+
+    if isinstance(data, bytes):
+        return data
+    try:  # from_buffer takes neither an empty buffer nor a read-only one
+        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
+    except TypeError:
+        return bytes(data)
 
 
 class LibraryZstd(Zstd):
     """zstd by the system's library. Debian always has it: dpkg needs it."""
 
+    # ctypes.util.find_library would run ldconfig, or a compiler, at each start.
     NAMES = (
         "libzstd.so.1",
         "libzstd.1.dylib",
@@ -1044,6 +1116,7 @@ class LibraryZstd(Zstd):
             context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
         if len(buffer) < bound:
             buffer = bytearray(bound)
+        # Each time, as an idle context may have worked at another level.
         for parameter, value in zip(self.PARAMETERS, (level, 1)):
             self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
         target, source = address_of(buffer), address_of(data)
@@ -1066,30 +1139,29 @@ class LibraryZstd(Zstd):
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         import ctypes
 
-        class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer: address, size, position
-            _fields_ = (
-                ("address", ctypes.c_void_p),
-                ("size", ctypes.c_size_t),
-                ("position", ctypes.c_size_t),
-            )
+        address, size = ctypes.c_void_p, ctypes.c_size_t
 
+        class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer
+            _fields_ = (("address", address), ("size", size), ("position", size))
+
+        # Declared here and not with the others: only rescue needs them.
         library = self.library
-        library.ZSTD_decompressStream.restype = ctypes.c_size_t
-        library.ZSTD_freeDCtx.argtypes = [ctypes.c_void_p]
+        library.ZSTD_decompressStream.restype = size
+        library.ZSTD_decompressStream.argtypes = [address, address, address]
+        library.ZSTD_freeDCtx.argtypes = [address]
         output = ctypes.create_string_buffer(FRAME_BLOCK_MAX)
-        context = ctypes.c_void_p(self._created(library.ZSTD_createDCtx()))
+        # A context of its own, freed at the end: this one may be left in the middle of a frame.
+        context = self._created(library.ZSTD_createDCtx())
         try:
             for piece in pieces:
                 data = ctypes.create_string_buffer(piece, len(piece))
                 source = Buffer(ctypes.addressof(data), len(piece), 0)
                 target = Buffer(ctypes.addressof(output), len(output), 0)
+                # If the output is full, more may follow, though the piece has been used up.
                 while source.position < source.size or target.position == target.size:
                     target.position = 0
-                    self._checked(
-                        library.ZSTD_decompressStream(
-                            context, ctypes.byref(target), ctypes.byref(source)
-                        )
-                    )
+                    references = ctypes.byref(target), ctypes.byref(source)
+                    self._checked(library.ZSTD_decompressStream(context, *references))
                     yield output.raw[: target.position]
         finally:
             library.ZSTD_freeDCtx(context)
@@ -1106,83 +1178,8 @@ class LibraryZstd(Zstd):
         return size
 
 
-def address_of(data: Buffer) -> Any:
-    """Return data as a C function's argument, copied only if it is a read-only view."""
-    import ctypes
-
-    if isinstance(data, bytes):
-        return data
-    try:
-        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
-    except TypeError:  # read-only
-        return bytes(data)
-
-
-class Frame(NamedTuple):
-    """A zstd frame as its headers describe it, or a skippable one, which has no content.
-
-    Sizes are in bytes; `content_size` is None if the frame does not say it.
-    """
-
-    size: int
-    content_size: int | None
-    has_checksum: bool
-
-
-class CutError(FormatError):
-    """A frame of which only the beginning is there."""
-
-
-def frame_number(data: Buffer, start: int, size: int) -> int:
-    field = bytes(data[start : start + size])
-    if len(field) < size:
-        raise CutError("the zstd frame is cut off")
-    return int.from_bytes(field, "little")
-
-
-def parse_frame_start(data: Buffer, offset: int = 0) -> Frame:
-    """Return what a frame's header says of it, `size` being the header's; raises FormatError."""
-    magic = frame_number(data, offset, 4)
-    if magic != FRAME_MAGIC:
-        raise FormatError(f"no zstd frame: magic 0x{magic:08x}, expected 0x{FRAME_MAGIC:08x}")
-    descriptor = frame_number(data, offset + 4, 1)
-    single_segment = descriptor >> 5 & 1
-    if descriptor & 8:
-        raise FormatError("the zstd frame is of a later format: a reserved bit is set")
-    # Window_Descriptor, which a single segment lacks, then Dictionary_ID
-    position = offset + 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
-    size = (single_segment, 2, 4, 8)[descriptor >> 6]
-    content_size = None
-    if size:
-        content_size = frame_number(data, position, size) + (256 if size == 2 else 0)
-    return Frame(position + size - offset, content_size, bool(descriptor & 4))
-
-
-def parse_frame(data: Buffer, offset: int = 0) -> Frame:
-    """Return the frame at an offset by its headers alone (RFC 3.1.1); raises FormatError."""
-    if frame_number(data, offset, 4) in SKIPPABLE_MAGICS:
-        size = SKIPPABLE.size + frame_number(data, offset + 4, 4)
-        if size > len(data) - offset:
-            raise CutError("the skippable frame is cut off")
-        return Frame(size, 0, False)
-    frame = parse_frame_start(data, offset)
-    position = offset + frame.size
-    last = 0
-    while not last:
-        block = frame_number(data, position, 3)
-        last, kind, size = block & 1, block >> 1 & 3, block >> 3
-        if kind == 3 or size > FRAME_BLOCK_MAX:  # 0 raw, 1 one byte repeated, 2 compressed
-            at = position - offset
-            raise FormatError(f"the zstd frame is damaged: no block after {at} bytes")
-        position += 3 + (1 if kind == 1 else size)
-    position += 4 if frame.has_checksum else 0
-    if position > len(data):
-        raise CutError("the zstd frame is cut off")
-    return frame._replace(size=position - offset)
-
-
 class SeekTable(NamedTuple):
-    """Where the frames of a seekable file begin, and behind them their end: 16 bytes a frame."""
+    """Start of each frame of a seekable file, and the end of the last one: 16 bytes a frame."""
 
     offsets: array.array[int]  # in the plain archive
     compressed_offsets: array.array[int]  # in the file
@@ -1221,10 +1218,8 @@ def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
     sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
     compressed, plain = sizes[0::2], sizes[1::2]
     if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
-        raise FormatError(
-            f"the seek table has frames of {min(plain)} to {max(plain)} bytes, "
-            f"expected 1 to {FRAME_MAX_SIZE}"
-        )
+        found = f"{min(plain)} to {max(plain)} bytes"
+        raise FormatError(f"the seek table has frames of {found}, expected 1 to {FRAME_MAX_SIZE}")
     table = SeekTable(
         array.array("Q", itertools.accumulate(plain, initial=0)),
         array.array("Q", itertools.accumulate(compressed, initial=0)),
@@ -1269,38 +1264,10 @@ def payload_pieces(masks: Sequence[int]) -> list[int]:
 
 
 class ArchiveIndex(NamedTuple):
-    """What an index says: each device's entries as in DeviceIndex, by dev_id."""
+    """Contents of an index: each device's entries as in DeviceIndex, by dev_id."""
 
     cluster_count: int  # of a whole extent
     entries: dict[int, array.array[int]]
-
-
-def index_archive(
-    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
-) -> list[ArchiveIndex]:
-    """Return what the masks in an index mean; devices are in canonical order.
-
-    That the frames are cut as the masks demand proves all offsets; raises FormatError otherwise.
-    Rarely two results fit: they differ in extents that store nothing.
-    """
-    counts = [device.cluster_count for device in devices]
-    if devices and devices[-1].is_vmstate:
-        # A vmstate has as many clusters as are left, whatever its size is.
-        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
-    if sum(counts) != len(masks):
-        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
-    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
-        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
-            raise FormatError(f"the index has blocks behind the end of {device.title}")
-    found = []
-    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
-        if header_size % align == 0:
-            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
-            if offsets == table.offsets:
-                found.append(index)
-    if not found:
-        raise FormatError("the index and the seek table contradict each other")
-    return found
 
 
 def lay_out_frames(
@@ -1325,7 +1292,7 @@ def lay_out_frames(
             chunk = masks[start : min(start + cluster_count, first + count)]
             offset += EXTENT_HEADER_SIZE
             base = offset << 16
-            stores = chunk != zeros and any(chunk)
+            stores = chunk != zeros and any(chunk)  # a device's last extent may be shorter
             if run and (stores or number % RUN_EXTENTS == 0):
                 sizes.append(run)
                 run = 0
@@ -1350,12 +1317,44 @@ def lay_out_frames(
     return index, array.array("Q", itertools.accumulate(sizes, initial=0))
 
 
+def index_archive(
+    header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
+) -> list[ArchiveIndex]:
+    """Return the indexes that fit; devices are in canonical order.
+
+    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
+    two indexes fit: they differ in extents that store nothing.
+    """
+    counts = [device.cluster_count for device in devices]
+    if devices and devices[-1].is_vmstate:
+        # A vmstate has as many clusters as are left, whatever its size is.
+        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
+    if sum(counts) != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    # Of a device, only the last mask can have such blocks; a canonical archive has none.
+    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
+        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+            raise FormatError(f"the index has blocks behind the end of {device.title}")
+    found = []
+    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+        if header_size % align == 0:
+            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            if offsets == table.offsets:
+                found.append(index)
+    if not found:
+        raise FormatError("the index and the seek table contradict each other")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------
 # Stopping and cleaning up
 
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+ENDING_SIGNALS = {getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)}
+
 
 class Cleanup:
-    """What a signal that ends the program removes first: the handler does it, nothing is raised.
+    """Files to remove, and children to end, when a signal ends the program.
 
     `files` are (descriptor of the directory or None, name), `directories` are removed if empty.
     """
@@ -1367,10 +1366,9 @@ class Cleanup:
     @classmethod
     def install(cls) -> None:
         """Handle signals for the rest of this process."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            # What the caller ignores (nohup) stays ignored.
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
+        for number in ENDING_SIGNALS:
+            # A signal that the caller ignores (nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, cls._end)
         for name in ("SIGUSR1", "SIGINFO"):
             if hasattr(signal, name):
@@ -1383,6 +1381,7 @@ class Cleanup:
     def _end(cls, signum: int, _frame: object) -> NoReturn:
         cls.remove()
         cls._print(f"ended by {signal.Signals(signum).name}")
+        # An exception could cut any two steps apart, or be lost in a destructor.
         os._exit(128 + signum)
 
     @classmethod
@@ -1396,7 +1395,7 @@ class Cleanup:
         for directory, name in list(cls.files):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)
-        for path in sorted(cls.directories, reverse=True):
+        for path in sorted(cls.directories, reverse=True):  # first those inside others
             with suppress(OSError):  # somebody else has put something there
                 os.rmdir(path)
 
@@ -1419,9 +1418,7 @@ def signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:
@@ -1440,27 +1437,52 @@ def start_thread(target: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+def processor_count() -> int:
+    """Return how many processors this process may use."""
+    # A container, or taskset, may allow fewer than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 # ---------------------------------------------------------------------------------------------
 # Input: files, pipes, decompressors
 
-WINDOW_SIZE = 16 << 10  # what is read ahead of small reads that follow one another
+WINDOW_SIZE = 16 << 10  # read ahead where small reads follow one another
 PIPE_SIZE = 1 << 20
-TAIL_SIZE = 64 << 10  # what is read first of a file that may end in a seek table
-SCRATCH_SIZE = 256 << 10  # of what is read only to see that it can be: fits the processor's cache
+TAIL_SIZE = 64 << 10  # of a file's end, read first: it may hold a seek table
+SCRATCH_SIZE = 256 << 10  # for data that is only passed on or dropped: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
 
 class Readers(NamedTuple):
-    """Who may read a file: what is made of it is for nobody else."""
+    """Who may read a file, and so a file made of it: the mode's bits, for that group."""
 
     mode: int
     gid: int
-    has_acl: bool
 
     def mode_for(self, gid: int) -> int:
         """Return a mode for a file of group gid that lets nobody read who cannot read this one."""
-        private = self.has_acl or gid != self.gid
-        return 0o600 if private else 0o600 | self.mode & 0o666
+        # In a file of another group, members of this one count as others: no bits are safe.
+        return 0o600 | self.mode & 0o666 if gid == self.gid else 0o600
+
+
+def has_acl(fd: int) -> bool:
+    """Say whether a file has an access control list beside its mode."""
+    with suppress(AttributeError, OSError):
+        return bool(os.getxattr(fd, "system.posix_acl_access"))
+    return False
+
+
+def readers_of(fd: int) -> Readers:
+    """Return who may read an open file."""
+    state = os.fstat(fd)
+    # An access list may forbid what the mode allows.
+    return Readers(state.st_mode & (~0o077 if has_acl(fd) else ~0), state.st_gid)
+
+
+# mtime can be set back, ctime cannot.
+file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 class Input:
@@ -1496,14 +1518,14 @@ class Input:
 
     def read(self, size: int) -> bytes:
         """Return the next bytes; fewer than size only at the end."""
-        data = bytearray(size)
-        count = self.readinto(memoryview(data))
-        return bytes(data) if count == size else bytes(data[:count])
+        view = memoryview(bytearray(size))
+        return bytes(view[: self.readinto(view)])
 
     def readinto(self, view: memoryview) -> int:
         """Fill view with the next bytes; return how many there were before the end."""
         count = 0
         with os_errors_as(f"{self.name}: offset 0x{self.offset:x}"):
+            # A pipe gives as much as is in it, not as much as is asked for.
             while count < len(view) and (got := self.file.readinto(view[count:])):
                 count += got
         self.offset += count
@@ -1537,7 +1559,7 @@ class Input:
 
     @property
     def total(self) -> int:
-        """What `position` counts up to, 0 if that is not known."""
+        """Final value of `position`, 0 if it is not known."""
         return self.raw_size
 
     @property
@@ -1545,7 +1567,7 @@ class Input:
         """Who may read the file, None for a pipe."""
         if self.raw is None or self.state is None:
             return None
-        return Readers(self.state.st_mode, self.state.st_gid, has_acl(self.raw.fileno()))
+        return readers_of(self.raw.fileno())
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
@@ -1559,10 +1581,6 @@ class Input:
             raise VmaError(f"{self.name}: the file was changed while it was read")
 
 
-# mtime can be set back, ctime cannot.
-file_version = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
-
-
 def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     """Return who may read all of some files; pipes do not count."""
     known = list(filter(None, sources))
@@ -1570,21 +1588,26 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
         return None
     mode = functools.reduce(operator.and_, (readers.mode for readers in known))
     shared = len({readers.gid for readers in known}) == 1
-    has_acl = any(readers.has_acl for readers in known)
-    return Readers(mode if shared else mode & ~0o070, known[0].gid, has_acl)
+    # A file has one group, which need not be allowed to read the sources of another.
+    return Readers(mode if shared else mode & ~0o070, known[0].gid)
 
 
-def has_acl(fd: int) -> bool:
-    """Say whether a file has an access control list beside its mode."""
-    with suppress(AttributeError, OSError):
-        return bool(os.getxattr(fd, "system.posix_acl_access"))
-    return False
+def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return views without their first count bytes."""
+    first = 0
+    while first < len(views) and count >= len(views[first]):
+        count -= len(views[first])
+        first += 1
+    left = list(views[first:])
+    if count:
+        left[0] = left[0][count:]
+    return left
 
 
 class FileInput(Input):
     """A plain file or block device of `size` bytes, which can also be read at any place.
 
-    `bytes_read` counts everything that was read. With `read_all`, what is skipped is read as well.
+    `bytes_read` counts everything that was read. `read_all` makes `skip` read as well.
     """
 
     size: int
@@ -1614,10 +1637,8 @@ class FileInput(Input):
         at = self.offset - self._window_offset
         if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
             # After a skip, nothing is read ahead: what follows may be skipped as well.
-            follows = 0 <= at <= len(self._window)
-            window = bytearray(
-                min(max(size, WINDOW_SIZE), self.size - self.offset) if follows else size
-            )
+            size_ahead = max(size, WINDOW_SIZE) if 0 <= at <= len(self._window) else size
+            window = bytearray(min(size_ahead, self.size - self.offset))
             self._fill([memoryview(window)], self.offset)
             self._window, self._window_offset, at = bytes(window), self.offset, 0
         self.offset += size
@@ -1659,11 +1680,9 @@ class FileInput(Input):
         views: list[memoryview] = []
         start = end = 0
         for offset, view in sorted(wanted, key=operator.itemgetter(0)):
-            if offset != end and views:
+            if offset != end:
                 self._fill(views, start)
-                views = []
-            if not views:
-                start = offset
+                views, start = [], offset
             views.append(view)
             end = offset + len(view)
         self._fill(views, start)
@@ -1678,63 +1697,54 @@ class FileInput(Input):
                 if hasattr(os, "preadv"):
                     count = os.preadv(self.fd, views[:IOV_MAX], offset)
                 else:  # macOS before 11, Windows
-                    with self._lock:
+                    with self._lock:  # threads share the descriptor's offset
                         os.lseek(self.fd, offset, os.SEEK_SET)
                         data = os.read(self.fd, len(views[0]))
                     count = len(data)
                     views[0][:count] = data
             except OSError as error:
-                raise VmaError(
-                    f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
-                ) from error
+                text = f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
+                raise VmaError(text) from error
             if not count:
                 raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
             offset += count
             self.bytes_read += count
+            # Linux reads up to 2 GiB at once, and only up to a sector that cannot be read.
             views = drop_bytes(views, count)
 
 
-def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """Return views without their first count bytes."""
-    first = 0
-    while first < len(views) and count >= len(views[first]):
-        count -= len(views[first])
-        first += 1
-    left = list(views[first:])
-    if count:
-        left[0] = left[0][count:]
-    return left
-
-
 class SeekableError(FormatError):
-    """What only reading at any place has found; as a stream the archive may be good."""
+    """Damage to what only reading at any place needs; as a stream the archive may be good."""
 
 
 class FramesInput(FileInput):
     """A compressed canonical archive, read at any place by its seek table.
 
-    `size` and all offsets are those of the plain archive. `index` is there after `read_index`,
-    except that of a difference, which has none.
+    `size` and all offsets are those of the plain archive. `has_index` says whether there is an
+    `index`: a difference has none.
     """
 
     compression = "zstd"
     has_index = False
     index: ArchiveIndex
 
-    def __init__(self, name: str, file: io.FileIO, zstd: Zstd) -> None:
-        """Read the seek table; raises FormatError, and leaves the file open, if it is not right."""
+    def __init__(self, name: str, file: io.FileIO, zstd: Zstd, index: bool) -> None:
+        """Read the seek table, and with `index` the index.
+
+        Raises FormatError, and leaves the file open, if one of them is not right.
+        """
         super().__init__(name, file)
         self.zstd = zstd
-        self._mine = threading.local()  # each thread's buffer for a compressed frame
+        self._mine = threading.local()  # each thread's buffer for a compressed frame, to use again
         self.cached_frames = 2 * processor_count()
         # The frames used last, the latest one at the end, each with a lock for who decompresses it.
         self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
         self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
-        table_size = parse_seek_footer(tail) or 0
-        end = self.size - table_size
-        if not table_size:
+        table_size = parse_seek_footer(tail)
+        if table_size is None:
             raise FormatError("")  # nothing is wrong: most files have none
+        end = self.size - table_size
         if end < 0:
             raise FormatError("the seek table has more frames than the file")
         if table_size > len(tail):
@@ -1745,13 +1755,14 @@ class FramesInput(FileInput):
         is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
         if is_difference and self._index_data:
             raise FormatError("the seek table has fewer frames than the file")
+        # Also without `index`: other programs write seekable files too, of any archive.
         if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
             raise FormatError("there is no index in front of the seek table")
+        if index and not is_difference:
+            self._read_index()
 
-    def read_index(self) -> None:
+    def _read_index(self) -> None:
         """Read the index; raises FormatError unless header and seek table agree with it."""
-        if not self._index_data:
-            return
         header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
         header = parse_header(self._plain(0, min(header_size, self.size)))
         if header.uuid != CANONICAL_UUID:
@@ -1767,6 +1778,7 @@ class FramesInput(FileInput):
 
     def _fits(self, index: ArchiveIndex) -> bool:
         """Say whether each device's first extent has as many clusters as an index says."""
+        # Headers of extents that store nothing share frames, so the seek table does not tell.
         for entries in filter(None, index.entries.values()):
             data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
             slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
@@ -1778,10 +1790,7 @@ class FramesInput(FileInput):
     def frame_count(self) -> int:
         return len(self.table.offsets) - 1
 
-    def read(self, size: int) -> bytes:
-        data = self._plain(self.offset, min(size, self.size - self.offset))
-        self.offset += len(data)
-        return data
+    read = Input.read  # without a window: frames are kept anyway
 
     def _plain(self, offset: int, size: int) -> bytes:
         data = bytearray(size)
@@ -1816,6 +1825,7 @@ class FramesInput(FileInput):
             self._frames[number] = lock, found
             if len(self._frames) > self.cached_frames:
                 del self._frames[next(iter(self._frames))]
+        # Held for this frame only: another thread that needs it waits, and does not do it again.
         with lock:
             if not found:
                 start, end = self.table.offsets[number : number + 2]
@@ -1828,6 +1838,7 @@ class FramesInput(FileInput):
         start, end = self.table.compressed_offsets[number : number + 2]
         frame: memoryview = getattr(self._mine, "frame", memoryview(b""))
         if len(frame) < end - start:
+            # As large as nearly any frame, so that it need not grow with each.
             frame = self._mine.frame = memoryview(bytearray(max(end - start, PIECE_SIZE)))
         frame = frame[: end - start]
         super()._fill([frame], start)
@@ -1850,18 +1861,19 @@ class FramesInput(FileInput):
 
 
 class Codec(NamedTuple):
-    """A compression: how its files begin, and what decompresses it."""
+    """A compression: how its files begin, and the programs or module that decompress it."""
 
     name: str
     magics: tuple[bytes, ...]
     programs: tuple[str, ...]
     module: str
     package: str
-    damage: str = "(?!)"  # what the program prints of damage for which it ends with status 0
+    damage: str = "(?!)"  # pattern of a message about damage that the exit status does not tell
 
 
 # A zstd file may also begin with one of sixteen skippable frames, as pzstd's do. pigz is faster
 # than gzip, but ignores what follows the end, and does not say so. bzip2 says so, with status 0.
+# lbzip2 uses all processors.
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((i, 0x2A, 0x4D, 0x18)) for i in range(0x50, 0x60)))
 CODECS = (
     Codec("zstd", ZSTD_MAGICS, ("zstd",), "compression.zstd", "zstd"),
@@ -1873,14 +1885,29 @@ CODECS = (
 MAGIC_SIZE = max(len(magic) for codec in CODECS for magic in codec.magics)
 # Variables of the environment that add options, meant for the user's own compressing
 CODEC_OPTIONS = ("GZIP", "LZOP", "XZ_DEFAULTS", "XZ_OPT", "BZIP", "BZIP2", "ZSTD_CLEVEL")
-# What a decompressor prints of a file that was cut, and of a window that it does not take. lzop has
-# the system's message for an error that there was not.
+# What decompressors print of a file that was cut, and of a window that is too large for them. lzop
+# prints the system's message for an errno that has nothing to do with it.
 CUT_MESSAGES = r"Read error \(39\)|nappropriate ioctl|[Uu]nexpected end|ends unexpectedly"
 WINDOW_MESSAGES = r"--long=|too much memory for decoding"
-# A message behind the program's name and what it calls its standard input
+# The group is a message without the program's name and its name for standard input.
 CODEC_MESSAGE = (
     r"(?:(?:(?:\S*/)?(?:zstd|gzip|lzop|xz|l?bzip2)|/\*stdin\*\\+|[(<]?stdin[)>]?) ?: )+(.*)"
 )
+
+
+def wait_for_data(fd: int) -> None:
+    """Wait until there is something to read."""
+    import select  # Another process may have made the shared pipe non-blocking.
+
+    select.select([fd], [], [])
+
+
+def widen_pipe(fd: int) -> None:
+    """Give a pipe room for fewer, larger reads, where the system knows how."""
+    with suppress(ImportError, OSError):  # it only saves time
+        import fcntl
+
+        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
 
 
 class RestOfPipe(io.FileIO):
@@ -1909,13 +1936,6 @@ class RestOfPipe(io.FileIO):
         return count
 
 
-def wait_for_data(fd: int) -> None:
-    """Wait until there is something to read."""
-    import select  # Another process may have made the shared pipe non-blocking.
-
-    select.select([fd], [], [])
-
-
 class ModuleInput(Input):
     """The bytes that one of Python's own modules decompresses."""
 
@@ -1928,18 +1948,17 @@ class ModuleInput(Input):
     def readinto(self, view: memoryview) -> int:
         try:
             return super().readinto(view)
-        except VmaError as error:
-            cause = error.__cause__
+        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError, an
+        # OSError without an errno.
+        except Exception as error:
+            cause = error.__cause__ or error
             if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
                 raise
             raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
-        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError ...
-        except Exception as error:
-            raise FormatError(f"{self.compression}: {error}", archive=self.name) from error
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
-        self._buffered.close()
+        self._buffered.close()  # which the modules leave open
 
 
 class ProgramInput(Input):
@@ -1984,12 +2003,14 @@ class ProgramInput(Input):
 
     def _listen(self) -> None:
         """Keep the first of the child's messages, in a thread of its own."""
+        # All of them are read: a child that filled this pipe would wait for ever.
         with suppress(OSError), self._process.stderr as pipe:  # type: ignore[union-attr]  # it is a pipe
             while data := pipe.read(4096):
                 self._messages = (self._messages + data)[:1000]
 
     def _feed(self) -> None:
         """Hand the pipe's bytes on to the child, in a thread of its own."""
+        # The child cannot read the pipe itself: its first bytes have been read here.
         try:
             with self.raw, self._process.stdin as pipe:  # type: ignore[union-attr]  # it is a pipe
                 buffer = memoryview(bytearray(SCRATCH_SIZE))
@@ -2011,6 +2032,7 @@ class ProgramInput(Input):
 
     def _check(self, status: int, expected: tuple[int, ...]) -> None:
         """Raise an error if the child had one."""
+        # First, as the child took this for the end of a file cut short.
         if self._feeding_error:
             raise VmaError(f"{self.name}: {system_message(self._feeding_error)}")
         if self._listener:
@@ -2021,9 +2043,8 @@ class ProgramInput(Input):
             return
         # A child that was killed, or that lacks an option, says nothing about the archive.
         if status < 0:
-            raise VmaError(
-                f"{self.name}: {self._program} was ended by {signal.Signals(-status).name}"
-            )
+            signal_name = signal.Signals(-status).name
+            raise VmaError(f"{self.name}: {self._program} was ended by {signal_name}")
         if re.search(WINDOW_MESSAGES, text):
             raise VmaError(
                 f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
@@ -2031,11 +2052,11 @@ class ProgramInput(Input):
             )
         lines = list(filter(None, map(str.strip, text.splitlines())))
         # Where a program puts its name before a message, other lines are advice.
-        told = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
-        said = escape("; ".join(told)) or f"ended with status {status}"
+        errors = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
+        reason = escape("; ".join(errors)) or f"ended with status {status}"
         if re.search(CUT_MESSAGES, text):
-            said = "the compressed file is cut short"
-        raise FormatError(f"{self._program}: {said}", archive=self.name)
+            reason = "the compressed file is cut short"
+        raise FormatError(f"{self._program}: {reason}", archive=self.name)
 
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
@@ -2055,60 +2076,24 @@ class ProgramInput(Input):
         if self._seekable:
             self.raw.close()
         if not self._ended and not failed:
+            # Closing its pipe early ends a program with SIGPIPE, which is no error.
             self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
 
 
-def widen_pipe(fd: int) -> None:
-    """Give a pipe room for fewer, larger reads, where the system knows how."""
-    with suppress(ImportError, OSError):  # it only saves time
-        import fcntl
-
-        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
+def open_path(path: str, flags: int) -> int:
+    """Return a descriptor of an existing file; raises VmaError with its name."""
+    with os_errors_as(escape(path)):
+        return os.open(path, flags | getattr(os, "O_BINARY", 0))  # or Windows changes line ends
 
 
-@contextmanager
-def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
-    """Open an archive, plain or compressed, from a path or (`-`) standard input.
-
-    A plain regular file or block device can be read at any place, and a compressed canonical
-    archive, whose index is read if `index` says so. Everything else is a stream.
-    """
-    name = display_name(path, "input")
-    with ExitStack() as undo:
-        raw, start, size = open_raw(path, name)
-        undo.callback(raw.close)
-        with os_errors_as(name):
-            state = os.fstat(raw.fileno())
-        codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
-        if codec is not None:
-            frames, note = None, ""
-            if codec.name == "zstd" and stat.S_ISREG(state.st_mode) and size and not as_stream:
-                frames, note = open_frames(name, raw, index)
-            source = frames or open_codec(name, codec, raw, seekable=size is not None)
-            source.note = note
-            if size is not None:
-                source.state, source.raw_size = state, size
-        elif size is not None:
-            source = FileInput(name, raw)
-        else:
-            source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
-        undo.pop_all()  # the input closes it
-    with source:
-        yield source
+def is_disk(mode: int) -> bool:
+    """Say whether a file of this mode can be read at any place."""
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def open_frames(name: str, raw: io.FileIO, index: bool) -> tuple[FramesInput | None, str]:
-    """Return an input that is read at any place; or None, and what is wrong, "" for nothing."""
-    zstd = Zstd.load()
-    if zstd is None:
-        return None, ""  # the zstd program reads it, as a stream
-    try:
-        source = FramesInput(name, raw, zstd)
-        if index:
-            source.read_index()
-        return source, ""
-    except FormatError as error:
-        return None, str(error)
+def refuse_terminal(fd: int, message: str) -> None:
+    if os.isatty(fd):
+        raise VmaError(message)
 
 
 def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, bytes, int | None]:
@@ -2139,7 +2124,7 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
             except OSError:
                 if not (seekable and damaged):
                     raise
-                break  # rescue comes to that again, and goes on behind it
+                break  # rescue reads this place again, and goes on after it
         size = None
         if seekable:
             size = os.lseek(fd, 0, os.SEEK_END)
@@ -2147,22 +2132,6 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
         raw = io.FileIO(fd, "rb") if seekable else RestOfPipe(start, fd, ended=data == b"")
         undo.pop_all()
         return raw, start, size
-
-
-def open_path(path: str, flags: int) -> int:
-    """Return a descriptor of an existing file; raises VmaError with its name."""
-    with os_errors_as(escape(path)):
-        return os.open(path, flags | getattr(os, "O_BINARY", 0))
-
-
-def is_disk(mode: int) -> bool:
-    """Say whether a file of this mode can be read at any place."""
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def refuse_terminal(fd: int, message: str) -> None:
-    if os.isatty(fd):
-        raise VmaError(message)
 
 
 def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
@@ -2186,13 +2155,50 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
         ) from None
 
 
+@contextmanager
+def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterator[Input]:
+    """Open an archive, plain or compressed, from a path or (`-`) standard input.
+
+    A plain regular file or block device can be read at any place, and a compressed canonical
+    archive, whose index is read if `index` says so. Everything else is a stream.
+    """
+    name = display_name(path, "input")
+    with ExitStack() as undo:
+        raw, start, size = open_raw(path, name)
+        undo.callback(raw.close)
+        with os_errors_as(name):
+            state = os.fstat(raw.fileno())
+        codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
+        source: Input | None = None
+        if codec is not None:
+            note = ""
+            is_file = stat.S_ISREG(state.st_mode) and size  # a block device is longer than that
+            # Without the library, the zstd program reads it, as a stream.
+            if codec.name == "zstd" and is_file and not as_stream and (zstd := Zstd.load()):
+                try:
+                    source = FramesInput(name, raw, zstd, index)
+                except FormatError as error:
+                    note = str(error)
+            source = source or open_codec(name, codec, raw, seekable=size is not None)
+            source.note = note
+            if size is not None:
+                source.state, source.raw_size = state, size
+        elif size is not None:
+            source = FileInput(name, raw)
+        else:
+            source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
+        undo.pop_all()  # the input closes it
+    with source:
+        yield source
+
+
 # ---------------------------------------------------------------------------------------------
 # Output: pipes, devices, and files that appear under their names when they are complete
 
 WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
-# What a file system without hard links answers
+# Errors of file systems without hard links
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
 
@@ -2226,7 +2232,7 @@ class Target:
                     if self.seekable:
                         os.lseek(self.fd, offset, os.SEEK_SET)
                     count = os.write(self.fd, pending[0])
-                if not count:
+                if not count:  # trying again might go on for ever
                     raise OSError(errno.EIO, "nothing could be written")
                 offset += count
                 pending = drop_bytes(pending, count)
@@ -2246,6 +2252,7 @@ class Target:
     def _write_behind(self, start: int, end: int) -> None:
         """Let the disk begin with what was written, so that `sync` has little to wait for."""
         first, last = self._fresh
+        # Small gaps do not matter: blocks of zeros are left out.
         if not first <= start <= last + WRITE_BEHIND or last - first >= WRITE_BEHIND:
             # The advice starts the writing of dirty pages; only clean ones are dropped. Scattered
             # writes are left to the system, which may find an order for them.
@@ -2269,11 +2276,70 @@ class Target:
         last_look()
 
 
+def lock_partial(fd: int) -> None:
+    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        for _ in range(5):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another run looks at it just now
+                time.sleep(0.01)
+
+
+def extended_attributes(fd: int) -> dict[str, bytes]:
+    """Return a file's extended attributes: access lists and SELinux labels are among them."""
+    if not hasattr(os, "listxattr"):
+        return {}
+    try:
+        return {key: os.getxattr(fd, key) for key in os.listxattr(fd)}
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return {}  # this file system has none
+
+
+def keep_attributes(old: int, new: int, name: str) -> None:
+    """Give one open file the owner, mode, access list and extended attributes of another.
+
+    Raises OSError or VmaError where one cannot be kept.
+    """
+    state, own = os.fstat(old), os.fstat(new)
+    # Owner before mode: a change of owner clears set-user-ID bits.
+    if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
+        os.fchown(new, state.st_uid, state.st_gid)
+    wanted, there = extended_attributes(old), extended_attributes(new)
+    for inherited in there.keys() - wanted.keys() & {"system.posix_acl_access"}:
+        os.removexattr(new, inherited)  # before the mode puts it in force
+    if hasattr(os, "fchmod"):
+        os.fchmod(new, stat.S_IMODE(state.st_mode))
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
+                os.setxattr(new, key, value)
+
+
+def allocates_cheaply(fd: int) -> bool:
+    """Say whether the file is on a file system known to reserve space without writing it.
+
+    Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
+    say beforehand what fits.
+    """
+    device = os.fstat(fd).st_dev
+    line = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .*? - (\S+)"
+    # Where there is no such list (not on Linux), nothing is known to be cheap.
+    with suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        match = re.search(line.encode(), file.read())
+        return match is not None and match[1] in (b"ext4", b"xfs")
+    return False
+
+
 class Directory:
     """A directory whose files appear under their names when they are complete, not before.
 
-    It is held open: whatever happens to its path, what was checked is what is written. Names in it
-    are never followed as symbolic links. What is not committed when it is closed is removed.
+    It is held open, so that all goes into the directory that was checked, whatever happens to its
+    path. Symbolic links in it are never followed. Closing it removes files that are not committed.
     `readers` are those of the archive that the new files are made of.
     """
 
@@ -2291,29 +2357,29 @@ class Directory:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
-            # An error is on its way, which the user has to read.
+            # An error is on its way, and no other may take its place.
             with suppress(OSError):
                 file.close()
             with suppress(OSError):
-                os.unlink(self.at(file.temporary), dir_fd=self.fd)
-            Cleanup.files.discard((self.fd, self.at(file.temporary)))
+                os.unlink(self.encoded(file.temporary), dir_fd=self.fd)
+            Cleanup.files.discard((self.fd, self.encoded(file.temporary)))
         self._files.clear()
         if self.fd is not None:
             with suppress(OSError):  # it was only read
                 os.close(self.fd)
             self.fd = None
 
-    def at(self, name: str) -> bytes:
+    def encoded(self, name: str) -> bytes:
         # Names are bytes on disk, whatever the locale believes.
         return encode_name(name if self.fd is not None else os.path.join(self.path, name))
 
-    def full(self, name: str) -> str:
+    def display_name(self, name: str) -> str:
         return escape(os.path.join(self.path, name))
 
     def state(self, name: str) -> os.stat_result | None:
         """Return the state of a name, of a symbolic link its own, or None."""
-        with os_errors_as(self.full(name)), suppress(FileNotFoundError):
-            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
+        with os_errors_as(self.display_name(name)), suppress(FileNotFoundError):
+            return os.stat(self.encoded(name), dir_fd=self.fd, follow_symlinks=False)
         return None
 
     def names(self) -> list[str]:
@@ -2325,9 +2391,9 @@ class Directory:
         for name in names:
             state = self.state(name)
             if state and not replace:
-                raise os_error(self.full(name), errno.EEXIST)
+                raise os_error(self.display_name(name), errno.EEXIST)
             if state and stat.S_ISDIR(state.st_mode):
-                raise os_error(self.full(name), errno.EISDIR)
+                raise os_error(self.display_name(name), errno.EISDIR)
 
     def require_empty(self) -> None:
         if self.names():
@@ -2342,11 +2408,13 @@ class Directory:
 
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
+                    # A FIFO of that name must not make us wait for a writer.
                     flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
-                    fd = os.open(self.at(name), flags, dir_fd=self.fd)
+                    fd = os.open(self.encoded(name), flags, dir_fd=self.fd)
                     try:
+                        # Who writes it has it locked, and the system unlocks it even after SIGKILL.
                         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                        found.append(self.full(name))
+                        found.append(self.display_name(name))
                     finally:
                         os.close(fd)
         return found
@@ -2357,9 +2425,10 @@ class Directory:
         One that replaces another is no more readable than that; or, with `keeps`, has the same
         mode, owner, access list and extended attributes.
         """
+        # Its temporary name is short: the system would refuse this one only at the end.
         if len(encode_name(name)) > NAME_MAX_SIZE:
-            raise os_error(self.full(name), errno.ENAMETOOLONG)
-        with os_errors_as(self.full(name)):
+            raise os_error(self.display_name(name), errno.ENAMETOOLONG)
+        with os_errors_as(self.display_name(name)):
             file = PartialFile(self, name, replaces, keeps)
         self._files.append(file)
         return file
@@ -2367,7 +2436,7 @@ class Directory:
     def remove(self, name: str) -> None:
         """Remove a file that was committed."""
         with suppress(OSError):
-            os.unlink(self.at(name), dir_fd=self.fd)
+            os.unlink(self.encoded(name), dir_fd=self.fd)
 
     def flush(self) -> None:
         """Wait until all files are on the disk."""
@@ -2380,11 +2449,12 @@ class Directory:
         Without `replace`, a name that meanwhile exists is an error. After an error, names that did
         not exist do not exist, and those that were replaced stay replaced.
         """
+        # A signal in between would leave some of the files, or two names of one.
         with signals_blocked(), ExitStack() as undo:
             while self._files:
                 file = self._files[0]
                 undo.enter_context(os_errors_as(f"{file.name}: cannot be given its name"))
-                old, new = self.at(file.temporary), self.at(file.final)
+                old, new = self.encoded(file.temporary), self.encoded(file.final)
                 file.close()
                 exists = self.state(file.final) is not None
                 if exists and not replace:
@@ -2398,11 +2468,9 @@ class Directory:
                     os.unlink(old, dir_fd=self.fd)
                 Cleanup.files.discard((self.fd, old))
                 self._files.pop(0)
-            if self.fd is not None:
-                where = escape(self.path)
-                undo.enter_context(
-                    os_errors_as(f"{where}: cannot be flushed; what was replaced stays replaced")
-                )
+            if self.fd is not None:  # names reach the disk with the directory, not with the files
+                text = f"{escape(self.path)}: cannot be flushed; what was replaced stays replaced"
+                undo.enter_context(os_errors_as(text))
                 os.fsync(self.fd)
             undo.pop_all()  # from here on, the new names stay
 
@@ -2411,10 +2479,8 @@ class Directory:
         try:
             # Unlike a rename, this never replaces what somebody else has just put there.
             os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-        except (AttributeError, NotImplementedError):
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
+        except (AttributeError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LINKS:
                 raise
             return False
         return True
@@ -2431,19 +2497,18 @@ class PartialFile(Target):
         self.times: os.stat_result | None = None  # those that it is to have, if not its own
         self._old = -1  # descriptor of the file that it replaces
         nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        path = directory.at(self.temporary)
+        path = directory.encoded(self.temporary)
+        # Before there is such a file: a signal may come right after it was created.
         Cleanup.files.add((directory.fd, path))
         with ExitStack() as undo:
             undo.callback(Cleanup.files.discard, (directory.fd, path))
-            if replaces:
+            if replaces:  # by a descriptor, as the name may be another file's by the end
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
-                self._old = os.open(directory.at(final), flags, dir_fd=directory.fd)
+                self._old = os.open(directory.encoded(final), flags, dir_fd=directory.fd)
                 undo.callback(os.close, self._old)
             readers = directory.readers
             if replaces and not keeps:
-                state = os.fstat(self._old)
-                old = Readers(state.st_mode, state.st_gid, has_acl(self._old))
-                readers = common_readers([readers, old])
+                readers = common_readers([readers, readers_of(self._old)])
             # A random name, and made by us: nobody can have put a link to another file there.
             # Nobody else may read it until it is known who may.
             private = keeps or readers is not None
@@ -2451,13 +2516,13 @@ class PartialFile(Target):
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
             undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
-            super().__init__(fd, directory.full(final), seekable=True)
+            super().__init__(fd, directory.display_name(final), seekable=True)
             lock_partial(fd)
             if readers and not keeps and hasattr(os, "fchmod"):
                 # An access list here was inherited from the directory; a group bit would put it
                 # in force.
                 mode = 0o600 if has_acl(fd) else readers.mode_for(os.fstat(fd).st_gid)
-                umask = os.umask(0o077)
+                umask = os.umask(0o077)  # there is no way to read it without setting it
                 os.umask(umask)
                 os.fchmod(fd, mode & ~umask)
             undo.pop_all()
@@ -2481,24 +2546,21 @@ class PartialFile(Target):
     def read_back(self, zstd: Zstd | None) -> FileInput:
         """Return the archive that was written, as an input; `zstd` if it is compressed."""
         with os_errors_as(self.name):
-            file = io.FileIO(os.dup(self.fd))
+            file = io.FileIO(os.dup(self.fd))  # the input closes its own
         if zstd is None:
             return FileInput(self.name, file)
         try:
-            source = FramesInput(self.name, file, zstd)
-            source.read_index()
+            return FramesInput(self.name, file, zstd, index=True)
         except FormatError as error:
             file.close()
-            raise VmaError(
-                f"{self.name}: what was written reads back as something else: {error}"
-            ) from error
-        return source
+            text = f"{self.name}: what was written reads back as something else: {error}"
+            raise VmaError(text) from error
 
     def sync(self) -> None:
         if self._keeps:
             with os_errors_as(f"{self.name}: cannot keep owner and mode"):
                 keep_attributes(self._old, self.fd, self.name)
-        if self.times and os.utime in os.supports_fd:
+        if self.times and os.utime in os.supports_fd:  # only now, as each write changes them
             with os_errors_as(f"{self.name}: cannot keep times"):
                 os.utime(self.fd, ns=(self.times.st_atime_ns, self.times.st_mtime_ns))
         super().sync()
@@ -2509,110 +2571,9 @@ class PartialFile(Target):
     def close(self) -> None:
         if self._old >= 0:
             os.close(self._old)
+        # Forgotten first: after an error it is closed again, when the number may be another file's.
         fd, self.fd, self._old = self.fd, -1, -1
         if fd >= 0:
-            os.close(fd)
-
-
-def lock_partial(fd: int) -> None:
-    """Lock a file that is written, for `Directory.leftovers` to see, where files can be locked."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        for _ in range(5):
-            try:
-                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another run looks at it just now
-                time.sleep(0.01)
-
-
-def keep_attributes(old: int, new: int, name: str) -> None:
-    """Give one open file the owner, mode, access list and extended attributes of another.
-
-    Raises OSError or VmaError where one cannot be kept.
-    """
-    state, own = os.fstat(old), os.fstat(new)
-    if hasattr(os, "fchown") and (own.st_uid, own.st_gid) != (state.st_uid, state.st_gid):
-        os.fchown(new, state.st_uid, state.st_gid)
-    wanted, there = extended_attributes(old), extended_attributes(new)
-    for inherited in there.keys() - wanted.keys() & {"system.posix_acl_access"}:
-        os.removexattr(new, inherited)  # before the mode puts it in force
-    if hasattr(os, "fchmod"):
-        os.fchmod(new, stat.S_IMODE(state.st_mode))
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
-                os.setxattr(new, key, value)
-
-
-def extended_attributes(fd: int) -> dict[str, bytes]:
-    """Return a file's extended attributes: access lists and SELinux labels are among them."""
-    if not hasattr(os, "listxattr"):
-        return {}
-    try:
-        return {key: os.getxattr(fd, key) for key in os.listxattr(fd)}
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        return {}
-
-
-def allocates_cheaply(fd: int) -> bool:
-    """Say whether the file is on a file system known to reserve space without writing it.
-
-    Elsewhere (NFS, CIFS) the C library would write into every block; ZFS compresses, and cannot
-    say beforehand what fits.
-    """
-    device = os.fstat(fd).st_dev
-    line = rf"(?m)^\S+ \S+ {os.major(device)}:{os.minor(device)} .*? - (\S+)"
-    # Where there is no such list (not on Linux), nothing is known to be cheap.
-    with suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
-        match = re.search(line.encode(), file.read())
-        return match is not None and match[1] in (b"ext4", b"xfs")
-    return False
-
-
-@contextmanager
-def open_output(
-    path: str,
-    force: bool = False,
-    readers: Readers | None = None,
-    device: Device | None = None,
-    in_place: bool = False,
-) -> Iterator[Target]:
-    """Open a file to be written and then committed, or (`-`) standard output, or a special file.
-
-    `force` replaces a file that exists; `in_place` replaces the archive by itself, and keeps its
-    owner and mode. A block device only takes a `device` that it has room for. What is not
-    committed at the end is removed.
-    """
-    name = display_name(path, "output")
-    old = None
-    with os_errors_as(name), suppress(FileNotFoundError):
-        old = os.stat(path) if path != "-" else os.fstat(1)
-    kind = old.st_mode if old else stat.S_IFREG
-    if not path:
-        raise os_error(quote(path), errno.ENOENT)
-    if stat.S_ISDIR(kind) or path.endswith(os.sep):
-        raise os_error(name, errno.EISDIR)
-    if stat.S_ISBLK(kind) and device is None:
-        raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
-    if path == "-":
-        refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
-        yield Target(1, name, seekable=False)
-    elif stat.S_ISREG(kind):
-        with open_new_file(path, name, old, force or in_place, readers, in_place) as output:
-            yield output
-    elif stat.S_ISBLK(kind):
-        with open_destination(path, device, force) as output:
-            output.seekable = False
-            yield output
-    else:
-        fd = open_path(path, os.O_WRONLY)
-        try:
-            refuse_terminal(fd, f"{name} is a terminal")
-            yield Target(fd, name, seekable=False)
-        finally:
             os.close(fd)
 
 
@@ -2620,30 +2581,6 @@ def refuse_existing(path: str, force: bool, hint: str = "") -> None:
     """Raise VmaError if an output is a file that exists, before anything is read."""
     if not force and path != "-" and os.path.isfile(path):
         raise VmaError(f"{escape(path)}: {os.strerror(errno.EEXIST)}: --force replaces it{hint}")
-
-
-@contextmanager
-def open_new_file(
-    path: str,
-    name: str,
-    old: os.stat_result | None,
-    force: bool,
-    readers: Readers | None,
-    keeps: bool,
-) -> Iterator[PartialFile]:
-    """Create a file that takes its name, perhaps that of an old one, when it is committed."""
-    # As cp does: what a symbolic link points to is written, the link stays.
-    path = os.path.realpath(path)
-    if old and not force:
-        raise VmaError(f"{name}: {os.strerror(errno.EEXIST)}: --force replaces it")
-    if old:
-        now = None
-        with os_errors_as(name), suppress(FileNotFoundError):
-            now = os.stat(path)
-        if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
-            raise VmaError(f"{name}: the file has no name under which it could be replaced")
-    with Directory(os.path.dirname(path), readers=readers) as directory:
-        yield directory.create(os.path.basename(path), old is not None, keeps)
 
 
 @contextmanager
@@ -2683,6 +2620,59 @@ def open_destination(
         os.close(fd)
 
 
+@contextmanager
+def open_output(
+    path: str,
+    force: bool = False,
+    readers: Readers | None = None,
+    device: Device | None = None,
+    in_place: bool = False,
+) -> Iterator[Target]:
+    """Open a file to be written and then committed, or (`-`) standard output, or a special file.
+
+    `force` replaces a file that exists; `in_place` replaces the archive by itself, and keeps its
+    owner and mode. A block device only takes a `device` that it has room for. A new file is removed
+    at the end unless it is committed.
+    """
+    name = display_name(path, "output")
+    old = None
+    with os_errors_as(name), suppress(FileNotFoundError):
+        old = os.stat(path) if path != "-" else os.fstat(1)
+    kind = old.st_mode if old else stat.S_IFREG
+    if not path:
+        raise os_error(quote(path), errno.ENOENT)
+    if stat.S_ISDIR(kind) or path.endswith(os.sep):
+        raise os_error(name, errno.EISDIR)
+    if stat.S_ISBLK(kind) and device is None:
+        raise VmaError(f"{name}: what a block device holds behind an archive makes it a bad one")
+    if path == "-":
+        refuse_terminal(1, "standard output is a terminal: redirect it, or name a file")
+        yield Target(1, name, seekable=False)
+    elif stat.S_ISREG(kind):
+        refuse_existing(path, force or in_place)
+        # As cp does: what a symbolic link points to is written, the link stays.
+        path = os.path.realpath(path)
+        if old:
+            now = None
+            with os_errors_as(name), suppress(FileNotFoundError):
+                now = os.stat(path)
+            if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
+                raise VmaError(f"{name}: the file has no name under which it could be replaced")
+        with Directory(os.path.dirname(path), readers=readers) as directory:
+            yield directory.create(os.path.basename(path), old is not None, keeps=in_place)
+    elif stat.S_ISBLK(kind):
+        with open_destination(path, device, force) as output:
+            output.seekable = False
+            yield output
+    else:
+        fd = open_path(path, os.O_WRONLY)
+        try:
+            refuse_terminal(fd, f"{name} is a terminal")
+            yield Target(fd, name, seekable=False)
+        finally:
+            os.close(fd)
+
+
 def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
     states = []
@@ -2697,6 +2687,7 @@ def is_same_file(path: str, output: str) -> bool:
     one, other = states
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
+    # A terminal, or /dev/null, may well be both.
     return is_disk(one.st_mode) and os.path.samestat(one, other)
 
 
@@ -3820,14 +3811,6 @@ def pump(
                 finished.get()  # unlike join, it lets signals through on every Python
     if failures:
         raise failures[0]
-
-
-def processor_count() -> int:
-    """Return how many processors this process may use."""
-    # A container, or taskset, may allow fewer than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def new_buffer(size: int) -> memoryview:
