@@ -5911,12 +5911,12 @@ class Window:
     Views of it are valid until the next call.
     """
 
-    def __init__(self, source: Salvage, size: int = RESCUE_WINDOW_SIZE) -> None:
+    def __init__(self, source: Salvage) -> None:
         import queue
 
         self.source = source
         self.end = 0  # of the bytes that have been read
-        self._view = new_buffer(size)
+        self._view = new_buffer(RESCUE_WINDOW_SIZE)
         self._base = 0  # offset of the view's first byte
         self._kept = 0  # bytes before this offset may go
         self._ended = False
@@ -6661,10 +6661,11 @@ class Found(NamedTuple):
 
 
 class Chain:
-    """Extents that follow one another without a gap, by its number.
+    """Extents that follow one another without a gap; `number` counts the chains.
 
-    A proven chain cannot be part of an archive in a guest's disk. Of a doubtful one, everything is
-    uncertain. A dropped one had clusters of a proven one: it was found in a guest's disk.
+    A proven chain cannot be part of an archive in a guest's disk. All clusters of a doubtful chain
+    are doubtful. A dropped chain was part of an archive in a guest's disk: a proven chain has its
+    clusters.
     """
 
     def __init__(self, number: int, proven: bool, doubtful: bool) -> None:
@@ -6680,10 +6681,10 @@ class Chain:
 
 
 class RescuedDisk:
-    """A disk as far as it was found.
+    """A disk, and the clusters of it that were found.
 
     An entry is 0 for a lost cluster, else its chain's number << 2 | FOUND_*. With `exact`, the
-    device's size is certain.
+    device's size is certain. `limit` is the number of clusters that it may have.
     """
 
     def __init__(self, device: Device, exact: bool, target: PartialFile) -> None:
@@ -6796,7 +6797,8 @@ class Rescue:
                 self._key = device.is_vmstate, device.dev_id, 0
         return chain
 
-    def _add_disk(self, device: Device, chain: Chain) -> RescuedDisk:
+    def _add_disk(self, device: Device, chain: Chain) -> None:
+        """Create a device's file, under another name if its own will not do."""
         dev_id, name, size = device
         file_name = disk_file_name(device)
         fault = name_fault(name, DEVICE_NAME_MAX_SIZE)
@@ -6812,9 +6814,8 @@ class Rescue:
             size = 0
         self._names.add(file_name)
         device = Device(dev_id, name, size)
-        disk = RescuedDisk(device, self._exact and size > 0, self._create(file_name))
-        self.disks[dev_id] = disk
-        return disk
+        exact = self._exact and size > 0
+        self.disks[dev_id] = RescuedDisk(device, exact, self._create(file_name))
 
     # Extents: where one follows another, else by searching
 
@@ -6971,7 +6972,7 @@ class Rescue:
         return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
     def _resume(self, chain: Chain) -> Chain:
-        """Find out where to go on, as no extent that fits is where it is expected."""
+        """Find the next extent, as none that fits is at the expected place."""
         offset = self._offset
         # The file's own flaw is told already, and nobody knows how much is missing.
         if offset in self.window.source.breaks:
@@ -7119,7 +7120,7 @@ class Rescue:
             self.disks[dev_id].target.write_at(start, views)
 
     def _claim(self, found: Found, chain: Chain) -> None:
-        """Enter the clusters of an extent: those that store nothing as found, others as lost."""
+        """Enter the clusters of an extent: as found if they store nothing, else as lost."""
         # An extent that proves nothing cannot begin the order.
         known = chain.proven or self._key
         if known and self._key is not None and self._uuid == CANONICAL_UUID:
@@ -7142,7 +7143,7 @@ class Rescue:
             entry = chain.number << 2 | state
             entries[first : first + count] = array.array("I", [entry]) * count
         self._headers.add(found.extent.md5)
-        # `_write` enters them, each with its state.
+        # Clusters with data count as lost until `_write` enters them.
         if found.extent.block_count:
             for info in found.extent.blockinfo:
                 if info >> 48 and info >> 32 & 0xFF:
