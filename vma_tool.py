@@ -3314,7 +3314,7 @@ class IndexedContents(Contents):
         super().__init__(source)
         self.cluster_count = source.index.cluster_count
         self.index.adopt(source.index, source.size)
-        # Of each extent, whether its header was read: a byte, as of 1 TiB there are 290,000.
+        # Whether each extent's header was read. A byte each is little: 1 TiB has 290,000 of them.
         self._checked = {
             dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
             for dev_id, index in self.index.devices.items()
