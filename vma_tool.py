@@ -3322,7 +3322,7 @@ class IndexedContents(Contents):
         super().__init__(source)
         self.cluster_count = source.index.cluster_count
         self.index.adopt(source.index, source.size)
-        # Of each extent, whether its header was read: a byte, as of 1 TiB there are 290,000.
+        # Whether each extent's header was read. A byte each is little: 1 TiB has 290,000 of them.
         self._checked = {
             dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
             for dev_id, index in self.index.devices.items()
@@ -4495,8 +4495,8 @@ class Overlay(Contents):
         return self.difference.source, self.base.source
 
     def base_index(self, device: Device) -> DeviceIndex | None:
-        base = self.bases.get(device.dev_id)
-        return self.base.index.devices[base.dev_id] if base else None
+        dev_id = device.dev_id  # a base has the same one
+        return self.base.index.devices[dev_id] if dev_id in self.bases else None
 
     def extents(self) -> Iterator[Extent]:
         for contents in (self.difference, self.base):
@@ -5133,23 +5133,22 @@ def main_section(data: bytes) -> tuple[list[bytes], int]:
     return lines, end
 
 
-def set_option(data: bytes, key: str, value: str) -> bytes:
-    """Return a qemu-server.conf with `key: value` in its main section, everything else kept."""
-    lines, end = main_section(data)
-    old = re.compile(rb"\s*%b\s*:" % re.escape(encode_name(key)))
-    kept = [line for line in lines[:end] if not old.match(line)]  # of two, the last would count
-    place = next((i for i, line in enumerate(lines[:end]) if old.match(line)), end)
-    kept.insert(place, encode_name(f"{key}: {value}\n"))
-    return b"".join(kept + lines[end:])
-
-
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
-    """Return the header with lines of qemu-server.conf replaced or added."""
+    """Return the header with `key: value` lines in the main section of qemu-server.conf.
+
+    They replace the lines of the same keys; everything else is kept.
+    """
     configs = dict(header.configs)
     if options and CONFIG_NAME not in configs:
         raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
     for key, value in options:
-        configs[CONFIG_NAME] = set_option(configs[CONFIG_NAME], key, value)
+        lines, end = main_section(configs[CONFIG_NAME])
+        old = re.compile(rb"\s*%b\s*:" % re.escape(encode_name(key)))
+        place = next((i for i, line in enumerate(lines[:end]) if old.match(line)), end)
+        # All old lines go, not only the first: of two, Proxmox takes the last.
+        kept = [line for line in lines[:end] if not old.match(line)]
+        kept.insert(place, encode_name(f"{key}: {value}\n"))
+        configs[CONFIG_NAME] = b"".join(kept + lines[end:])
     return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
@@ -5410,8 +5409,7 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
             for part in read_table(read, size).partitions:
                 if part.number:  # 0 is the whole disk, which is there already
                     name = partition_file_name(device, part)
-                    place = part.start, part.size
-                    partitions.append(MountedDisk(name, contents, stored, *place))
+                    partitions.append(MountedDisk(name, contents, stored, part.start, part.size))
     names = [file.name for file in files]
     refuse_twice(contents.source.name, list(map(os.fsdecode, names)))
     # A disk may be called like another one's partition, and is the one that extract writes.
