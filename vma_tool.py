@@ -1474,9 +1474,8 @@ def has_acl(fd: int) -> bool:
     return False
 
 
-def readers_of(fd: int) -> Readers:
+def readers_of(fd: int, state: os.stat_result) -> Readers:
     """Return who may read an open file."""
-    state = os.fstat(fd)
     # An access list may forbid what the mode allows.
     return Readers(state.st_mode & (~0o077 if has_acl(fd) else ~0), state.st_gid)
 
@@ -1567,7 +1566,7 @@ class Input:
         """Who may read the file, None for a pipe."""
         if self.raw is None or self.state is None:
             return None
-        return readers_of(self.raw.fileno())
+        return readers_of(self.raw.fileno(), self.state)
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
@@ -2508,7 +2507,7 @@ class PartialFile(Target):
                 undo.callback(os.close, self._old)
             readers = directory.readers
             if replaces and not keeps:
-                readers = common_readers([readers, readers_of(self._old)])
+                readers = common_readers([readers, readers_of(self._old, os.fstat(self._old))])
             # A random name, and made by us: nobody can have put a link to another file there.
             # Nobody else may read it until it is known who may.
             private = keeps or readers is not None
@@ -5919,6 +5918,7 @@ class Window:
         self._kept = 0  # bytes before this offset may go
         self._ended = False
         self._reading = False
+        self.before_move: Callable[[], None] = lambda: None  # views may be in use by a thread
         self.progress: Progress | None = None
         self._orders: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
@@ -6006,6 +6006,7 @@ class Window:
         # Moving costs a copy: it waits until it must be, or until most of the view is free.
         if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
             # The thread is idle now, so these bytes may move.
+            self.before_move()
             kept = self._view[self._kept - self._base : self.end - self._base]
             if end - self._kept + READ_SIZE > len(self._view):
                 self._view = new_buffer(end - self._kept + READ_SIZE)
@@ -6658,6 +6659,21 @@ class Found(NamedTuple):
         return self.extent.payload_offset + self.extent.payload_size
 
 
+def cluster_runs(keys: list[int]) -> list[tuple[int, int, int]]:
+    """Return dev_id << 32 | cluster_num of clusters as runs: dev_id, first cluster_num, count."""
+    first = keys[0] if keys else 0
+    if keys == [*range(first, first + len(keys))] and first >> 32 == (first + len(keys) - 1) >> 32:
+        return [(first >> 32, first & 0xFFFFFFFF, len(keys))]  # as in nearly all extents
+    runs: list[tuple[int, int, int]] = []
+    for key in sorted(keys):
+        dev_id, first, count = runs[-1] if runs else (0, 0, 0)
+        if (key >> 32, key & 0xFFFFFFFF) == (dev_id, first + count):
+            runs[-1] = dev_id, first, count + 1
+        else:
+            runs.append((key >> 32, key & 0xFFFFFFFF, 1))
+    return runs
+
+
 class Chain:
     """Extents that follow one another without a gap; `number` counts the chains.
 
@@ -6689,6 +6705,8 @@ class RescuedDisk:
         self.device = device
         self.target = target
         self.exact = exact and not device.is_vmstate
+        # A last cluster may have blocks after the disk's end.
+        self.size = device.size if self.exact else sys.maxsize
         # A damaged header may give too small a size, and a vmstate may be longer than its size.
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
         try:
@@ -6710,14 +6728,63 @@ class RescuedDisk:
             yield self.end, cluster_count, 0
 
 
+class Writer:
+    """Writes in a thread of its own: meanwhile the next extent is looked at."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self._batches: queue.SimpleQueue[Sequence[tuple[Target, int, list[Buffer]]] | None]
+        self._batches = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._busy = False
+        start_thread(self._serve)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Only then may the files be closed. Another error is on its way if this one is dropped.
+        if self._busy:
+            self._results.get()
+        self._batches.put(None)
+
+    def write(self, batch: Sequence[tuple[Target, int, list[Buffer]]]) -> None:
+        """Write data to targets at offsets, after everything before; raises VmaError of that."""
+        self.wait()
+        self._busy = True
+        self._batches.put(batch)
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises VmaError."""
+        if self._busy:
+            error = self._results.get()
+            self._busy = False
+            if error:
+                raise error
+
+    def _serve(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            try:
+                for target, offset, data in batch:
+                    target.write_at(offset, data)
+                self._results.put(None)
+            except BaseException as error:  # noqa: BLE001 - raised again by `wait`
+                self._results.put(error)
+
+
 class Rescue:
     """Recovers configs and disks from a damaged archive; `create` makes a file of a given name.
 
     It calls each cluster lost, doubtful or right, as far as data without checksums allows.
     """
 
-    def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
+    def __init__(
+        self, window: Window, create: Callable[[str], PartialFile], writer: Writer
+    ) -> None:
         self.window = window
+        self.writer = writer
+        window.before_move = writer.wait
         self.disks: dict[int, RescuedDisk] = {}
         self.configs: list[Config] = []
         self._create = create
@@ -6742,6 +6809,7 @@ class Rescue:
                 chain = self._take(found, chain)
             else:
                 chain = self._resume(chain)
+        self.writer.wait()
 
     def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> Chain:
         self._offset = offset
@@ -6831,13 +6899,7 @@ class Rescue:
             return None
         infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
         keys = [info & CLUSTER_KEY for info in infos]
-        runs: list[tuple[int, int, int]] = []
-        for key in sorted(keys):
-            dev_id, first, count = runs[-1] if runs else (0, 0, 0)
-            if (key >> 32, key & 0xFFFFFFFF) == (dev_id, first + count):
-                runs[-1] = dev_id, first, count + 1
-            else:
-                runs.append((key >> 32, key & 0xFFFFFFFF, 1))
+        runs = cluster_runs(keys)
         for dev_id, first, count in runs:
             # A damaged header may have lost a device.
             limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
@@ -7080,7 +7142,17 @@ class Rescue:
         certain = certain and not overlaps(source.lost, start, stop)
         certain = certain and not overlaps(source.doubtful, start, stop)
         pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
-        for dev_id, cluster_num, mask, slot_start, slot_size in iter_slots(found.extent):
+        slots = iter_slots(found.extent)
+        if certain and found.keys:  # consecutive clusters
+            dev_id, first, count = found.runs[0]
+            disk = self.disks[dev_id]
+            if len(payload) == count * CLUSTER_SIZE and (first + count) * CLUSTER_SIZE <= disk.size:
+                # Nearly all extents are like this: they go fast.
+                entry = chain.number << 2 | FOUND_STORED
+                disk.entries[first : first + count] = array.array("I", [entry]) * count
+                pieces.append((dev_id, first * CLUSTER_SIZE, 0, len(payload)))
+                slots = iter(())
+        for dev_id, cluster_num, mask, slot_start, slot_size in slots:
             if not mask:
                 continue
             disk = self.disks[dev_id]
@@ -7094,11 +7166,9 @@ class Rescue:
                 if doubtful or overlaps(source.doubtful, *place):
                     state = FOUND_DOUBTFUL
             disk.entries[cluster_num] = chain.number << 2 | state
-            # A last cluster may have blocks after the disk's end.
-            limit = disk.device.size if disk.exact else sys.maxsize
             for run_start, run_size in block_runs(mask):
                 offset = cluster_num * CLUSTER_SIZE + run_start
-                count = min(run_size, len(payload) - position, limit - offset)
+                count = min(run_size, len(payload) - position, disk.size - offset)
                 if count > 0:
                     pieces.append((dev_id, offset, position, count))
                 position += run_size
@@ -7107,6 +7177,7 @@ class Rescue:
     def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
         """Write pieces of a payload to the disks, neighbours with one call."""
         pieces.sort(reverse=True)
+        batch: list[tuple[Target, int, list[Buffer]]] = []
         while pieces:
             dev_id, start, *_ = pieces[-1]
             views: list[Buffer] = []
@@ -7115,7 +7186,8 @@ class Rescue:
                 *_, first, size = pieces.pop()
                 views.append(payload[first : first + size])
                 end += size
-            self.disks[dev_id].target.write_at(start, views)
+            batch.append((self.disks[dev_id].target, start, views))
+        self.writer.write(batch)
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: as found if they store nothing, else as lost."""
@@ -7914,8 +7986,8 @@ def cmd_rescue(args: Namespace) -> int:
         with progress, make_directory(args.targetdir, source.readers) as directory:
             directory.require_empty()
             window.progress = progress
-            rescue = Rescue(window, directory.create)
-            with in_archive(source.name):
+            with in_archive(source.name), Writer() as writer:
+                rescue = Rescue(window, directory.create, writer)
                 rescue.run()
             # The report is written last, when all is known, and appears with the disks.
             found = rescue.finish()

@@ -479,7 +479,13 @@ def compare_all(place: Place, rows: Iterable[Row]) -> None:
         "", SECONDS, "CPU", "compared with", SECONDS, "CPU", "ratio (goal)", "peak MiB (limit)"
     )
     for row in map(place.by_other_version, rows) if place.options.before else rows:
-        runs, references = place.compare(row)
+        try:
+            runs, references = place.compare(row)
+        except BenchError as error:
+            if not place.options.before:
+                raise
+            say(f"left out, as the other version does not have it: {error}")
+            continue
         seconds, others = [r.seconds for r in runs], [r.seconds for r in references]
         goal = f" ({row.goal})" if row.goal and place.on_tmpfs else ""
         print_cells(
