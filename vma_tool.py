@@ -6077,6 +6077,7 @@ class DecodedSalvage(Salvage):
         self.position = 0
         self._chunks: Iterator[Chunk] = getattr(self, f"_{codec}")()
         self._data = memoryview(b"")
+        self._spare: list[bytearray] = []  # of frames that have been used up
         self._end = 0  # of the bytes in all chunks
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
@@ -6097,6 +6098,8 @@ class DecodedSalvage(Salvage):
             view[count : count + len(part)] = part
             self._data = self._data[len(part) :]
             count += len(part)
+            if not self._data and isinstance(self._data.obj, bytearray):
+                self._spare.append(self._data.obj)  # new memory for each frame is slow
         return count
 
     def _take(self, chunk: Chunk) -> None:
@@ -6285,7 +6288,12 @@ class DecodedSalvage(Salvage):
     def _zstd_frame(
         self, zstd: Zstd, frame: bytes, size: int, lost: int, start: int
     ) -> list[Chunk]:
-        view = memoryview(bytearray(size))
+        buffer = bytearray()
+        with suppress(IndexError):
+            buffer = self._spare.pop()
+        if len(buffer) < size:
+            buffer = bytearray(max(size, PIECE_SIZE))
+        view = memoryview(buffer)[:size]
         try:
             zstd.decompress_into(frame, view)
         except FormatError as error:
