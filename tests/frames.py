@@ -10,7 +10,18 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from tests.archives import BLOCK, EXTENT_HEADER, extent_offsets, slots
+from tests.archives import (
+    BLOCK,
+    CANONICAL_UUID,
+    CLUSTER,
+    EXTENT_HEADER,
+    Archive,
+    Device,
+    extent_bytes,
+    extent_offsets,
+    header_bytes,
+    slots,
+)
 
 PIECE = 1 << 20
 BLOCK_MAX = 128 << 10  # bytes in a block of a zstd frame
@@ -36,6 +47,34 @@ def raw_frame(data: bytes) -> bytes:
         last = start + BLOCK_MAX >= len(data)
         frame += struct.pack("<I", len(block) << 3 | last)[:3] + block
     return frame
+
+
+def repeated_frame(byte: int, size: int) -> bytes:
+    """Return a zstd frame of one byte, repeated: a few bytes for each block."""
+    blocks = [min(BLOCK_MAX, size - start) for start in range(0, size, BLOCK_MAX)]
+    headers = (count << 3 | 1 << 1 | (i == len(blocks) - 1) for i, count in enumerate(blocks))
+    body = b"".join(struct.pack("<I", header)[:3] + bytes([byte]) for header in headers)
+    return struct.pack("<IBI", ZSTD_MAGIC, 0b10100000, size) + body
+
+
+def repeated_archive(size: int) -> bytes:
+    """Return a compressed archive of a disk of size bytes, all of them 0xFF, in little memory."""
+    align, count = 131072, 58  # of the layout's default: clusters in an extent
+    archive = Archive([Device(1, "drive-scsi0", b"", size)], [], uuid=CANONICAL_UUID)
+    header = header_bytes(archive, align)
+    made, sizes = [raw_frame(header)], [len(header)]
+    clusters = size // CLUSTER
+    payload = {n: repeated_frame(0xFF, n * CLUSTER) for n in range(1, 17)}
+    for first in range(0, clusters, count):
+        infos = [(0xFFFF, 1, number) for number in range(first, min(first + count, clusters))]
+        blocks = [b""] * (16 * len(infos))
+        made.append(raw_frame(extent_bytes(CANONICAL_UUID, infos, blocks)))
+        sizes.append(EXTENT_HEADER)
+        for start in range(0, len(infos), 16):
+            part = min(16, len(infos) - start)
+            made.append(payload[part])
+            sizes.append(part * CLUSTER)
+    return join(Seekable(made, sizes, repeated_frame(0xFF, 2 * clusters)))
 
 
 def skippable(magic: int, data: bytes) -> bytes:

@@ -49,12 +49,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests import archives
+from tests import archives, frames
 from tests.archives import MIB
 
 TOOL = Path(__file__).resolve().parents[2] / "vma_tool.py"
 SHM = Path("/dev/shm")
 SHARING = ("btrfs", "xfs", "zfs", "bcachefs")  # where a plain cp may copy no data at all
+LARGE_SIZE = 256 << 30  # of a compressed archive whose data are one byte, repeated
 SHORT = 5  # a command of some milliseconds runs so many times as often
 ORDERS = ("in-order", "live", "interleaved", "random", "reversed", "vmstate-first")
 DEFAULT_MEMORY = 256 * MIB  # of optimize --memory
@@ -411,8 +412,31 @@ def compressed_rows(place: Place) -> Iterator[Row]:
                 Command("the plain archive", place.tool(*words, source.path)),
                 "1.5",
             )
+    large = place.work / "large.vma.zst"
+    large.write_bytes(frames.repeated_archive(LARGE_SIZE))
+    limit = 64 * MIB + (LARGE_SIZE >> 13) + 16 * (LARGE_SIZE >> 20)
+    for words in (["list", "--scan"], ["verify", "-q", "--quick"]):
+        title = f"{' '.join(word for word in words if word != '-q')}, 256 GiB of data"
+        yield Row(
+            Command(title, place.tool(*words, large), limit),
+            Command("--version", place.tool("--version")),
+            "start + 2 s" if words[0] == "list" else "",
+        )
+    read = read_by(place.tool("list", "--scan", large), place)
+    print(f"\nread by list --scan of 256 GiB of data: {read / MIB:.1f} MiB (32)")
     size = seekable.stat().st_size / frame.stat().st_size
     print(f"\nsize: {seekable.stat().st_size / MIB:.1f} MiB, {size:.3f} of one zstd frame (1.03)")
+
+
+def read_by(argv: Argv, place: Place) -> int:
+    """Return how many bytes a command reads by its calls, without what Python reads of itself."""
+    counts = []
+    for words in (argv, place.tool("--version")):
+        with subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL) as child:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            lines = Path(f"/proc/{child.pid}/io").read_text().splitlines()
+            counts.append(int(lines[0].split()[1]))  # rchar
+    return counts[0] - counts[1]
 
 
 def rescue_rows(place: Place) -> Iterator[Row]:
