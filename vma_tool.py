@@ -2902,12 +2902,12 @@ class Index:
         """
         # With mask 0, a blockinfo is dev_id << 32 | cluster_num: those of a device compare and
         # subtract like cluster numbers, and all others are far behind the device's last one.
-        infos = extent.blockinfo
-        if 0 in infos:  # empty slots
-            infos = tuple(info for info in infos if info)
-            if not infos:
-                return True
-        count = len(infos)
+        count = self._slots
+        infos = extent.blockinfo[:count]
+        if not count:
+            return True
+        if 0 in infos:  # nobody writes empty slots in front of used ones, but it is allowed
+            infos = tuple(info for info in extent.blockinfo if info)
         # Extents that were optimized are in order. In those of a live backup, readers that finish
         # at random shuffle the clusters.
         in_order = infos == tuple(range(infos[0], infos[0] + count))
