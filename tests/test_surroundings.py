@@ -55,7 +55,7 @@ class System(SurroundingsTest):
             self.ok("optimize", "--force", self.source, public)
             self.ok("optimize", self.source)
         self.assertEqual(modes, {0o600})
-        self.assertEqual(stat.S_IMODE(public.stat().st_mode), 0o644)
+        self.assertEqual(stat.S_IMODE(public.stat().st_mode), 0o600)
         self.ok("unpack", self.source, self.directory / "new")
         self.ok("extract", "-d", "drive-scsi0", "-o", made[1], self.source)
         for path in (*made, *(self.directory / "new").iterdir()):
