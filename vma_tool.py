@@ -5735,12 +5735,22 @@ def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -
             server.log(f"{point.name}: {STILL_IN_USE}, or until another signal")
 
 
+def wait_for_threads() -> None:
+    """Wait until this thread is the only one: others have done their work, but may still end."""
+    # A lock that one of them holds would stay locked in a child process, where it does not exist.
+    end = time.monotonic() + 2
+    with suppress(OSError):  # no /proc
+        while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < end:
+            time.sleep(0.001)
+
+
 def start_server(
     server: FuseServer, point: MountPoint, signals: set[signal.Signals], keep_stderr: bool
 ) -> int:
     """Serve in a child process; return its process id when the mount is ready."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()  # or the child might write it once more
+    wait_for_threads()
     pid = os.fork()
     if not pid:
         try:
