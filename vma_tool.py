@@ -5698,9 +5698,9 @@ def waiting_signals() -> Iterator[set[signal.Signals]]:
 
     SIGCHLD is among them: it says that the command or a thread has ended, and else does nothing.
     """
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # What the caller ignores (nohup) stays ignored.
-    numbers = {n for n in ending if signal.getsignal(n) is not signal.SIG_IGN} | {signal.SIGCHLD}
+    # A signal that the caller ignores (nohup) stays ignored.
+    numbers = {n for n in ENDING_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    numbers.add(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield numbers
