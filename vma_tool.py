@@ -1137,6 +1137,7 @@ class LibraryZstd(Zstd):
         return self._checked(size)
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Decompress frames one after the other, given in any pieces."""
         import ctypes
 
         address, size = ctypes.c_void_p, ctypes.c_size_t
@@ -1144,7 +1145,7 @@ class LibraryZstd(Zstd):
         class Buffer(ctypes.Structure):  # ZSTD_inBuffer, ZSTD_outBuffer
             _fields_ = (("address", address), ("size", size), ("position", size))
 
-        # Declared here and not with the others: only rescue needs them.
+        # Declared here and not with the others: few commands need them.
         library = self.library
         library.ZSTD_decompressStream.restype = size
         library.ZSTD_decompressStream.argtypes = [address, address, address]
@@ -1152,17 +1153,20 @@ class LibraryZstd(Zstd):
         output = ctypes.create_string_buffer(FRAME_BLOCK_MAX)
         # A context of its own, freed at the end: this one may be left in the middle of a frame.
         context = self._created(library.ZSTD_createDCtx())
+        left = 0  # not 0 in the middle of a frame
         try:
             for piece in pieces:
                 data = ctypes.create_string_buffer(piece, len(piece))
                 source = Buffer(ctypes.addressof(data), len(piece), 0)
                 target = Buffer(ctypes.addressof(output), len(output), 0)
                 # If the output is full, more may follow, though the piece has been used up.
-                while source.position < source.size or target.position == target.size:
+                while source.position < source.size or (left and target.position == target.size):
                     target.position = 0
                     references = ctypes.byref(target), ctypes.byref(source)
-                    self._checked(library.ZSTD_decompressStream(context, *references))
+                    left = self._checked(library.ZSTD_decompressStream(context, *references))
                     yield output.raw[: target.position]
+            if left:
+                raise CutError("the zstd frame is cut off")
         finally:
             library.ZSTD_freeDCtx(context)
 
@@ -1939,8 +1943,9 @@ class ModuleInput(Input):
     """The bytes that one of Python's own modules decompresses."""
 
     def __init__(self, name: str, codec: Codec, raw: io.FileIO) -> None:
+        module = importlib.import_module(codec.module)  # first: raw stays open if there is none
         self._buffered = io.BufferedReader(raw, PIPE_SIZE)
-        super().__init__(name, importlib.import_module(codec.module).open(self._buffered))
+        super().__init__(name, module.open(self._buffered))
         self.compression = codec.name
         self.raw = raw
 
@@ -1958,6 +1963,59 @@ class ModuleInput(Input):
     def close(self, failed: bool = False) -> None:
         super().close(failed)
         self._buffered.close()  # which the modules leave open
+
+
+def window_error(name: str) -> VmaError:
+    """Return the error for a window that zstd does not take unless it is told to."""
+    return VmaError(
+        f"{name}: decompressing it needs a window of more than 128 MiB, so read it "
+        "through a pipe: zstd -dc --long=31 FILE | vma-tool COMMAND -"
+    )
+
+
+class LibraryInput(Input):
+    """The bytes that the system's zstd library decompresses, where its program is missing."""
+
+    compression = "zstd"
+    raw: io.FileIO
+
+    def __init__(self, name: str, raw: io.FileIO, zstd: Zstd) -> None:
+        super().__init__(name, raw)
+        self.raw = raw
+        self._data = memoryview(b"")
+        self._chunks = zstd.stream(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        buffer = memoryview(bytearray(SCRATCH_SIZE))
+        with os_errors_as(self.name):
+            while count := self.raw.readinto(buffer):
+                yield bytes(buffer[:count])
+
+    def readinto(self, view: memoryview) -> int:
+        count = 0
+        while count < len(view):
+            if not self._data:
+                chunk = self._next_chunk()
+                if chunk is None:
+                    break
+                self._data = memoryview(chunk)
+            part = self._data[: len(view) - count]
+            view[count : count + len(part)] = part
+            self._data = self._data[len(part) :]
+            count += len(part)
+        self.offset += count
+        return count
+
+    def _next_chunk(self) -> bytes | None:
+        try:
+            return next(self._chunks, None)
+        except FormatError as error:
+            text = str(error)
+            if re.search(WINDOW_MESSAGES, text):
+                raise window_error(self.name) from None
+            if isinstance(error, CutError):
+                text = "the compressed file is cut short"
+            raise FormatError(f"zstd: {text}", archive=self.name) from None
 
 
 class ProgramInput(Input):
@@ -2045,10 +2103,7 @@ class ProgramInput(Input):
             signal_name = signal.Signals(-status).name
             raise VmaError(f"{self.name}: {self._program} was ended by {signal_name}")
         if re.search(WINDOW_MESSAGES, text):
-            raise VmaError(
-                f"{self.name}: decompressing it needs a window of more than 128 MiB, so read it "
-                "through a pipe: zstd -dc --long=31 FILE | vma-tool COMMAND -"
-            )
+            raise window_error(self.name)
         lines = list(filter(None, map(str.strip, text.splitlines())))
         # Where a program puts its name before a message, other lines are advice.
         errors = [found[1] for line in lines if (found := re.match(CODEC_MESSAGE, line))] or lines
@@ -2147,6 +2202,9 @@ def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input
     try:
         return ModuleInput(name, codec, raw)
     except (ImportError, ValueError):  # ValueError: no module's name at all
+        zstd = Zstd.load() if codec.name == "zstd" else None
+        if zstd:
+            return LibraryInput(name, raw, zstd)
         raise VmaError(
             f"{name}: compressed with {codec.name}, which this machine lacks: install the package "
             f"{codec.package}, or decompress it elsewhere: "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import vma_tool
 from tests import archives
 from tests.archives import MIB
 from tests.damage import damages, good, good_archive
@@ -169,11 +170,39 @@ class Compressed(ProcessTest):
             before = snapshot(self.directory)
             for command in ("verify", "list", "optimize", "unpack"):
                 more = [self.directory / "out"] if command in ("optimize", "unpack") else []
-                with self.subTest(name, command=command), hidden_programs():
+                no_library = mock.patch.object(vma_tool.Zstd, "load", lambda: None)
+                with self.subTest(name, command=command), hidden_programs(), no_library:
                     says = [f"package {package}", f"{name} -dc ", "| vma-tool "]
                     self.refused(command, path, *more, says=[str(path), *says])
                     self.refused(command, "-", *more, input=data, says=says)
                     self.assertEqual(snapshot(self.directory), before)
+
+    def test_zstd_without_its_program(self) -> None:
+        """The system's library reads what vzdump writes, in one frame or many, and its damage."""
+        if not isinstance(vma_tool.Zstd.load(), vma_tool.LibraryZstd):
+            self.skipTest("no zstd library")
+        plain = good()
+        wanted = self.directory / "wanted.vma"
+        self.ok("optimize", self.file("a.vma", plain), wanted)
+        one = compress("zstd", plain)
+        pieces = [plain[:70000], plain[70000:70001], plain[70001:]]
+        many = b"".join(compress("zstd", piece) for piece in pieces)
+        for number, data in enumerate((one, many)):
+            path = self.file(f"a{number}.vma.zst", data)
+            with self.subTest(number), hidden_programs():
+                self.ok("verify", path)
+                self.ok("verify", "-", input=data)
+                output = self.directory / f"b{number}.vma"
+                self.ok("optimize", path, output)
+                self.assertEqual(sha256(output), sha256(wanted))
+        for what, data, says in (
+            ("cut", one[:-20], "cut short"),
+            ("garbage", one + b"garbage", "zstd"),
+            ("a byte", one[:-2] + bytes([one[-2] ^ 1]) + one[-1:], "zstd"),
+        ):
+            path = self.file("bad.vma.zst", data)
+            with self.subTest(what), hidden_programs():
+                self.assertIn(says, self.bad("verify", path))
 
     def test_in_place(self) -> None:
         """A compressed archive is not replaced by a plain one; the error shows the command."""
