@@ -95,9 +95,9 @@ class Status(CheckedTest):
         self.failed(answer, 1, os.strerror(errno.ENOSPC))
 
     def test_missing_program(self) -> None:
-        packed = self.file("a.vma.zst", b"\x28\xb5\x2f\xfd" + bytes(100))
+        packed = self.file("a.vma.lzo", b"\x89LZO\0\r\n\x1a\n" + bytes(100))
         answer = run_tool("verify", packed, env={**os.environ, "PATH": "/nowhere"})
-        self.failed(answer, 1, "zstd")
+        self.failed(answer, 1, "lzop")
 
     def test_unreadable(self) -> None:
         """A folder of which nothing can be read is no bad archive."""

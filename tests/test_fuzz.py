@@ -18,7 +18,7 @@ from tests import archives
 from tests.archives import BLOCK, HEADER, Archive, Device
 from tests.damage import damages, good
 from tests.faults import memory_directory
-from tests.support import ALL, FEW, STEP, ToolTest, golden, manifest, sha256
+from tests.support import ALL, FEW, STEP, ToolTest, golden, manifest, require_program, sha256
 from tests.tools import fuzz
 from tests.tools.fuzz import Draft, FindingError, Sandbox, bytes_of, judge
 
@@ -213,6 +213,7 @@ class Fuzzing(ToolTest):
 
     def test_frames(self) -> None:
         """Compressed archives, with frames, seek tables and indexes that lie."""
+        require_program("zstd", "zstd")
         sandbox = sandbox_in_memory(self)
         good = 0
         for number in range(CASES // 2):

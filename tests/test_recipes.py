@@ -627,6 +627,7 @@ class Hook(ScriptTest):
 
     def test_differences(self) -> None:
         """Full on Sunday, differences on Monday and Tuesday, full on the next Sunday."""
+        require_program("zstd", "zstd")
         self.install("hook-diff")
         name = "vzdump-qemu-100-2025_11_{}-02_00_00"
         self.put("vzdump-qemu-101-2025_11_23-03_00_00.vma", golden("interleaved"))  # another guest

@@ -133,6 +133,7 @@ class Writing(SeekableTest):
 
     def test_options(self) -> None:
         """--compress decides, else the output's name."""
+        require_program("zstd", "zstd")
         _, plain = seekable()
         source = self.file("a.vma", plain)
         sizes = {}
@@ -398,6 +399,7 @@ def hidden() -> dict[str, str]:
 class NoLibrary(SeekableTest):
     def test_without(self) -> None:
         """Reading goes by the program, writing is an error that names the package."""
+        require_program("zstd", "zstd")
         _, plain = seekable()
         source = self.file("a.vma", plain)
         path = self.directory / "a.vma.zst"
