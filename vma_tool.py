@@ -5874,8 +5874,11 @@ def log_to_syslog(text: str) -> None:
 
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
-# Holds an extent and the HORIZON after it. The window grows where that is not enough.
-RESCUE_WINDOW_SIZE = 12 << 20
+# What one view of a window holds; it grows where that is not enough.
+PLAIN_VIEW_SIZE = 7424 << 10  # two extents
+DECODED_VIEW_SIZE = 8 << 20
+PACKED_VIEW_SIZE = 4 << 20
+PLAIN_PIECE_SIZE = 256 << 10
 READ_SIZE = 1 << 20
 PATTERN_MAX_SIZE = 32  # longer than any match of `Window.search`
 PAGE_SIZE = 4096  # the kernel reads files by the page: one bad sector costs all of it
@@ -5902,12 +5905,75 @@ class Flaw(NamedTuple):
     text: str
 
 
+class Call:
+    """A function's call in another thread."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()  # held until it is done
+        self._lock.acquire()
+
+    def run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            self._error = error
+        self._lock.release()
+
+    def is_done(self) -> bool:
+        return not self._lock.locked()
+
+    def result(self) -> Any:
+        """Wait for the call; return what it returned, or raise its error."""
+        with self._lock:
+            if self._error:
+                raise self._error
+            return self._value
+
+
+class Workers:
+    """Threads that make calls, begun in the order of `submit`."""
+
+    def __init__(self, count: int) -> None:
+        import queue
+
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        for _ in range(count):
+            # A daemon, never joined: it may wait forever for a pipe that gives nothing more.
+            start_thread(self._serve)
+
+    def submit(self, function: Callable[[], Any]) -> Call:
+        call = Call(function)
+        self._calls.put(call)
+        return call
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while call := self._calls.get():
+            call.run()
+        self._calls.put(None)  # for the next thread
+
+
+class Piece(NamedTuple):
+    """Bytes that are being read: `wait` returns how many there are, less than `size` at the end."""
+
+    size: int
+    wait: Callable[[], int]
+    is_done: Callable[[], bool] = lambda: True
+
+
 class Salvage:
     """The readable bytes of a damaged archive, in order.
 
     Lost bytes read as zeros; at a break, an unknown number of bytes is missing. Offsets count the
-    bytes as they are read. The lists are complete up to the last byte read.
+    bytes as they are read. The lists are complete up to the last piece that was waited for.
     """
+
+    ahead = 4  # pieces that may be read at the same time
 
     def __init__(self) -> None:
         self.lost: list[Range] = []
@@ -5916,26 +5982,41 @@ class Salvage:
         self.flaws: list[Flaw] = []
         # A checksum over everything does not match: 1 if only it may be damaged, 2 if not
         self.suspect = 0
+        self.needed = 1  # bytes of room for the next piece
 
-    def readinto(self, view: memoryview) -> int:
-        """Fill view with the next bytes; return how many there were before the end."""
+    def begin(self, view: memoryview) -> Piece | None:
+        """Begin to read the next piece to the start of view; None if that is too small."""
         raise NotImplementedError
 
     def index(self, header: Header) -> ArchiveIndex | None:
         """Return the archive's index, if there is one."""
         return None
 
+    def close(self) -> None:
+        """End the threads."""
+
 
 class RawSalvage(Salvage):
     """A file or pipe as it is; pages of a file that cannot be read are lost."""
 
-    def __init__(self, file: Input) -> None:
+    def __init__(self, file: Input, piece_size: int) -> None:
         super().__init__()
         self.file = file
+        self.needed = piece_size
         # A large read may fail for any of its sectors. By the page, only bad pages are lost.
         self._failing = False
+        self._reader = Workers(1)
 
-    def readinto(self, view: memoryview) -> int:
+    def begin(self, view: memoryview) -> Piece | None:
+        if len(view) < self.needed:
+            return None
+        call = self._reader.submit(functools.partial(self._read, view[: self.needed]))
+        return Piece(self.needed, call.result, call.is_done)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _read(self, view: memoryview) -> int:
         count = 0
         while count < len(view):
             offset = self.file.offset
@@ -5971,37 +6052,24 @@ class RawSalvage(Salvage):
 
 
 class Window:
-    """A part of a Salvage's bytes that only moves forward. A thread reads ahead.
+    """A part of a Salvage's bytes that only moves forward, read ahead by threads.
 
     Views of it are valid until the next call.
     """
 
-    def __init__(self, source: Salvage) -> None:
-        import queue
-
+    def __init__(self, source: Salvage, size: int) -> None:
         self.source = source
         self.end = 0  # of the bytes that have been read
-        self._view = new_buffer(RESCUE_WINDOW_SIZE)
+        self._begun = 0  # of those that are being read
+        self._pieces: collections.deque[Piece] = collections.deque()
+        self._view = new_buffer(size)
+        self._next_view = new_buffer(size)  # where it goes on when this one is full
         self._base = 0  # offset of the view's first byte
         self._kept = 0  # bytes before this offset may go
         self._ended = False
-        self._reading = False
-        self.before_move: Callable[[], None] = lambda: None  # views may be in use by a thread
+        self.uses: Callable[[], Collection[Call]] = tuple  # of views, in other threads
+        self._used: Collection[Call] = ()  # those of the next view
         self.progress: Progress | None = None
-        self._orders: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
-        # A daemon, never joined: it may wait forever for a pipe that gives nothing more.
-        start_thread(self._serve)
-
-    def _serve(self) -> None:
-        while len(view := self._orders.get()):
-            try:
-                self._results.put(self.source.readinto(view))
-            except BaseException as error:  # noqa: BLE001 - raised again by `_fill`
-                self._results.put(error)
-
-    def close(self) -> None:
-        self._orders.put(memoryview(b""))
 
     def forget(self, offset: int) -> None:
         """Let the bytes before an offset go."""
@@ -6050,47 +6118,66 @@ class Window:
                 self.forget(start)
 
     def _fill(self, end: int) -> None:
-        """Read up to an offset, and let the thread go on reading."""
+        """Read up to an offset, and let the threads go on reading."""
         while True:
-            # A result that is there is taken even if nobody needs it yet: so the thread goes on.
-            if self._reading and (self.end < end or not self._results.empty()):
-                result = self._results.get()
-                self._reading = False
-                if isinstance(result, BaseException):
-                    self._ended = True
-                    raise result
-                self.end += result
-                self._ended = not result
-                if self.progress:
-                    self.progress.tick()
-            if not self._reading and not self._ended:
-                self._order(end)
-            if self.end >= end or self._ended:
+            has_room = self._begin()
+            # Moving costs a copy: it waits until it must be, or until most of the view is free.
+            waits = self.end < end and not self._pieces
+            if not has_room and (waits or self._kept - self._base > len(self._view) * 3 // 4):
+                self._move(end)
+            # What is there is taken even if nobody needs it yet: so the threads go on.
+            elif self._pieces and (self.end < end or self._pieces[0].is_done()):
+                self._take()
+            else:
                 return
 
-    def _order(self, end: int) -> None:
-        """Let the thread read, if there is room. For bytes before end, make room."""
-        room = len(self._view) - (self.end - self._base)
-        # Moving costs a copy: it waits until it must be, or until most of the view is free.
-        if room < READ_SIZE and (self.end < end or self._kept - self._base > len(self._view) // 2):
-            # The thread is idle now, so these bytes may move.
-            self.before_move()
-            kept = self._view[self._kept - self._base : self.end - self._base]
-            if end - self._kept + READ_SIZE > len(self._view):
-                self._view = new_buffer(end - self._kept + READ_SIZE)
-            self._view[: len(kept)] = kept
-            self._base = self._kept
-            room = len(self._view) - len(kept)
-        if room:
-            self._reading = True
-            start = self.end - self._base
-            self._orders.put(self._view[start : start + min(room, READ_SIZE)])
+    def _begin(self) -> bool:
+        """Begin to read as many pieces as may be; return False if the view has no room for one."""
+        while not self._ended and len(self._pieces) < self.source.ahead:
+            piece = self.source.begin(self._view[self._begun - self._base :])
+            if piece is None:
+                return False
+            self._begun += piece.size
+            self._pieces.append(piece)
+        return True
+
+    def _take(self) -> None:
+        """Wait for the first piece."""
+        piece = self._pieces.popleft()
+        self._ended = True  # if it fails
+        count = piece.wait()
+        self.end += count
+        self._ended = not piece.size or count < piece.size
+        if self._ended:  # those that follow are empty
+            self._pieces.clear()
+        if self.progress:
+            self.progress.tick()
+
+    def _move(self, end: int) -> None:
+        """Go on in the next view, which has room up to an offset."""
+        for call in self._used:
+            call.result()
+        self._used = tuple(self.uses())
+        size = max(end, self._begun) - self._kept + self.source.needed
+        if size > len(self._next_view):
+            self._next_view = new_buffer(size)
+        kept = self._view[self._kept - self._base : self._begun - self._base]
+        self._view, self._next_view = self._next_view, self._view
+        self._base = self._kept
+        # The first pieces are still read into the old view. Meanwhile others go into the new one.
+        for _ in range(len(self._pieces)):
+            if self._pieces:
+                self._take()
+                self._begin()
+        self._view[: len(kept)] = kept
 
 
 # ---------------------------------------------------------------------------------------------
 # Rescue, compressed files: decompress up to the damage, then from the next frame or block on
 
+PACKED_ROOM = PIECE_SIZE + (64 << 10)  # of a frame of ours
 PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
+SMALL_SIZE = 16 << 10  # decompressed sooner than a thread would begin with it
 DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
 LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
 HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
@@ -6127,9 +6214,15 @@ class Chunk(NamedTuple):
     doubtful: bool = False
 
 
-Task = Union[
-    Chunk, Callable[[], list[Chunk]]
-]  # of a codec: what is known, or is to be decompressed
+class WholeFrame(NamedTuple):
+    """A zstd frame to be decompressed: `size` bytes, lost if it is damaged."""
+
+    data: memoryview  # of a window
+    size: int
+    position: int  # of the frame in the file
+
+
+Task = Union[Chunk, Callable[[], "list[Chunk]"]]  # what is known, or is to be decompressed
 
 
 class DecodedSalvage(Salvage):
@@ -6143,10 +6236,16 @@ class DecodedSalvage(Salvage):
         self.file = file
         self.window = window
         self.position = 0
-        self._chunks: Iterator[Chunk] = getattr(self, f"_{codec}")()
-        self._data = memoryview(b"")
-        self._spare: list[bytearray] = []  # of frames that have been used up
+        self._workers = Workers(processor_count())
+        self.ahead = 2 * processor_count() + 2
+        # Frames are decompressed right from the window, where they stay until that is done.
+        self._calls: collections.deque[Call] = collections.deque(maxlen=self.ahead)
+        window.uses = lambda: self._calls
+        self._chunks: Iterator[Chunk | WholeFrame] = getattr(self, f"_{codec}")()
+        self._next: WholeFrame | None = None  # waits for room
+        self._data = memoryview(b"")  # rest of a chunk
         self._end = 0  # of the bytes in all chunks
+        self._news: list[tuple[int, Chunk]] = []  # chunks that are not recorded yet, by their start
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
@@ -6154,33 +6253,63 @@ class DecodedSalvage(Salvage):
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
 
-    def readinto(self, view: memoryview) -> int:
-        count = 0
-        while count < len(view):
-            while not self._data:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    return count
-                self._take(chunk)
-            part = self._data[: len(view) - count]
-            view[count : count + len(part)] = part
-            self._data = self._data[len(part) :]
-            count += len(part)
-            if not self._data and isinstance(self._data.obj, bytearray):
-                self._spare.append(self._data.obj)  # new memory for each frame is slow
-        return count
+    def close(self) -> None:
+        self._workers.close()
 
-    def _take(self, chunk: Chunk) -> None:
-        start = self._end
-        if chunk.flaw:
-            self.flaws.append(Flaw(start, chunk.flaw))
-        if chunk.data is None:
-            self.breaks.append(start)
-            return
-        self._data = memoryview(chunk.data)
-        self._end += len(self._data)
-        if self._data and (chunk.flaw or chunk.doubtful):
-            (self.lost if chunk.flaw else self.doubtful).append((start, self._end))
+    def begin(self, view: memoryview) -> Piece | None:
+        while not (self._data or self._next):
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return Piece(0, functools.partial(self._record, self._take_news(), 0))
+            if isinstance(chunk, WholeFrame):
+                self._next = chunk
+            else:
+                self._news.append((self._end, chunk))
+                self._data = memoryview(chunk.data or b"")
+                self._end += len(self._data)
+        if self._next is None:
+            part = self._data[: len(view)]
+            view[: len(part)] = part
+            self._data = self._data[len(part) :]
+            return Piece(len(part), functools.partial(self._record, self._take_news(), len(part)))
+        size = self._next.size
+        self.needed = size
+        if len(view) < size:
+            return None
+        self.needed = 1
+        work = functools.partial(self._decompress, self._next, view[:size])
+        call = self._workers.submit(work) if size > SMALL_SIZE else Call(work)
+        if size <= SMALL_SIZE:
+            call.run()
+        self._calls.append(call)
+        wait = functools.partial(self._finish_frame, self._take_news(), self._end, size, call)
+        self._end += size
+        self._next = None
+        return Piece(size, wait, call.is_done)
+
+    def _take_news(self) -> list[tuple[int, Chunk]]:
+        news, self._news = self._news, []
+        return news
+
+    def _record(self, news: Iterable[tuple[int, Chunk]], size: int) -> int:
+        """Enter what is wrong with chunks into the lists; return size."""
+        for start, chunk in news:
+            end = start + len(chunk.data or b"")
+            if chunk.flaw:
+                self.flaws.append(Flaw(start, chunk.flaw))
+            if chunk.data is None:
+                self.breaks.append(start)
+            elif end > start and (chunk.flaw or chunk.doubtful):
+                (self.lost if chunk.flaw else self.doubtful).append((start, end))
+        return size
+
+    def _finish_frame(
+        self, news: list[tuple[int, Chunk]], start: int, size: int, call: Call
+    ) -> int:
+        flaw = call.result()
+        if flaw:
+            news.append((start, Chunk(bytes(size), flaw)))
+        return self._record(news, size)
 
     def _flaw(self, text: object, position: int | None = None) -> str:
         return f"at byte {self.position if position is None else position} of the file: {text}"
@@ -6197,19 +6326,16 @@ class DecodedSalvage(Salvage):
 
     def _in_order(self, tasks: Iterable[Task]) -> Iterator[Chunk]:
         """Do tasks in threads; yield their chunks in the order of the tasks."""
-        from concurrent.futures import Future, ThreadPoolExecutor
-
-        pending: collections.deque[Future[list[Chunk]]] = collections.deque()
-        with ThreadPoolExecutor(processor_count()) as pool:
-            for task in tasks:
-                # A chunk that is there already waits for its turn like the others.
-                work = functools.partial(list, [task]) if isinstance(task, Chunk) else task
-                pending.append(pool.submit(work))
-                # One more than there are threads, so that none is idle while its result is taken.
-                if len(pending) > processor_count():
-                    yield from pending.popleft().result()
-            while pending:
+        pending: collections.deque[Call] = collections.deque()
+        for task in tasks:
+            # A chunk that is there already waits for its turn like the others.
+            work = functools.partial(list, [task]) if isinstance(task, Chunk) else task
+            pending.append(self._workers.submit(work))
+            # One more than there are threads, so that none is idle while its result is taken.
+            if len(pending) > processor_count():
                 yield from pending.popleft().result()
+        for call in pending:
+            yield from call.result()
 
     def _hold(self, parts: Iterator[bytes], errors: type[Exception]) -> Iterator[Chunk]:
         """Yield parts, late: if one of the errors comes, those before it are doubtful."""
@@ -6235,13 +6361,14 @@ class DecodedSalvage(Salvage):
 
     # zstd: small frames at once, so either whole or lost; large ones block by block
 
-    def _zstd(self) -> Iterator[Chunk]:
+    def _zstd(self) -> Iterator[Chunk | WholeFrame]:
         zstd = Zstd.load()
         if zstd is None:
             raise VmaError(f"{self.file.name}: zstd is missing here: install the package libzstd1")
+        self._library = zstd
         self._read_table(zstd)
         while len(self.window.peek(self.position, 1)):
-            yield from self._in_order(self._zstd_frames(zstd))
+            yield from self._zstd_frames(zstd)
             if len(self.window.peek(self.position, 1)):
                 yield from self._zstd_blocks(zstd)
 
@@ -6284,20 +6411,23 @@ class DecodedSalvage(Salvage):
         numbers = range(first, first + 10000) if first >= 0 else ()
         return next((number for number in numbers if self._sizes(number) == sizes), -1)
 
-    def _zstd_frames(self, zstd: Zstd) -> Iterator[Task]:
-        """Yield a task for each small frame, up to one that is better read in blocks."""
-        while len(data := self.window.peek(self.position, PIECE_ROOM)):
+    def _zstd_frames(self, zstd: Zstd) -> Iterator[Chunk | WholeFrame]:
+        """Yield each small frame, up to one that is better read in blocks."""
+        while len(data := self.window.peek(self.position, SKIPPABLE.size)):
             start = self.position
-            if len(data) >= SKIPPABLE.size and SKIPPABLE.unpack_from(data)[0] in SKIPPABLE_MAGICS:
-                self.position += SKIPPABLE.size + int(SKIPPABLE.unpack_from(data)[1])
-                self.window.skip(self.position)
+            magic, size = SKIPPABLE.unpack(bytes(data).ljust(SKIPPABLE.size, b"\0"))
+            if magic in SKIPPABLE_MAGICS:
+                end = start + SKIPPABLE.size + int(size)
+                if self._is_frame(end):
+                    self.position = end
+                    self.window.skip(end)
+                else:
+                    # In an index is a frame, too, whose content does not belong to the archive.
+                    nothing = None if magic == INDEX_MAGIC else b""
+                    yield Chunk(nothing, self._flaw("a skippable frame is damaged"))
+                    self._next_frame(zstd)
                 continue
-            head, fault, size = None, None, 0
-            try:
-                head = parse_frame_start(data)
-                size = parse_frame(data).size
-            except FormatError as error:
-                fault = error
+            data, head, size, fault = self._see_frame()
             plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
             known = self._sizes(self._number)
             # By the end of the file, and not only by that of the room.
@@ -6318,19 +6448,45 @@ class DecodedSalvage(Salvage):
                 lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
                 yield Chunk(None if lost is None else bytes(lost), text)
             else:
-                # A copy: a thread decompresses it while the window moves on.
-                frame = bytes(data[:size])
                 number = self._find_number((size, plain), self._number)
                 if number > self._number >= 0:
                     lost = self._table.offsets[number] - self._table.offsets[self._number]
                     zeros = bytes(min(lost, FRAME_MAX_SIZE))
                     yield Chunk(zeros, self._flaw("frames are missing"))
                 # Sizes that are not in the table are damaged: then the table says how much is lost.
-                lost = known[1] if known and number < 0 else plain
-                yield functools.partial(self._zstd_frame, zstd, frame, plain, lost, start)
+                whole = WholeFrame(data[:size], plain, start)
+                if known and number < 0 and known[1] != plain:
+                    found = bytearray(plain)
+                    flaw = self._decompress(whole, memoryview(found))
+                    yield Chunk(bytes(known[1]) if flaw else found, flaw)
+                else:
+                    yield whole
                 self.position += size
                 self._number = number + 1 if number >= 0 else -1
             self.window.forget(self.position)
+
+    def _see_frame(self) -> tuple[memoryview, Frame | None, int, FormatError | None]:
+        """Return the next bytes, the start of the frame in them, its size, and its fault if any."""
+        for room in PACKED_ROOM, PIECE_ROOM:  # the first one is enough for frames of ours
+            data = self.window.peek(self.position, room)
+            head = None
+            try:
+                head = parse_frame_start(data)
+                return data, head, parse_frame(data).size, None
+            except FormatError as error:
+                fault = error
+            if not isinstance(fault, CutError):
+                break
+        return data, head, 0, fault
+
+    def _is_frame(self, position: int) -> bool:
+        """Say whether a frame begins there, or the file ends; of a pipe, nobody knows: True."""
+        if self.file.raw is None or not hasattr(os, "pread"):
+            return True
+        with suppress(OSError):
+            start = os.pread(self.file.raw.fileno(), 4, position)
+            return start in ZSTD_MAGICS or position == self.file.raw_size
+        return False
 
     def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
         """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
@@ -6353,20 +6509,14 @@ class DecodedSalvage(Salvage):
             return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
         return plain
 
-    def _zstd_frame(
-        self, zstd: Zstd, frame: bytes, size: int, lost: int, start: int
-    ) -> list[Chunk]:
-        buffer = bytearray()
-        with suppress(IndexError):
-            buffer = self._spare.pop()
-        if len(buffer) < size:
-            buffer = bytearray(max(size, PIECE_SIZE))
-        view = memoryview(buffer)[:size]
+    def _decompress(self, frame: WholeFrame, view: memoryview) -> str:
+        """Decompress a frame into view; return its flaw, with zeros in view, if it has one."""
         try:
-            zstd.decompress_into(frame, view)
+            self._library.decompress_into(frame.data, view)
         except FormatError as error:
-            return [Chunk(bytes(lost), self._flaw(error, start))]
-        return [Chunk(view)]
+            view[:] = bytes(len(view))
+            return self._flaw(error, frame.position)
+        return ""
 
     def _next_frame(self, zstd: Zstd) -> None:
         """Go on to the next frame that decompresses, or that is too large to try."""
@@ -6808,45 +6958,36 @@ class Writer:
     """Writes in a thread of its own: meanwhile the next extent is looked at."""
 
     def __init__(self) -> None:
-        import queue
-
-        self._batches: queue.SimpleQueue[Sequence[tuple[Target, int, list[Buffer]]] | None]
-        self._batches = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._busy = False
-        start_thread(self._serve)
+        self._worker = Workers(1)
+        self._last: Call | None = None
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
         # Only then may the files be closed. Another error is on its way if this one is dropped.
-        if self._busy:
-            self._results.get()
-        self._batches.put(None)
+        with suppress(VmaError):
+            self.wait()
+        self._worker.close()
 
     def write(self, batch: Sequence[tuple[Target, int, list[Buffer]]]) -> None:
         """Write data to targets at offsets, after everything before; raises VmaError of that."""
         self.wait()
-        self._busy = True
-        self._batches.put(batch)
+
+        def write_all() -> None:
+            for target, offset, data in batch:
+                target.write_at(offset, data)
+
+        self._last = self._worker.submit(write_all)
+
+    def pending(self) -> Collection[Call]:
+        """Return what may not be written yet."""
+        return (self._last,) if self._last else ()
 
     def wait(self) -> None:
         """Wait until everything is written; raises VmaError."""
-        if self._busy:
-            error = self._results.get()
-            self._busy = False
-            if error:
-                raise error
-
-    def _serve(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            try:
-                for target, offset, data in batch:
-                    target.write_at(offset, data)
-                self._results.put(None)
-            except BaseException as error:  # noqa: BLE001 - raised again by `wait`
-                self._results.put(error)
+        for call in self.pending():
+            call.result()
 
 
 class Rescue:
@@ -6860,7 +7001,7 @@ class Rescue:
     ) -> None:
         self.window = window
         self.writer = writer
-        window.before_move = writer.wait
+        window.uses = writer.pending
         self.disks: dict[int, RescuedDisk] = {}
         self.configs: list[Config] = []
         self._create = create
@@ -7410,11 +7551,12 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
             # Its first bytes may be damaged: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
-        window = Window(RawSalvage(file))
-        stack.callback(window.close)
+        source: Salvage = RawSalvage(file, READ_SIZE if codec else PLAIN_PIECE_SIZE)
+        stack.callback(source.close)
         if codec:
-            window = Window(DecodedSalvage(file, window, codec))
-            stack.callback(window.close)
+            source = DecodedSalvage(file, Window(source, PACKED_VIEW_SIZE), codec)
+            stack.callback(source.close)
+        window = Window(source, DECODED_VIEW_SIZE if codec else PLAIN_VIEW_SIZE)
         yield file, window
 
 

@@ -595,6 +595,30 @@ class Compressed(RescueTest):
                     self.check_contents(archive, target, set(), set())
                     self.assertEqual(len(report["damage"]), 1)
 
+    def test_damaged_skippable_frame(self) -> None:
+        """Its size is wrong: the frames that it would leap over are found, and it is told."""
+        archive, _ = some_archive(12)
+        parts, tail, _, _ = self.frames_of(archive)
+        half = len(parts) // 2
+        for change in (1, 5000, 1 << 30):
+            skippable = struct.pack("<II", 0x184D2A51, 100 + change) + bytes(100)
+            size = int.from_bytes(tail[4:8], "little") + change
+            with self.subTest(change=change, where="between frames"):
+                data = b"".join((*parts[:half], skippable, *parts[half:], tail))
+                self.assertEqual(self.check(archive, data, "a.vma.zst"), (0, 0))
+            with self.subTest(change=change, where="the index"):
+                data = b"".join((*parts, tail[:4], size.to_bytes(4, "little"), tail[8:]))
+                self.assertEqual(self.check(archive, data, "a.vma.zst"), (0, 0))
+
+    def test_gzip_cut_in_its_size(self) -> None:
+        """The bytes that are missing are zeros, and must not pass for those that were there."""
+        archive, data = some_archive(13)
+        packed = COMPRESSIONS["gz"](data)
+        self.assertEqual(packed[-1], 0)
+        report, target = self.rescue(self.file("a.vma.gz", packed[:-1]), status=3)
+        self.assertEqual(["checksum" in flaw["text"] for flaw in report["damage"]], [True])
+        self.check_contents(archive, target, set(), set())
+
     def test_gzip_with_wrong_bytes(self) -> None:
         """Its checksum tells that something is wrong, not what: everything stored is doubtful."""
         _, data = some_archive(7)
