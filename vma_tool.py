@@ -3769,27 +3769,61 @@ def in_batches(
     yield batch
 
 
-class Job:
-    """An item on its way through the threads of a pump."""
+class Call:
+    """A function's call in another thread."""
 
-    __slots__ = ("buffer", "lock", "pending", "value")
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._function, self._args = function, args
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()  # held until it is done
+        self._lock.acquire()
 
-    def __init__(self, buffer: memoryview, value: Any, pending: int) -> None:
-        self.buffer = buffer
-        self.value = value
-        self.pending = pending  # how many it is still to be delivered to
-        self.lock = threading.Lock()  # held until the work is done
+    def run(self) -> None:
+        try:
+            self._value = self._function(*self._args)
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            self._error = error
+        self._lock.release()
+
+    def is_done(self) -> bool:
+        return not self._lock.locked()
 
     def result(self) -> Any:
-        """Wait for the work, and return what came of it."""
-        with self.lock:
-            return self.value
+        """Wait for the call; return what it returned, or raise its error."""
+        with self._lock:  # unlike a thread's join, it lets signals through on every Python
+            if self._error:
+                raise self._error
+            return self._value
 
-    def is_delivered(self) -> bool:
-        """Count one delivery; say whether it was the last one."""
-        with self.lock:
-            self.pending -= 1
-            return not self.pending
+    def wait(self, seconds: float) -> None:
+        """Wait for the call, but no longer than this; -1 for ever."""
+        if self._lock.acquire(timeout=seconds):
+            self._lock.release()
+
+
+class Workers:
+    """Threads that make calls, begun in the order of `submit`."""
+
+    def __init__(self, count: int) -> None:
+        import queue
+
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        for _ in range(count):
+            # A daemon, never joined: it may wait forever for a pipe at whose other end nothing is.
+            start_thread(self._serve)
+
+    def submit(self, call: Call) -> Call:
+        self._calls.put(call)
+        return call
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while call := self._calls.get():
+            call.run()
+        self._calls.put(None)  # for the next thread
 
 
 def pump(
@@ -3808,64 +3842,55 @@ def pump(
     """
     import queue
 
-    # The queues are unbounded, but each job needs a buffer: their number bounds what waits.
-    threads = processor_count() if work else 0
+    # Nothing bounds the queues of calls, but each item needs a buffer.
+    thread_count = processor_count() if work else 0
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    todo: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    ordered: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in deliver]
-    finished: queue.SimpleQueue[None] = queue.SimpleQueue()
-    failures: list[BaseException] = []
-
-    def unless_failed(function: Any, *args: Any) -> Any:
-        try:
-            return None if failures else function(*args)
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            failures.append(error)
-
-    def work_on_all() -> None:
-        while (job := todo.get()) is not None:
-            job.value = unless_failed(work, job.value, job.buffer)
-            job.lock.release()
-        todo.put(None)  # for the next one
-
-    def deliver_all(number: int) -> None:
-        while (job := ordered[number].get()) is not None:
-            unless_failed(deliver[number], job.result())
-            if job.is_delivered():
-                free.put(job.buffer)
-        finished.put(None)
-
-    for _ in range(threads + BUFFER_COUNT):  # each worker holds one
+    for _ in range(thread_count + BUFFER_COUNT):  # each worker holds one
         free.put(new_buffer(buffer_size))
-    deliverers: list[threading.Thread] = []
+    failures: list[BaseException] = []
+    last: list[Call] = []  # of each deliverer
+
+    def hand_on(
+        function: Callable[[Any], None], call: Call, buffer: memoryview, users: list[int]
+    ) -> None:
+        try:
+            value = call.result()
+            if not failures:
+                function(value)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+        if not users.pop():  # 0 comes last
+            free.put(buffer)
+
+    threads: list[Workers] = []
     try:
-        for number in range(len(deliver)):
-            deliverers.append(start_thread(functools.partial(deliver_all, number)))
-        for _ in range(threads):
-            start_thread(work_on_all)
+        threads += (Workers(count) for count in (thread_count, *[1] * len(deliver)))
+        workers, *deliverers = threads
         for item in items:
             buffer = free.get()
             if failures:
                 break
-            job = Job(buffer, read(item, buffer), len(deliver))
-            if work:  # `result` waits for the lock
-                job.lock.acquire()
-                todo.put(job)
-            for waiting in ordered:
-                waiting.put(job)
+            value = read(item, buffer)
+            call = Call(work or (lambda value, _: value), value, buffer)
+            if work:
+                workers.submit(call)
+            else:
+                call.run()
+            users = list(range(len(deliver)))
+            last = [
+                each.submit(Call(hand_on, function, call, buffer, users))
+                for each, function in zip(deliverers, deliver)
+            ]
     except BaseException as error:
         failures.insert(0, error)
         raise
     finally:
         if isinstance(items, Generator):
             items.close()  # not when the garbage is collected: it may have files open
-        for waiting in (todo, *ordered):
-            waiting.put(None)
-        for deliverer in deliverers:
-            if failures:
-                deliverer.join(timeout=2)  # it may hang in a pipe that nobody reads
-            else:
-                finished.get()  # unlike join, it lets signals through on every Python
+        for each in threads:
+            each.close()
+        for call in last:
+            call.wait(2 if failures else -1)  # it may hang in a pipe that nobody reads
     if failures:
         raise failures[0]
 
@@ -5905,59 +5930,6 @@ class Flaw(NamedTuple):
     text: str
 
 
-class Call:
-    """A function's call in another thread."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()  # held until it is done
-        self._lock.acquire()
-
-    def run(self) -> None:
-        try:
-            self._value = self._function()
-        except BaseException as error:  # noqa: BLE001 - raised again by `result`
-            self._error = error
-        self._lock.release()
-
-    def is_done(self) -> bool:
-        return not self._lock.locked()
-
-    def result(self) -> Any:
-        """Wait for the call; return what it returned, or raise its error."""
-        with self._lock:
-            if self._error:
-                raise self._error
-            return self._value
-
-
-class Workers:
-    """Threads that make calls, begun in the order of `submit`."""
-
-    def __init__(self, count: int) -> None:
-        import queue
-
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        for _ in range(count):
-            # A daemon, never joined: it may wait forever for a pipe that gives nothing more.
-            start_thread(self._serve)
-
-    def submit(self, function: Callable[[], Any]) -> Call:
-        call = Call(function)
-        self._calls.put(call)
-        return call
-
-    def close(self) -> None:
-        self._calls.put(None)
-
-    def _serve(self) -> None:
-        while call := self._calls.get():
-            call.run()
-        self._calls.put(None)  # for the next thread
-
-
 class Piece(NamedTuple):
     """Bytes that are being read: `wait` returns how many there are, less than `size` at the end."""
 
@@ -6010,7 +5982,7 @@ class RawSalvage(Salvage):
     def begin(self, view: memoryview) -> Piece | None:
         if len(view) < self.needed:
             return None
-        call = self._reader.submit(functools.partial(self._read, view[: self.needed]))
+        call = self._reader.submit(Call(self._read, view[: self.needed]))
         return Piece(self.needed, call.result, call.is_done)
 
     def close(self) -> None:
@@ -6277,9 +6249,10 @@ class DecodedSalvage(Salvage):
         if len(view) < size:
             return None
         self.needed = 1
-        work = functools.partial(self._decompress, self._next, view[:size])
-        call = self._workers.submit(work) if size > SMALL_SIZE else Call(work)
-        if size <= SMALL_SIZE:
+        call = Call(self._decompress, self._next, view[:size])
+        if size > SMALL_SIZE:
+            self._workers.submit(call)
+        else:
             call.run()
         self._calls.append(call)
         wait = functools.partial(self._finish_frame, self._take_news(), self._end, size, call)
@@ -6329,8 +6302,8 @@ class DecodedSalvage(Salvage):
         pending: collections.deque[Call] = collections.deque()
         for task in tasks:
             # A chunk that is there already waits for its turn like the others.
-            work = functools.partial(list, [task]) if isinstance(task, Chunk) else task
-            pending.append(self._workers.submit(work))
+            call = Call(list, [task]) if isinstance(task, Chunk) else Call(task)
+            pending.append(self._workers.submit(call))
             # One more than there are threads, so that none is idle while its result is taken.
             if len(pending) > processor_count():
                 yield from pending.popleft().result()
@@ -6978,7 +6951,7 @@ class Writer:
             for target, offset, data in batch:
                 target.write_at(offset, data)
 
-        self._last = self._worker.submit(write_all)
+        self._last = self._worker.submit(Call(write_all))
 
     def pending(self) -> Collection[Call]:
         """Return what may not be written yet."""
