@@ -6180,12 +6180,13 @@ class DecodedSalvage(Salvage):
         self.file = file
         self.window = window
         self.position = 0
+        # First, as it may fail, and there are no threads to be ended then.
+        self._chunks: Iterator[Chunk | WholeFrame] = getattr(self, f"_{codec}")()
         self._workers = Workers(processor_count())
         self.ahead = 2 * processor_count() + 2
         # Frames are decompressed right from the window, where they stay until that is done.
         self._calls: collections.deque[Call] = collections.deque(maxlen=self.ahead)
         window.uses = lambda: self._calls
-        self._chunks: Iterator[Chunk | WholeFrame] = getattr(self, f"_{codec}")()
         self._next: WholeFrame | None = None  # waits for room
         self._data = memoryview(b"")  # rest of a chunk
         self._end = 0  # of the bytes in all chunks
@@ -6211,16 +6212,16 @@ class DecodedSalvage(Salvage):
                 self._news.append((self._end, chunk))
                 self._data = memoryview(chunk.data or b"")
                 self._end += len(self._data)
+        size = self._next.size if self._next else 1
+        if len(view) < size:
+            self.needed = size
+            return None
+        self.needed = 1
         if self._next is None:
             part = self._data[: len(view)]
             view[: len(part)] = part
             self._data = self._data[len(part) :]
             return Piece(len(part), functools.partial(self._record, self._take_news(), len(part)))
-        size = self._next.size
-        self.needed = size
-        if len(view) < size:
-            return None
-        self.needed = 1
         call = Call(self._decompress, self._next, view[:size])
         if size > SMALL_SIZE:
             self._workers.submit(call)

@@ -426,6 +426,22 @@ class Whole(RescueTest):
                 _, target = self.rescue(Path("-"), status=0, input=packed)
                 self.assertEqual(self.contents(archive, target), truth(archive))
 
+    def test_longer_than_its_views(self) -> None:
+        """Each part of an archive is seen through two views in turn, of up to 8 MiB."""
+        path = self.directory / "large.vma"
+        archives.write_large(path, size=80 << 20, data_bytes=20 << 20)
+        plain = path.read_bytes()
+        seekable = self.directory / "seekable.vma.zst"
+        self.ok("optimize", "-q", path, seekable)
+        self.ok("extract", "-q", path, self.directory / "extracted")
+        wanted = sha256(self.directory / "extracted" / "disk-drive-scsi0.raw")
+        packed = {name: compress(plain) for name, compress in COMPRESSIONS.items()}
+        packed.update({"plain": plain, "seekable.zst": seekable.read_bytes()})
+        for name, data in packed.items():
+            with self.subTest(name):
+                _, target = self.rescue(self.file(f"a.vma.{name}", data), status=0)
+                self.assertEqual(sha256(target / "disk-drive-scsi0.raw"), wanted)
+
     def test_mode(self) -> None:
         path = self.file("a.vma", golden("odd-size"))
         path.chmod(0o600)
