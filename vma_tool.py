@@ -3564,7 +3564,7 @@ class Stream(Contents):
 
 
 class Spool(Target):
-    """An unlinked temporary file; `source` reads it at any place."""
+    """An unlinked temporary file of clusters; `source` reads it at any place."""
 
     lasting = False
 
@@ -3578,14 +3578,6 @@ class Spool(Target):
             file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - source closes
             self.source = FileInput(name, file)
         super().__init__(self.source.fd, name, seekable=True)
-
-    def written(self) -> Iterator[Buffer]:
-        """Yield everything, in order."""
-        buffer = memoryview(bytearray(SPILL_SIZE))
-        for start in range(0, self.position, SPILL_SIZE):
-            view = buffer[: self.position - start]
-            self.source.read_at([(start, view)])
-            yield view
 
 
 def contents_of(source: Input, whole: bool = True) -> Contents:
@@ -4354,6 +4346,7 @@ def differing_runs(
 # a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
 
 DIFFERENCE_ALIGN = "4K"
+WAITING_SIZE = 64 << 20  # of a difference that is kept in memory
 
 
 class ContentDigest(Consumer):
@@ -4419,6 +4412,41 @@ def data_masks(part: Part) -> list[int]:
     return find_data(part.image, block_spans(part.masks), len(part.masks))
 
 
+class Waiting(Target):
+    """What is written before its place is known: in memory, a lot of it in a temporary file."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(-1, "", seekable=True)
+        self._directory = directory
+        self._held: list[bytes] = []
+        self._spool: Spool | None = None
+
+    def append(self, parts: Sequence[Buffer]) -> None:
+        self.position += sum(map(len, parts))
+        if self._spool:
+            self._spool.append(parts)
+            return
+        self._held += map(bytes, parts)  # copies, as these may be views of a buffer
+        if self.position > WAITING_SIZE:
+            self._spool = Spool(self._directory)
+            self._spool.append(self._held)
+            self._held = []
+
+    def written(self) -> Iterator[Buffer]:
+        """Yield everything, in order."""
+        yield from self._held
+        if spool := self._spool:
+            buffer = memoryview(bytearray(SPILL_SIZE))
+            for start in range(0, self.position, SPILL_SIZE):
+                view = buffer[: self.position - start]
+                spool.source.read_at([(start, view)])
+                yield view
+
+    def close(self) -> None:
+        if self._spool:
+            self._spool.source.close()
+
+
 class DifferenceWriter:
     """Compares two archives, and writes the clusters in which the second one differs."""
 
@@ -4431,8 +4459,8 @@ class DifferenceWriter:
         self.both = base, new
         self.level = level
         # The header comes first, but has the digests of all that is read.
-        self.spool = Spool(directory)
-        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], self.spool, level)
+        self.waiting = Waiting(directory)
+        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], self.waiting, level)
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
 
     def write_extents(self, progress: Progress) -> None:
@@ -4489,7 +4517,7 @@ class DifferenceWriter:
         configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
         writer = canonical_writer(self.body.align, output, self.level)
         writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
-        writer.take(self.body, self.spool.written())
+        writer.take(self.body, self.waiting.written())
         return writer
 
 
@@ -8446,7 +8474,7 @@ def cmd_diff(args: Namespace) -> int:
             for path in (args.base, args.archive)
         ]
         difference = DifferenceWriter(base, new, level, temporary)
-        stack.callback(difference.spool.source.close)
+        stack.callback(difference.waiting.close)
         difference.write_extents(progress)
         with warning_of_partial(output):
             # The header has the digests of all data, so the extents have waited for it in a file.

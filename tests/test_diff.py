@@ -14,7 +14,9 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import vma_tool
 from tests import archives, differences, frames
 from tests.archives import BLOCK, CLUSTER, Archive, Device
 from tests.support import (
@@ -237,6 +239,17 @@ class Writing(DiffTest):
             self.assertEqual((answer.returncode, answer.stderr), (0, b""))
             self.assertEqual(sha256(answer.stdout), sha256(wanted))
         self.refused("diff", "-", "-", "-", input=one, status=USAGE)
+
+    def test_large(self) -> None:
+        """What does not fit into memory waits in a temporary file."""
+        base, new, difference = self.days()
+        outputs = self.path("d.vmad"), self.path("z.vmad"), self.path("x.vmad")
+        self.ok("diff", "-q", base, new, outputs[2])
+        with mock.patch.object(vma_tool, "WAITING_SIZE", 100_000):
+            self.ok("diff", "-q", "--compress", "none", base, new, outputs[0])
+            self.ok("diff", "-q", base, new, outputs[1])
+        self.assertEqual(outputs[0].read_bytes(), difference.read_bytes())
+        self.assertEqual(outputs[1].read_bytes(), outputs[2].read_bytes())
 
     def test_no_difference(self) -> None:
         """Of an archive and itself, in whatever layout, the header is left."""
