@@ -435,7 +435,8 @@ class Whole(RescueTest):
         self.ok("optimize", "-q", path, seekable)
         self.ok("extract", "-q", path, self.directory / "extracted")
         wanted = sha256(self.directory / "extracted" / "disk-drive-scsi0.raw")
-        packed = {name: compress(plain) for name, compress in COMPRESSIONS.items()}
+        names = COMPRESSIONS if ALL else ("zst", "gz", "lzo")  # the others take seconds
+        packed = {name: COMPRESSIONS[name](plain) for name in names}
         packed.update({"plain": plain, "seekable.zst": seekable.read_bytes()})
         for name, data in packed.items():
             with self.subTest(name):
