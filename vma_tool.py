@@ -3809,9 +3809,13 @@ class Workers:
         import queue
 
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        for _ in range(count):
-            # A daemon, never joined: it may wait forever for a pipe at whose other end nothing is.
-            start_thread(self._serve)
+        try:
+            for _ in range(count):
+                # A daemon, never joined: it may wait for ever for a pipe that gives nothing more.
+                start_thread(self._serve)
+        except VmaError:
+            self.close()
+            raise
 
     def submit(self, call: Call) -> Call:
         self._calls.put(call)
@@ -6428,11 +6432,13 @@ class DecodedSalvage(Salvage):
                     zeros = bytes(min(lost, FRAME_MAX_SIZE))
                     yield Chunk(zeros, self._flaw("frames are missing"))
                 # Sizes that are not in the table are damaged: then the table says how much is lost.
+                lost = known[1] if known and number < 0 else plain
                 whole = WholeFrame(data[:size], plain, start)
-                if known and number < 0 and known[1] != plain:
+                # An empty frame is no end.
+                if lost != plain or not plain:
                     found = bytearray(plain)
                     flaw = self._decompress(whole, memoryview(found))
-                    yield Chunk(bytes(known[1]) if flaw else found, flaw)
+                    yield Chunk(bytes(lost) if flaw else found, flaw)
                 else:
                     yield whole
                 self.position += size

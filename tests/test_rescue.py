@@ -627,6 +627,21 @@ class Compressed(RescueTest):
                 data = b"".join((*parts, tail[:4], size.to_bytes(4, "little"), tail[8:]))
                 self.assertEqual(self.check(archive, data, "a.vma.zst"), (0, 0))
 
+    def test_empty_frames(self) -> None:
+        """A frame without content, whole or damaged, ends nothing."""
+        archive, _ = some_archive(14)
+        parts, tail, _, _ = self.frames_of(archive)
+        empty = COMPRESSIONS["zst"](b"")
+        half = len(parts) // 2
+        for end in (tail, b""):
+            data = b"".join((*parts[:half], empty, *parts[half:], end))
+            report, target = self.rescue(self.file("a.vma.zst", data), status=0)
+            self.assertEqual(report["damage"], [])
+            self.check_contents(archive, target, set(), set())
+        broken = empty[:-1] + bytes([empty[-1] ^ 1])
+        data = b"".join((*parts[:half], broken, *parts[half:]))
+        self.assertEqual(self.check(archive, data, "a.vma.zst"), (0, 0))
+
     def test_gzip_cut_in_its_size(self) -> None:
         """The bytes that are missing are zeros, and must not pass for those that were there."""
         archive, data = some_archive(13)
