@@ -5904,7 +5904,7 @@ def log_to_syslog(text: str) -> None:
 RESCUE_NAME = "rescue.json"
 EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
 # What one view of a window holds; it grows where that is not enough.
-PLAIN_VIEW_SIZE = 7424 << 10  # two extents
+PLAIN_VIEW_SIZE = 5888 << 10  # an extent and a half
 DECODED_VIEW_SIZE = 8 << 20
 PACKED_VIEW_SIZE = 4 << 20
 PLAIN_PIECE_SIZE = 256 << 10
