@@ -1,0 +1,1 @@
+from tests.parallel import load_tests as load_tests
