@@ -1939,30 +1939,19 @@ class RestOfPipe(io.FileIO):
         return count
 
 
-class ModuleInput(Input):
-    """The bytes that one of Python's own modules decompresses."""
+class ChunkReader(io.RawIOBase):
+    """What comes in chunks of any size, as a file."""
 
-    def __init__(self, name: str, codec: Codec, raw: io.FileIO) -> None:
-        module = importlib.import_module(codec.module)  # first: raw stays open if there is none
-        self._buffered = io.BufferedReader(raw, PIPE_SIZE)
-        super().__init__(name, module.open(self._buffered))
-        self.compression = codec.name
-        self.raw = raw
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = filter(None, chunks)
+        self._data = memoryview(b"")
 
-    def readinto(self, view: memoryview) -> int:
-        try:
-            return super().readinto(view)
-        # What the modules raise for damaged data has no common base: zlib.error, lzma.LZMAError, an
-        # OSError without an errno.
-        except Exception as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno:  # the file cannot be read
-                raise
-            raise FormatError(f"{self.compression}: {cause}", archive=self.name) from error
-
-    def close(self, failed: bool = False) -> None:
-        super().close(failed)
-        self._buffered.close()  # which the modules leave open
+    def readinto(self, buffer: Any) -> int:
+        data = self._data or memoryview(next(self._chunks, b""))
+        count = min(len(buffer), len(data))
+        buffer[:count] = data[:count]
+        self._data = data[count:]
+        return count
 
 
 def window_error(name: str) -> VmaError:
@@ -1974,48 +1963,46 @@ def window_error(name: str) -> VmaError:
 
 
 class LibraryInput(Input):
-    """The bytes that the system's zstd library decompresses, where its program is missing."""
+    """The bytes that one of Python's modules decompresses, or the system's zstd library."""
 
-    compression = "zstd"
-    raw: io.FileIO
-
-    def __init__(self, name: str, raw: io.FileIO, zstd: Zstd) -> None:
-        super().__init__(name, raw)
+    def __init__(self, name: str, codec: Codec, raw: io.FileIO) -> None:
+        """Raises VmaError where this machine has no library for the codec."""
+        self._buffered = io.BufferedReader(raw, PIPE_SIZE)
+        try:
+            file = importlib.import_module(codec.module).open(self._buffered)
+        except (ImportError, ValueError):  # ValueError: no module's name at all
+            zstd = Zstd.load() if codec.name == "zstd" else None
+            if zstd is None:
+                raise VmaError(
+                    f"{name}: compressed with {codec.name}, which this machine lacks: install the "
+                    f"package {codec.package}, or decompress it elsewhere: "
+                    f"{codec.programs[0]} -dc FILE | vma-tool COMMAND -"
+                ) from None
+            pieces = iter(functools.partial(self._buffered.read1, SCRATCH_SIZE), b"")
+            file = ChunkReader(zstd.stream(pieces))
+        super().__init__(name, file)
+        self.compression = codec.name
         self.raw = raw
-        self._data = memoryview(b"")
-        self._chunks = zstd.stream(self._pieces())
-
-    def _pieces(self) -> Iterator[bytes]:
-        buffer = memoryview(bytearray(SCRATCH_SIZE))
-        with os_errors_as(self.name):
-            while count := self.raw.readinto(buffer):
-                yield bytes(buffer[:count])
 
     def readinto(self, view: memoryview) -> int:
-        count = 0
-        while count < len(view):
-            if not self._data:
-                chunk = self._next_chunk()
-                if chunk is None:
-                    break
-                self._data = memoryview(chunk)
-            part = self._data[: len(view) - count]
-            view[count : count + len(part)] = part
-            self._data = self._data[len(part) :]
-            count += len(part)
-        self.offset += count
-        return count
-
-    def _next_chunk(self) -> bytes | None:
         try:
-            return next(self._chunks, None)
-        except FormatError as error:
-            text = str(error)
+            return super().readinto(view)
+        # What the libraries raise for damaged data has no common base: zlib.error, lzma.LZMAError,
+        # FormatError, an OSError without an errno.
+        except Exception as error:
+            cause = error.__cause__ or error
+            # The file cannot be read, or there is no memory: that says nothing about the archive.
+            unreadable = isinstance(cause, OSError) and cause.errno
+            if unreadable or isinstance(cause, MemoryError) or type(cause) is VmaError:
+                raise
+            text = "the compressed file is cut short" if type(cause) is CutError else str(cause)
             if re.search(WINDOW_MESSAGES, text):
                 raise window_error(self.name) from None
-            if isinstance(error, CutError):
-                text = "the compressed file is cut short"
-            raise FormatError(f"zstd: {text}", archive=self.name) from None
+            raise FormatError(f"{self.compression}: {text}", archive=self.name) from error
+
+    def close(self, failed: bool = False) -> None:
+        super().close(failed)
+        self._buffered.close()  # which the modules leave open
 
 
 class ProgramInput(Input):
@@ -2191,25 +2178,14 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
 def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
     """Return the decompressed bytes of raw, as a stream.
 
-    A program comes first: it has a processor to itself. Raises VmaError where nothing knows the
-    codec.
+    A program comes first: it has a processor to itself.
     """
     import shutil
 
     program = next(filter(None, map(shutil.which, codec.programs)), None)
     if program:
         return ProgramInput(name, codec, program, raw, seekable)
-    try:
-        return ModuleInput(name, codec, raw)
-    except (ImportError, ValueError):  # ValueError: no module's name at all
-        zstd = Zstd.load() if codec.name == "zstd" else None
-        if zstd:
-            return LibraryInput(name, raw, zstd)
-        raise VmaError(
-            f"{name}: compressed with {codec.name}, which this machine lacks: install the package "
-            f"{codec.package}, or decompress it elsewhere: "
-            f"{codec.programs[0]} -dc FILE | vma-tool COMMAND -"
-        ) from None
+    return LibraryInput(name, codec, raw)
 
 
 @contextmanager
