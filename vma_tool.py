@@ -1358,14 +1358,12 @@ ENDING_SIGNALS = {getattr(signal, name) for name in SIGNAL_NAMES if hasattr(sign
 
 
 class Cleanup:
-    """Files to remove, and children to end, when a signal ends the program.
+    """What is undone when a signal ends the program: unfinished files, directories, children.
 
-    `files` are (descriptor of the directory or None, name), `directories` are removed if empty.
+    The latest comes first, so that a directory is empty when its turn comes.
     """
 
-    files: ClassVar[set[tuple[int | None, bytes]]] = set()
-    directories: ClassVar[set[str]] = set()
-    children: ClassVar[set[Any]] = set()  # of subprocess.Popen
+    actions: ClassVar[dict[object, Callable[[], object]]] = {}
 
     @classmethod
     def install(cls) -> None:
@@ -1383,25 +1381,18 @@ class Cleanup:
 
     @classmethod
     def _end(cls, signum: int, _frame: object) -> NoReturn:
-        cls.remove()
+        for key in reversed(list(cls.actions)):
+            cls.undo(key)
         cls._print(f"ended by {signal.Signals(signum).name}")
         # An exception could cut any two steps apart, or be lost in a destructor.
         os._exit(128 + signum)
 
     @classmethod
-    def remove(cls) -> None:
-        """End the children, and remove everything unfinished."""
-        for child in list(cls.children):
-            with suppress(OSError):
-                child.kill()
-                # Not child.wait(): the signal may have come in the middle of one, which has a lock.
-                os.waitpid(child.pid, 0)
-        for directory, name in list(cls.files):
-            with suppress(OSError):
-                os.unlink(name, dir_fd=directory)
-        for path in sorted(cls.directories, reverse=True):  # first those inside others
-            with suppress(OSError):  # somebody else has put something there
-                os.rmdir(path)
+    def undo(cls, key: object) -> None:
+        """Take one action, whose errors do not matter, and forget it."""
+        with suppress(OSError):
+            cls.actions[key]()
+        del cls.actions[key]
 
     @classmethod
     def _print_status(cls, _signum: int, _frame: object) -> None:
@@ -2034,7 +2025,7 @@ class ProgramInput(Input):
                 bufsize=0,
                 env={k: value for k, value in os.environ.items() if k not in CODEC_OPTIONS},
             )
-            Cleanup.children.add(self._process)
+            Cleanup.actions[self] = self._kill
             output = self._process.stdout
             assert isinstance(output, io.FileIO), "without buffering it is the pipe itself"
             super().__init__(name, io.BufferedReader(output, WINDOW_SIZE))
@@ -2099,6 +2090,11 @@ class ProgramInput(Input):
             reason = "the compressed file is cut short"
         raise FormatError(f"{self._program}: {reason}", archive=self.name)
 
+    def _kill(self) -> None:
+        self._process.kill()
+        # Not its `wait`: the signal may have come in the middle of one, which has a lock.
+        os.waitpid(self._process.pid, 0)
+
     def close(self, failed: bool = False) -> None:
         """End and reap the child; say so if it failed, up to now, in what was not read."""
         import subprocess
@@ -2111,7 +2107,7 @@ class ProgramInput(Input):
             self._process.kill()
             self._process.wait()
             status = 0
-        Cleanup.children.discard(self._process)
+        Cleanup.actions.pop(self, None)
         if self._listener:
             self._listener.join(timeout=5)  # it closes its end of the pipe
         if self._seekable:
@@ -2393,9 +2389,7 @@ class Directory:
             # An error is on its way, and no other may take its place.
             with suppress(OSError):
                 file.close()
-            with suppress(OSError):
-                os.unlink(self.encoded(file.temporary), dir_fd=self.fd)
-            Cleanup.files.discard((self.fd, self.encoded(file.temporary)))
+            Cleanup.undo(file.temporary)
         self._files.clear()
         if self.fd is not None:
             with suppress(OSError):  # it was only read
@@ -2499,7 +2493,7 @@ class Directory:
                     undo.callback(os.unlink, new, dir_fd=self.fd)
                 with suppress(FileNotFoundError):  # where it was renamed
                     os.unlink(old, dir_fd=self.fd)
-                Cleanup.files.discard((self.fd, old))
+                del Cleanup.actions[file.temporary]
                 self._files.pop(0)
             if self.fd is not None:  # names reach the disk with the directory, not with the files
                 text = f"{escape(self.path)}: cannot be flushed; what was replaced stays replaced"
@@ -2532,9 +2526,9 @@ class PartialFile(Target):
         nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         path = directory.encoded(self.temporary)
         # Before there is such a file: a signal may come right after it was created.
-        Cleanup.files.add((directory.fd, path))
+        Cleanup.actions[self.temporary] = functools.partial(os.unlink, path, dir_fd=directory.fd)
         with ExitStack() as undo:
-            undo.callback(Cleanup.files.discard, (directory.fd, path))
+            undo.callback(Cleanup.undo, self.temporary)
             if replaces:  # by a descriptor, as the name may be another file's by the end
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
                 self._old = os.open(directory.encoded(final), flags, dir_fd=directory.fd)
@@ -2547,7 +2541,6 @@ class PartialFile(Target):
             private = keeps or readers is not None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | nofollow
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
-            undo.callback(os.unlink, path, dir_fd=directory.fd)
             undo.callback(os.close, fd)
             super().__init__(fd, directory.display_name(final), seekable=True)
             lock_partial(fd)
@@ -4993,19 +4986,13 @@ def make_directory(path: str, readers: Readers | None) -> Iterator[Directory]:
         with signals_blocked(), os_errors_as(escape(path)), suppress(FileExistsError):
             os.mkdir(path)
             made = True
-            Cleanup.directories.add(path)
-            undo.callback(remove_directory, path)
+            Cleanup.actions[path] = functools.partial(os.rmdir, path)
+            undo.callback(Cleanup.undo, path)  # unless somebody else has put something there
         # What was created here is no symbolic link, unless somebody else has put one there.
         with Directory(path, follow=not made, readers=readers) as directory:
             yield directory
         undo.pop_all()
-        Cleanup.directories.discard(path)
-
-
-def remove_directory(path: str) -> None:
-    Cleanup.directories.discard(path)
-    with suppress(OSError):  # somebody else put something there
-        os.rmdir(path)
+        Cleanup.actions.pop(path, None)
 
 
 def find_archives(directory: str) -> list[str]:
