@@ -1491,7 +1491,7 @@ class Input:
     note = ""  # why a seekable archive is read as a stream
     raw: io.FileIO | None = None  # the file itself, also if it is compressed
     state: os.stat_result | None = None  # of that when it was opened, None for a pipe
-    raw_size = 0  # of that, 0 for a pipe
+    raw_size = 0  # of that, and so the final value of `position`; 0 for a pipe
 
     def __init__(self, name: str, file: io.RawIOBase | io.BufferedIOBase) -> None:
         self.name = name
@@ -1552,11 +1552,6 @@ class Input:
         return self.offset
 
     @property
-    def total(self) -> int:
-        """Final value of `position`, 0 if it is not known."""
-        return self.raw_size
-
-    @property
     def readers(self) -> Readers | None:
         """Who may read the file, None for a pipe."""
         if self.raw is None or self.state is None:
@@ -1613,14 +1608,10 @@ class FileInput(Input):
         super().__init__(name, file)
         self.raw = file
         self.fd = file.fileno()
-        with os_errors_as(name), ExitStack() as undo:
-            undo.callback(file.close)
+        with os_errors_as(name):
             self.state = os.fstat(self.fd)
-            self.size = self.state.st_size
-            if not stat.S_ISREG(self.state.st_mode):  # of a block device, st_size is 0
-                self.size = os.lseek(self.fd, 0, os.SEEK_END)
-            undo.pop_all()  # close does it
-        self.raw_size = self.size
+            self.size = self.raw_size = os.lseek(self.fd, 0, os.SEEK_END)  # of a device, as well
+            os.lseek(self.fd, 0, os.SEEK_SET)  # a decompressor shares this offset
         self.bytes_read = 0
         self._window = b""
         self._window_offset = 0
@@ -1730,9 +1721,7 @@ class FramesInput(FileInput):
         super().__init__(name, file)
         self.zstd = zstd
         self._mine = threading.local()  # each thread's buffer for a compressed frame, to use again
-        self.cached_frames = 2 * processor_count()
-        # The frames used last, the latest one at the end, each with a lock for who decompresses it.
-        self._frames: dict[int, tuple[threading.Lock, list[memoryview]]] = {}
+        self.keep_frames(2 * processor_count())
         self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
         table_size = parse_seek_footer(tail)
@@ -1812,13 +1801,18 @@ class FramesInput(FileInput):
                 offset += stop - done
                 done = stop
 
+    def keep_frames(self, count: int) -> None:
+        """Keep so many of the frames used last, of at most 1 MiB each."""
+
+        @functools.lru_cache(count)
+        def kept(_number: int) -> tuple[threading.Lock, list[memoryview]]:
+            return threading.Lock(), []
+
+        self._kept = kept
+
     def _frame(self, number: int) -> memoryview:
-        """Return what a frame holds; `cached_frames` of them are kept, of at most 1 MiB."""
-        with self._lock:
-            lock, found = self._frames.pop(number, (threading.Lock(), []))
-            self._frames[number] = lock, found
-            if len(self._frames) > self.cached_frames:
-                del self._frames[next(iter(self._frames))]
+        """Return what a frame holds."""
+        lock, found = self._kept(number)
         # Held for this frame only: another thread that needs it waits, and does not do it again.
         with lock:
             if not found:
@@ -2300,7 +2294,7 @@ class Target:
                 if error.errno != errno.EINVAL:  # a pipe
                     raise
 
-    def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
+    def commit(self, last_look: Callable[[], None]) -> None:
         """Give a new file its name; `last_look` may still prevent it. Others have theirs."""
         last_look()
 
@@ -2591,7 +2585,7 @@ class PartialFile(Target):
                 os.utime(self.fd, ns=(self.times.st_atime_ns, self.times.st_mtime_ns))
         super().sync()
 
-    def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
+    def commit(self, last_look: Callable[[], None]) -> None:
         self.directory.commit(replace=self._old >= 0, last_look=last_look)
 
     def close(self) -> None:
@@ -7537,7 +7531,7 @@ def warn_of_leftovers(args: Namespace, directory: Directory) -> None:
 def progress_of(args: Namespace, *sources: Input) -> Progress:
     """Return the progress of reading archives."""
     progress = Progress(sources[0].name, args.quiet, args.verbose)
-    totals = [source.total for source in sources]
+    totals = [source.raw_size for source in sources]
     # Of a pipe, nobody knows the total: then no percentage is shown.
     total = sum(totals) if all(totals) else 0
     progress.begin("reading", total, lambda: sum(source.position() for source in sources))
@@ -7791,7 +7785,7 @@ def verify_input(args: Namespace, path: str, fault: str = "") -> None:
     """Verify an archive; one with a fault of its seek table or index is read as a stream."""
     with open_input(path, as_stream=bool(fault)) as source, progress_of(args, source) as progress:
         if args.quick:
-            progress.begin("reading headers", source.size or source.total, lambda: source.offset)
+            progress.begin("reading headers", source.size or source.raw_size, lambda: source.offset)
         elif isinstance(source, FramesInput):
             check_frames(source, progress)
         elif isinstance(source, FileInput):
@@ -8088,7 +8082,7 @@ def cmd_mount(args: Namespace) -> int:
         for source in inputs:
             if isinstance(source, FramesInput):
                 # Many programs may read at different places at once.
-                source.cached_frames = MOUNT_FRAMES
+                source.keep_frames(MOUNT_FRAMES)
         with progress_of(args, *inputs) as progress:
             size = sum(source.size or 0 for source in inputs)
             progress.begin("reading headers", size, lambda: sum(each.offset for each in inputs))
