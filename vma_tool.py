@@ -1705,13 +1705,11 @@ class SeekableError(FormatError):
 class FramesInput(FileInput):
     """A compressed canonical archive, read at any place by its seek table.
 
-    `size` and all offsets are those of the plain archive. `has_index` says whether there is an
-    `index`: a difference has none.
+    `size` and all offsets are those of the plain archive. A difference has no index.
     """
 
     compression = "zstd"
-    has_index = False
-    index: ArchiveIndex
+    index: ArchiveIndex | None = None
 
     def __init__(self, name: str, file: io.FileIO, zstd: Zstd, index: bool) -> None:
         """Read the seek table, and with `index` the index.
@@ -1722,7 +1720,6 @@ class FramesInput(FileInput):
         self.zstd = zstd
         self._mine = threading.local()  # each thread's buffer for a compressed frame, to use again
         self.keep_frames(2 * processor_count())
-        self._devices: dict[int, Device] = {}
         tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
         table_size = parse_seek_footer(tail)
         if table_size is None:
@@ -1746,8 +1743,10 @@ class FramesInput(FileInput):
 
     def _read_index(self) -> None:
         """Read the index; raises FormatError unless header and seek table agree with it."""
-        header_size = parse_header_size(self._plain(0, min(HEADER_FIXED_SIZE, self.size)))
-        header = parse_header(self._plain(0, min(header_size, self.size)))
+        start = self.read(HEADER_FIXED_SIZE)
+        header_size = parse_header_size(start)
+        header = parse_header(start + self.read(header_size - len(start)))
+        self.offset = 0
         if header.uuid != CANONICAL_UUID:
             raise FormatError("the archive is not canonical")
         # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
@@ -1756,14 +1755,14 @@ class FramesInput(FileInput):
         found = index_archive(header_size, devices, masks, self.table)
         self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
         self._devices = {device.dev_id: device for device in devices}
-        self.has_index = True
         self._index_data.clear()
 
     def _fits(self, index: ArchiveIndex) -> bool:
         """Say whether each device's first extent has as many clusters as an index says."""
         # Headers of extents that store nothing share frames, so the seek table does not tell.
         for entries in filter(None, index.entries.values()):
-            data = self._plain((entries[0] >> 16) - EXTENT_HEADER_SIZE, EXTENT_HEADER_SIZE)
+            data = bytearray(EXTENT_HEADER_SIZE)
+            self.read_at([((entries[0] >> 16) - EXTENT_HEADER_SIZE, memoryview(data))])
             slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
             if slots != min(index.cluster_count, len(entries)):
                 return False
@@ -1774,11 +1773,6 @@ class FramesInput(FileInput):
         return len(self.table.offsets) - 1
 
     read = Input.read  # without a window: frames are kept anyway
-
-    def _plain(self, offset: int, size: int) -> bytes:
-        data = bytearray(size)
-        self._fill([memoryview(data)], offset)
-        return bytes(data)
 
     def _stored(self, start: int, end: int) -> bytearray:
         """Return bytes of the file itself."""
@@ -1838,11 +1832,12 @@ class FramesInput(FileInput):
 
     def _place(self, start: int, end: int) -> str:
         """Return device and clusters, as far as known, of a frame that holds start to end."""
-        for dev_id, entries in self.index.entries.items() if self._devices else ():
+        cluster_count, by_device = self.index or ArchiveIndex(0, {})
+        for dev_id, entries in by_device.items():
             first = bisect.bisect_left(entries, start << 16)
             stop = bisect.bisect_left(entries, end << 16)
             if first == stop and first < len(entries):  # the header of an extent
-                stop = min(first + self.index.cluster_count, len(entries))
+                stop = min(first + cluster_count, len(entries))
             if first < stop and start >= (entries[0] >> 16) - EXTENT_HEADER_SIZE:
                 return f"{self._devices[dev_id].title}: clusters {first} to {stop - 1}: "
         return ""
@@ -1883,13 +1878,6 @@ CODEC_MESSAGE = (
 )
 
 
-def wait_for_data(fd: int) -> None:
-    """Wait until there is something to read."""
-    import select  # Another process may have made the shared pipe non-blocking.
-
-    select.select([fd], [], [])
-
-
 def widen_pipe(fd: int) -> None:
     """Give a pipe room for fewer, larger reads, where the system knows how."""
     with suppress(ImportError, OSError):  # it only saves time
@@ -1898,28 +1886,28 @@ def widen_pipe(fd: int) -> None:
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
 
 
-class RestOfPipe(io.FileIO):
-    """A pipe of which the first bytes have been read already.
+class PipeReader(io.FileIO):
+    """A pipe; `start` are bytes to read before its own, as they were read already.
 
     The first end of file ends it: a FIFO goes on when another writer opens it, but bytes may be
     lost in between.
     """
 
-    def __init__(self, start: bytes, fd: int, ended: bool) -> None:
-        super().__init__(fd, "rb")
-        self._start = start
-        self._ended = ended
+    start = b""
+    _ended = False
 
     def readinto(self, buffer: Any) -> int:
-        if self._start:
-            data = self._start[: len(buffer)]
-            self._start = self._start[len(data) :]
+        if self.start:
+            data = self.start[: len(buffer)]
+            self.start = self.start[len(data) :]
             buffer[: len(data)] = data
             return len(data)
         if self._ended or not len(buffer):
             return 0
         while (count := super().readinto(buffer)) is None:
-            wait_for_data(self.fileno())
+            import select  # Another process may have made the shared pipe non-blocking.
+
+            select.select([self], [], [])
         self._ended = not count
         return count
 
@@ -2056,10 +2044,10 @@ class ProgramInput(Input):
         count = super().readinto(view)
         if count < len(view) and not self._ended:
             self._ended = True
-            self._check(self._process.wait(), expected=(0,))
+            self._check(self._process.wait())
         return count
 
-    def _check(self, status: int, expected: tuple[int, ...]) -> None:
+    def _check(self, status: int) -> None:
         """Raise an error if the child had one."""
         # First, as the child took this for the end of a file cut short.
         if self._feeding_error:
@@ -2068,7 +2056,7 @@ class ProgramInput(Input):
             self._listener.join(timeout=5)
         text = self._messages.decode(errors="replace")
         damaged = self._ended and re.search(self._codec.damage, text)
-        if status in expected and not damaged:
+        if not status and not damaged:
             return
         # A child that was killed, or that lacks an option, says nothing about the archive.
         if status < 0:
@@ -2108,7 +2096,7 @@ class ProgramInput(Input):
             self.raw.close()
         if not self._ended and not failed:
             # Closing its pipe early ends a program with SIGPIPE, which is no error.
-            self._check(status, expected=(0, -getattr(signal, "SIGPIPE", 0)))
+            self._check(0 if status == -getattr(signal, "SIGPIPE", 0) else status)
 
 
 def open_path(path: str, flags: int) -> int:
@@ -2144,23 +2132,21 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
         seekable = is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR))
         if not seekable:
             widen_pipe(fd)
+        undo.pop_all()
+        raw = undo.enter_context(io.FileIO(fd) if seekable else PipeReader(fd))
         start = b""
-        data = None
-        while data != b"" and len(start) < MAGIC_SIZE:
-            try:
-                data = os.read(fd, MAGIC_SIZE - len(start))
+        try:
+            while data := io.RawIOBase.read(raw, MAGIC_SIZE - len(start)):
                 start += data
-            except BlockingIOError:
-                wait_for_data(fd)
-            except OSError:
-                if not (seekable and damaged):
-                    raise
-                break  # rescue reads this place again, and goes on after it
+        except OSError:
+            if not (seekable and damaged):
+                raise  # else rescue reads this place again, and goes on after it
         size = None
-        if seekable:
+        if isinstance(raw, PipeReader):
+            raw.start = start
+        else:
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        raw = io.FileIO(fd, "rb") if seekable else RestOfPipe(start, fd, ended=data == b"")
         undo.pop_all()
         return raw, start, size
 
@@ -2522,7 +2508,7 @@ class PartialFile(Target):
         # Before there is such a file: a signal may come right after it was created.
         Cleanup.actions[self.temporary] = functools.partial(os.unlink, path, dir_fd=directory.fd)
         with ExitStack() as undo:
-            undo.callback(Cleanup.undo, self.temporary)
+            undo.callback(Cleanup.actions.pop, self.temporary)
             if replaces:  # by a descriptor, as the name may be another file's by the end
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
                 self._old = os.open(directory.encoded(final), flags, dir_fd=directory.fd)
@@ -2535,6 +2521,7 @@ class PartialFile(Target):
             private = keeps or readers is not None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | nofollow
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
+            undo.callback(Cleanup.actions[self.temporary])
             undo.callback(os.close, fd)
             super().__init__(fd, directory.display_name(final), seekable=True)
             lock_partial(fd)
@@ -2640,6 +2627,16 @@ def open_destination(
         os.close(fd)
 
 
+def state_of(path: str, stream: str, *absent: type[OSError]) -> os.stat_result | None:
+    """Return the state of a file or (`-`) of standard `stream`; None if there is no such file.
+
+    `absent` are more errors that say so.
+    """
+    with os_errors_as(display_name(path, stream)), suppress(FileNotFoundError, *absent):
+        return os.stat(path) if path != "-" else os.fstat(1 if stream == "output" else 0)
+    return None
+
+
 @contextmanager
 def open_output(
     path: str,
@@ -2655,9 +2652,7 @@ def open_output(
     at the end unless it is committed.
     """
     name = display_name(path, "output")
-    old = None
-    with os_errors_as(name), suppress(FileNotFoundError):
-        old = os.stat(path) if path != "-" else os.fstat(1)
+    old = state_of(path, "output")
     kind = old.st_mode if old else stat.S_IFREG
     if not path:
         raise os_error(quote(path), errno.ENOENT)
@@ -2673,9 +2668,7 @@ def open_output(
         # As cp does: what a symbolic link points to is written, the link stays.
         path = os.path.realpath(path)
         if old:
-            now = None
-            with os_errors_as(name), suppress(FileNotFoundError):
-                now = os.stat(path)
+            now = state_of(path, "output")
             if not now or not os.path.samestat(old, now):  # /dev/fd/3 of a file that was removed
                 raise VmaError(f"{name}: the file has no name under which it could be replaced")
         with Directory(os.path.dirname(path), readers=readers) as directory:
@@ -2695,16 +2688,10 @@ def open_output(
 
 def is_same_file(path: str, output: str) -> bool:
     """Say whether both are one file, by whatever links, device nodes or (`-`) redirections."""
-    states = []
-    for name, stream, fd in (path, "input", 0), (output, "output", 1):
-        with (
-            os_errors_as(display_name(name, stream)),
-            suppress(FileNotFoundError, NotADirectoryError),
-        ):
-            states.append(os.stat(name) if name != "-" else os.fstat(fd))
-    if len(states) < 2:
+    one = state_of(path, "input", NotADirectoryError)
+    other = state_of(output, "output", NotADirectoryError)
+    if not one or not other:
         return False
-    one, other = states
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
     # A terminal, or /dev/null, may well be both.
@@ -3338,10 +3325,10 @@ class IndexedContents(Contents):
 
     source: FramesInput
 
-    def __init__(self, source: FramesInput) -> None:
+    def __init__(self, source: FramesInput, index: ArchiveIndex) -> None:
         super().__init__(source)
-        self.cluster_count = source.index.cluster_count
-        self.index.adopt(source.index, source.size)
+        self.cluster_count = index.cluster_count
+        self.index.adopt(index, source.size)
         # Whether each extent's header was read. A byte each is little: 1 TiB has 290,000 of them.
         self._checked = {
             dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
@@ -3545,8 +3532,8 @@ class Spool(Target):
 
 def contents_of(source: Input, whole: bool = True) -> Contents:
     """Return the contents of an archive that can be read at any place."""
-    if isinstance(source, FramesInput) and source.has_index:
-        return IndexedContents(source)
+    if isinstance(source, FramesInput) and source.index:
+        return IndexedContents(source, source.index)
     return Contents(source, whole)
 
 
