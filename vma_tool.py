@@ -1445,7 +1445,6 @@ def processor_count() -> int:
 
 WINDOW_SIZE = 16 << 10  # read ahead where small reads follow one another
 PIPE_SIZE = 1 << 20
-TAIL_SIZE = 64 << 10  # of a file's end, read first: it may hold a seek table
 SCRATCH_SIZE = 256 << 10  # for data that is only passed on or dropped: fits the processor's cache
 IOV_MAX = 1024  # parts of one call; POSIX allows 16, every system in use 1024
 
@@ -1575,21 +1574,20 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     known = list(filter(None, sources))
     if not known:
         return None
-    mode = functools.reduce(operator.and_, (readers.mode for readers in known))
-    shared = len({readers.gid for readers in known}) == 1
-    # A file has one group, which need not be allowed to read the sources of another.
-    return Readers(mode if shared else mode & ~0o070, known[0].gid)
+    modes, gids = zip(*known)
+    mode = functools.reduce(operator.and_, modes)
+    if len(set(gids)) > 1:  # a file has one, which need not be allowed to read those of another
+        mode &= ~0o070
+    return Readers(mode, gids[0])
 
 
 def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """Return views without their first count bytes."""
-    first = 0
-    while first < len(views) and count >= len(views[first]):
-        count -= len(views[first])
-        first += 1
-    left = list(views[first:])
-    if count:
-        left[0] = left[0][count:]
+    left = []
+    for view in views:
+        if count < len(view):
+            left.append(view[count:])
+        count = max(count - len(view), 0)
     return left
 
 
@@ -1720,16 +1718,14 @@ class FramesInput(FileInput):
         self.zstd = zstd
         self._mine = threading.local()  # each thread's buffer for a compressed frame, to use again
         self.keep_frames(2 * processor_count())
-        tail = self._stored(self.size - min(TAIL_SIZE, self.size), self.size)
-        table_size = parse_seek_footer(tail)
+        footer = self._stored(max(self.size - SEEK_FOOTER.size, 0), self.size)
+        table_size = parse_seek_footer(footer)
         if table_size is None:
             raise FormatError("")  # nothing is wrong: most files have none
         end = self.size - table_size
         if end < 0:
             raise FormatError("the seek table has more frames than the file")
-        if table_size > len(tail):
-            tail = self._stored(end, self.size)
-        self.table = parse_seek_table(tail[-table_size:], self.size)
+        self.table = parse_seek_table(self._stored(end, self.size), self.size)
         self._index_data = self._stored(self.table.compressed_offsets[-1], end)
         self.size = self.table.offsets[-1]
         is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
@@ -2310,7 +2306,7 @@ def extended_attributes(fd: int) -> dict[str, bytes]:
 
 
 def keep_attributes(old: int, new: int, name: str) -> None:
-    """Give one open file the owner, mode, access list and extended attributes of another.
+    """Give one open file owner, mode, access list, extended attributes and times of another.
 
     Raises OSError or VmaError where one cannot be kept.
     """
@@ -2327,6 +2323,10 @@ def keep_attributes(old: int, new: int, name: str) -> None:
         if there.get(key) != value:
             with os_errors_as(f"{name}: cannot keep the extended attribute {escape(key)}"):
                 os.setxattr(new, key, value)
+    # It is the same backup: a cleanup by age must not take it for a new one.
+    if os.utime in os.supports_fd:
+        with os_errors_as(f"{name}: cannot keep times"):
+            os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def allocates_cheaply(fd: int) -> bool:
@@ -2397,10 +2397,8 @@ class Directory:
         """Raise VmaError if one of the names exists: with `replace`, as a directory."""
         for name in names:
             state = self.state(name)
-            if state and not replace:
-                raise os_error(self.display_name(name), errno.EEXIST)
-            if state and stat.S_ISDIR(state.st_mode):
-                raise os_error(self.display_name(name), errno.EISDIR)
+            if state and (not replace or stat.S_ISDIR(state.st_mode)):
+                raise os_error(self.display_name(name), errno.EISDIR if replace else errno.EEXIST)
 
     def require_empty(self) -> None:
         if self.names():
@@ -2430,7 +2428,7 @@ class Directory:
         """Return a new file that gets its name by `commit`.
 
         One that replaces another is no more readable than that; or, with `keeps`, has the same
-        mode, owner, access list and extended attributes.
+        mode, owner, access list, extended attributes and times.
         """
         # Its temporary name is short: the system would refuse this one only at the end.
         if len(encode_name(name)) > NAME_MAX_SIZE:
@@ -2501,7 +2499,6 @@ class PartialFile(Target):
         self._keeps = keeps
         self.final = final
         self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
-        self.times: os.stat_result | None = None  # those that it is to have, if not its own
         self._old = -1  # descriptor of the file that it replaces
         nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         path = directory.encoded(self.temporary)
@@ -2564,12 +2561,9 @@ class PartialFile(Target):
             raise VmaError(text) from error
 
     def sync(self) -> None:
-        if self._keeps:
+        if self._keeps:  # only now, as each write changes the times
             with os_errors_as(f"{self.name}: cannot keep owner and mode"):
                 keep_attributes(self._old, self.fd, self.name)
-        if self.times and os.utime in os.supports_fd:  # only now, as each write changes them
-            with os_errors_as(f"{self.name}: cannot keep times"):
-                os.utime(self.fd, ns=(self.times.st_atime_ns, self.times.st_mtime_ns))
         super().sync()
 
     def commit(self, last_look: Callable[[], None]) -> None:
@@ -2591,9 +2585,7 @@ def refuse_existing(path: str, force: bool, hint: str = "") -> None:
 
 
 @contextmanager
-def open_destination(
-    path: str, device: Device | None, force: bool | None = None
-) -> Iterator[Target]:
+def open_destination(path: str, device: Device, force: bool | None = None) -> Iterator[Target]:
     """Open an existing file or block device to restore a device into.
 
     One that is much larger needs `force`; None if the command has no such option.
@@ -2614,14 +2606,12 @@ def open_destination(
                 raise VmaError(f"{name}: neither a file nor a block device")
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, 0, os.SEEK_SET)
-        if device and size < device.size:
-            raise VmaError(f"{name}: {size} bytes, {device.title} needs {device.size}")
-        if device and size > device.size + DESTINATION_SLACK and not force:
+        text = f"{name}: {size} bytes, {device.title} needs {device.size}"
+        if size < device.size:
+            raise VmaError(text)
+        if size > device.size + DESTINATION_SLACK and not force:
             hint = "" if force is None else "; --force writes it all the same"
-            raise VmaError(
-                f"{name}: {size} bytes, {device.title} needs {device.size} and at most "
-                f"{format_size(DESTINATION_SLACK)} more{hint}"
-            )
+            raise VmaError(f"{text} and at most {format_size(DESTINATION_SLACK)} more{hint}")
         yield Target(fd, name, seekable=True)
     finally:
         os.close(fd)
@@ -2673,7 +2663,7 @@ def open_output(
                 raise VmaError(f"{name}: the file has no name under which it could be replaced")
         with Directory(os.path.dirname(path), readers=readers) as directory:
             yield directory.create(os.path.basename(path), old is not None, keeps=in_place)
-    elif stat.S_ISBLK(kind):
+    elif device and stat.S_ISBLK(kind):
         with open_destination(path, device, force) as output:
             output.seekable = False
             yield output
@@ -6300,8 +6290,8 @@ class DecodedSalvage(Salvage):
             return
         with suppress(FormatError, OSError, ValueError):
             fd, end = self.file.raw.fileno(), self.file.raw_size
-            tail = os.pread(fd, TAIL_SIZE, max(end - TAIL_SIZE, 0))
-            size = parse_seek_footer(tail) or 0
+            footer = os.pread(fd, SEEK_FOOTER.size, max(end - SEEK_FOOTER.size, 0))
+            size = parse_seek_footer(footer) or 0
             if 0 < size <= end:
                 # Frames may be missing before it, and the index may not be where it says.
                 self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
@@ -8387,9 +8377,6 @@ def cmd_optimize(args: Namespace) -> int:
         # In place, the written archive will be the only one.
         if file and (args.check or (args.check is None and in_place)):
             check_contents(args, contents, file, level, progress)
-        if file and in_place:
-            # It is the same backup: a cleanup by age must not take it for a new one.
-            file.times = source.state
         finish_writing(output.sync, progress)
         output.commit(lambda: contents.check_unchanged(path if in_place else None))
     if file and not args.quiet:  # not into an archive on standard output
