@@ -1591,6 +1591,13 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     return left
 
 
+def size_of(fd: int) -> int:
+    """Return the size of a file or block device, which is then read from its beginning."""
+    size = os.lseek(fd, 0, os.SEEK_END)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return size
+
+
 class FileInput(Input):
     """A plain file or block device of `size` bytes, which can also be read at any place.
 
@@ -1608,8 +1615,7 @@ class FileInput(Input):
         self.fd = file.fileno()
         with os_errors_as(name):
             self.state = os.fstat(self.fd)
-            self.size = self.raw_size = os.lseek(self.fd, 0, os.SEEK_END)  # of a device, as well
-            os.lseek(self.fd, 0, os.SEEK_SET)  # a decompressor shares this offset
+            self.size = self.raw_size = size_of(self.fd)
         self.bytes_read = 0
         self._window = b""
         self._window_offset = 0
@@ -2111,25 +2117,27 @@ def refuse_terminal(fd: int, message: str) -> None:
         raise VmaError(message)
 
 
-def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, bytes, int | None]:
-    """Open a file or pipe; return it, its first bytes, and its size if it can be read anywhere.
+def open_raw(
+    path: str, name: str, damaged: bool = False
+) -> tuple[io.FileIO, bytes, os.stat_result | None, int]:
+    """Open a file or pipe; return it, its first bytes, its state and its size.
 
-    The first bytes of a `damaged` file may be missing.
+    The last two are None and 0 for what cannot be read at any place. The first bytes of a `damaged`
+    file may be missing.
     """
     with ExitStack() as undo, os_errors_as(name):
         # A copy, so that a caller of main finds its standard input open afterwards.
         fd = os.dup(0) if path == "-" else open_path(path, os.O_RDONLY)
         undo.callback(os.close, fd)
         refuse_terminal(fd, f"{name} is a terminal: name a file, or pipe an archive in")
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise os_error(name, errno.EISDIR)
+        state = os.fstat(fd)
         # The rest of a file that somebody has begun to read is a stream.
-        seekable = is_disk(mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR))
+        seekable = is_disk(state.st_mode) and not (path == "-" and os.lseek(fd, 0, os.SEEK_CUR))
         if not seekable:
             widen_pipe(fd)
+        raw = io.FileIO(fd) if seekable else PipeReader(fd)  # which refuses a directory
         undo.pop_all()
-        raw = undo.enter_context(io.FileIO(fd) if seekable else PipeReader(fd))
+        undo.enter_context(raw)
         start = b""
         try:
             while data := io.RawIOBase.read(raw, MAGIC_SIZE - len(start)):
@@ -2137,14 +2145,11 @@ def open_raw(path: str, name: str, damaged: bool = False) -> tuple[io.FileIO, by
         except OSError:
             if not (seekable and damaged):
                 raise  # else rescue reads this place again, and goes on after it
-        size = None
+        undo.pop_all()
         if isinstance(raw, PipeReader):
             raw.start = start
-        else:
-            size = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, 0, os.SEEK_SET)
-        undo.pop_all()
-        return raw, start, size
+            return raw, start, None, 0
+        return raw, start, state, size_of(fd)
 
 
 def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
@@ -2169,26 +2174,21 @@ def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterat
     """
     name = display_name(path, "input")
     with ExitStack() as undo:
-        raw, start, size = open_raw(path, name)
+        raw, start, state, size = open_raw(path, name)
         undo.callback(raw.close)
-        with os_errors_as(name):
-            state = os.fstat(raw.fileno())
         codec = next((codec for codec in CODECS if start.startswith(codec.magics)), None)
         source: Input | None = None
         if codec is not None:
             note = ""
-            is_file = stat.S_ISREG(state.st_mode) and size  # a block device is longer than that
             # Without the library, the zstd program reads it, as a stream.
-            if codec.name == "zstd" and is_file and not as_stream and (zstd := Zstd.load()):
+            if codec.name == "zstd" and state and not as_stream and (zstd := Zstd.load()):
                 try:
                     source = FramesInput(name, raw, zstd, index)
                 except FormatError as error:
                     note = str(error)
-            source = source or open_codec(name, codec, raw, seekable=size is not None)
-            source.note = note
-            if size is not None:
-                source.state, source.raw_size = state, size
-        elif size is not None:
+            source = source or open_codec(name, codec, raw, seekable=bool(state))
+            source.note, source.state, source.raw_size = note, state, size
+        elif state:
             source = FileInput(name, raw)
         else:
             source = Input(name, io.BufferedReader(raw, WINDOW_SIZE))
@@ -2604,8 +2604,7 @@ def open_destination(path: str, device: Device, force: bool | None = None) -> It
         with os_errors_as(name):
             if not is_disk(os.fstat(fd).st_mode):
                 raise VmaError(f"{name}: neither a file nor a block device")
-            size = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, 0, os.SEEK_SET)
+            size = size_of(fd)
         text = f"{name}: {size} bytes, {device.title} needs {device.size}"
         if size < device.size:
             raise VmaError(text)
@@ -7455,12 +7454,11 @@ def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
 def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
     """Open a damaged archive: the file, and the bytes of it that can be had."""
     name = display_name(path, "input")
-    raw, start, size = open_raw(path, name, damaged=True)
+    raw, start, state, size = open_raw(path, name, damaged=True)
     with Input(name, raw) as file, ExitStack() as stack:
-        if size is not None:
-            with os_errors_as(name):
-                # Not a FileInput: that gives up at the first unreadable sector.
-                file.raw, file.state, file.raw_size = raw, os.fstat(raw.fileno()), size
+        if state:
+            # Not a FileInput: that gives up at the first unreadable sector.
+            file.raw, file.state, file.raw_size = raw, state, size
         codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
             # Its first bytes may be damaged: then its name shows how it is compressed.
