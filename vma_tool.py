@@ -1553,13 +1553,13 @@ class Input:
     @property
     def readers(self) -> Readers | None:
         """Who may read the file, None for a pipe."""
-        if self.raw is None or self.state is None:
-            return None
-        return readers_of(self.raw.fileno(), self.state)
+        if self.raw and self.state:
+            return readers_of(self.raw.fileno(), self.state)
+        return None
 
     def check_unchanged(self, path: str | None = None) -> None:
         """Raise VmaError if the file was written to since it was opened, or path is another one."""
-        if self.raw is None or self.state is None:
+        if not self.raw or not self.state:
             return
         with os_errors_as(self.name):
             states = [os.fstat(self.raw.fileno())]
@@ -1585,9 +1585,11 @@ def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """Return views without their first count bytes."""
     left = []
     for view in views:
-        if count < len(view):
+        if count >= len(view):
+            count -= len(view)
+        else:
             left.append(view[count:])
-        count = max(count - len(view), 0)
+            count = 0
     return left
 
 
@@ -1626,10 +1628,10 @@ class FileInput(Input):
         at = self.offset - self._window_offset
         if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
             # After a skip, nothing is read ahead: what follows may be skipped as well.
-            size_ahead = max(size, WINDOW_SIZE) if 0 <= at <= len(self._window) else size
-            window = bytearray(min(size_ahead, self.size - self.offset))
-            self._fill([memoryview(window)], self.offset)
-            self._window, self._window_offset, at = bytes(window), self.offset, 0
+            ahead = WINDOW_SIZE if 0 <= at <= len(self._window) else 0
+            start, at = self.offset, 0
+            self._window = super().read(max(size, ahead))
+            self._window_offset = self.offset = start
         self.offset += size
         return self._window[at : at + size]
 
@@ -1732,18 +1734,18 @@ class FramesInput(FileInput):
         if end < 0:
             raise FormatError("the seek table has more frames than the file")
         self.table = parse_seek_table(self._stored(end, self.size), self.size)
-        self._index_data = self._stored(self.table.compressed_offsets[-1], end)
+        index_data = self._stored(self.table.compressed_offsets[-1], end)
         self.size = self.table.offsets[-1]
         is_difference = bytes(self._frame(0)[:4]) == DIFFERENCE_MAGIC
-        if is_difference and self._index_data:
+        if is_difference and index_data:
             raise FormatError("the seek table has fewer frames than the file")
         # Also without `index`: other programs write seekable files too, of any archive.
-        if not is_difference and not self._index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
+        if not is_difference and not index_data[SKIPPABLE.size :].startswith(INDEX_NAME):
             raise FormatError("there is no index in front of the seek table")
         if index and not is_difference:
-            self._read_index()
+            self._read_index(index_data)
 
-    def _read_index(self) -> None:
+    def _read_index(self, data: Buffer) -> None:
         """Read the index; raises FormatError unless header and seek table agree with it."""
         start = self.read(HEADER_FIXED_SIZE)
         header_size = parse_header_size(start)
@@ -1752,12 +1754,11 @@ class FramesInput(FileInput):
         if header.uuid != CANONICAL_UUID:
             raise FormatError("the archive is not canonical")
         # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
-        masks = parse_index(self.zstd, self._index_data, 4 * self.raw_size)
+        masks = parse_index(self.zstd, data, 4 * self.raw_size)
         devices = canonical_order(header.devices)
         found = index_archive(header_size, devices, masks, self.table)
         self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
         self._devices = {device.dev_id: device for device in devices}
-        self._index_data.clear()
 
     def _fits(self, index: ArchiveIndex) -> bool:
         """Say whether each device's first extent has as many clusters as an index says."""
@@ -1769,10 +1770,6 @@ class FramesInput(FileInput):
             if slots != min(index.cluster_count, len(entries)):
                 return False
         return True
-
-    @property
-    def frame_count(self) -> int:
-        return len(self.table.offsets) - 1
 
     read = Input.read  # without a window: frames are kept anyway
 
@@ -2205,6 +2202,8 @@ TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for a
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
 # Errors of file systems without hard links
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# Flags for os.open: no symbolic link, where there are any, and no change of line ends on Windows
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 DESTINATION_SLACK = 4 << 20  # bytes by which storages round up
 
 
@@ -2358,7 +2357,7 @@ class Directory:
         self._files: list[PartialFile] = []
         self.fd: int | None = None
         if os.open in os.supports_dir_fd:
-            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+            flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else NOFOLLOW)
             self.fd = open_path(self.path, flags)
 
     def __enter__(self) -> Directory:
@@ -2370,11 +2369,9 @@ class Directory:
             with suppress(OSError):
                 file.close()
             Cleanup.undo(file.temporary)
-        self._files.clear()
         if self.fd is not None:
             with suppress(OSError):  # it was only read
                 os.close(self.fd)
-            self.fd = None
 
     def encoded(self, name: str) -> bytes:
         # Names are bytes on disk, whatever the locale believes.
@@ -2414,7 +2411,7 @@ class Directory:
             for name in filter(pattern.fullmatch, self.names()):
                 with suppress(OSError):
                     # A FIFO of that name must not make us wait for a writer.
-                    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+                    flags = os.O_RDONLY | os.O_NONBLOCK | NOFOLLOW
                     fd = os.open(self.encoded(name), flags, dir_fd=self.fd)
                     try:
                         # Who writes it has it locked, and the system unlocks it even after SIGKILL.
@@ -2500,14 +2497,13 @@ class PartialFile(Target):
         self.final = final
         self.temporary = TEMPORARY_NAME.format(os.urandom(6).hex())
         self._old = -1  # descriptor of the file that it replaces
-        nofollow = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         path = directory.encoded(self.temporary)
         # Before there is such a file: a signal may come right after it was created.
         Cleanup.actions[self.temporary] = functools.partial(os.unlink, path, dir_fd=directory.fd)
         with ExitStack() as undo:
             undo.callback(Cleanup.actions.pop, self.temporary)
             if replaces:  # by a descriptor, as the name may be another file's by the end
-                flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | nofollow
+                flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | NOFOLLOW
                 self._old = os.open(directory.encoded(final), flags, dir_fd=directory.fd)
                 undo.callback(os.close, self._old)
             readers = directory.readers
@@ -2516,7 +2512,7 @@ class PartialFile(Target):
             # A random name, and made by us: nobody can have put a link to another file there.
             # Nobody else may read it until it is known who may.
             private = keeps or readers is not None
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | nofollow
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW
             fd = os.open(path, flags, 0o600 if private else 0o666, dir_fd=directory.fd)
             undo.callback(Cleanup.actions[self.temporary])
             undo.callback(os.close, fd)
@@ -7615,7 +7611,7 @@ def describe(
         "compression": source.compression or None,
         "compressed_size": source.raw_size or None if source.compression else None,
         "seekable": source.size is not None,
-        "frames": source.frame_count if isinstance(source, FramesInput) else None,
+        "frames": len(source.table.offsets) - 1 if isinstance(source, FramesInput) else None,
     }
     if difference:
         result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
@@ -7790,13 +7786,15 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
     """Decompress all frames, and so check their checksums."""
 
     def ranges() -> Iterator[tuple[int, int]]:
+        offsets = source.table.offsets
+        count = len(offsets) - 1
         start = 0
-        for i in range(1, source.frame_count + 1):
+        for i in range(1, count + 1):
             # Whole frames, as many as a buffer holds: so none is decompressed twice.
-            if i == source.frame_count or source.table.offsets[i + 1] - start > BUFFER_SIZE:
-                yield start, source.table.offsets[i]
+            if i == count or offsets[i + 1] - start > BUFFER_SIZE:
+                yield start, offsets[i]
                 progress.tick()
-                start = source.table.offsets[i]
+                start = offsets[i]
 
     def work(place: tuple[int, int], buffer: memoryview) -> None:
         start, end = place
