@@ -1615,9 +1615,11 @@ class FileInput(Input):
         super().__init__(name, file)
         self.raw = file
         self.fd = file.fileno()
-        with os_errors_as(name):
+        with os_errors_as(name), ExitStack() as undo:
+            undo.callback(file.close)
             self.state = os.fstat(self.fd)
             self.size = self.raw_size = size_of(self.fd)
+            undo.pop_all()  # close does it
         self.bytes_read = 0
         self._window = b""
         self._window_offset = 0
