@@ -452,28 +452,30 @@ def md5_without(data: Buffer, field: slice) -> bytes:
     return digest.digest()
 
 
-# Files that people take for VMA archives: offset, the bytes there, and the format.
+# Files that people take for VMA archives: offset, what may be there, and the format.
 # The Proxmox Backup Server's magics are those of its public file-format documentation.
+BACKUP_SERVER_BLOBS = (
+    b"\x42\xab\x38\x07\xbe\x83\x70\xa1",
+    b"\x31\xb9\x58\x42\x6f\xb6\xa3\x7f",
+    b"\x7b\x67\x85\xbe\x22\x2d\x4c\xf0",
+    b"\xe6\x59\x1b\xbf\x0b\xbf\xd8\x0b",
+)
+BACKUP_SERVER_INDEXES = (b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd", b"\x1c\x91\x4e\xa5\x19\xba\xb3\xcd")
 FOREIGN_FORMATS = (
     (257, b"ustar", "a tar archive, as vzdump makes of a container"),
     (32769, b"CD001", "an ISO 9660 image"),
     (0, b"QFI\xfb", "a qcow2 image"),
-    (0, bytes((66, 171, 56, 7, 190, 131, 112, 161)), "a blob of a Proxmox Backup Server"),
-    (0, bytes((49, 185, 88, 66, 111, 182, 163, 127)), "a blob of a Proxmox Backup Server"),
-    (0, bytes((123, 103, 133, 190, 34, 45, 76, 240)), "a blob of a Proxmox Backup Server"),
-    (0, bytes((230, 89, 27, 191, 11, 191, 216, 11)), "a blob of a Proxmox Backup Server"),
-    (0, bytes((47, 127, 65, 237, 145, 253, 15, 205)), "an index of a Proxmox Backup Server"),
-    (0, bytes((28, 145, 78, 165, 25, 186, 179, 205)), "an index of a Proxmox Backup Server"),
+    (0, BACKUP_SERVER_BLOBS, "a blob of a Proxmox Backup Server"),
+    (0, BACKUP_SERVER_INDEXES, "an index of a Proxmox Backup Server"),
 )
 FOREIGN_SIZE = 32774  # bytes that tell all of them
 
 
-def foreign_format(start: Buffer) -> str:
+def foreign_format(start: bytes) -> str:
     """Return the format of a file by its first FOREIGN_SIZE bytes, "" if it is not known."""
     if not start:
         return "an empty file"
-    found = (what for at, magic, what in FOREIGN_FORMATS if start[at : at + len(magic)] == magic)
-    return next(found, "")
+    return next((what for at, magic, what in FOREIGN_FORMATS if start.startswith(magic, at)), "")
 
 
 def parse_header_size(start: Buffer) -> int:
