@@ -444,12 +444,9 @@ class Slot(NamedTuple):
 
 def md5_without(data: Buffer, field: slice) -> bytes:
     """Return the MD5 of data with the 16 bytes of a field zeroed."""
+    data = b"".join((data[: field.start], bytes(16), memoryview(data)[field.stop :]))
     # Hosts in FIPS mode refuse MD5 unless it is declared not to be for security.
-    digest = hashlib.md5(data[: field.start], usedforsecurity=False)
-    digest.update(bytes(16))
-    with memoryview(data) as view:
-        digest.update(view[field.stop :])
-    return digest.digest()
+    return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 # Files that people take for VMA archives: offset, what may be there, and the format.
@@ -691,23 +688,20 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
             start += size
 
 
-@functools.lru_cache(maxsize=4096)  # the runs of all masks would take 38 MB
-def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
-    """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
-    runs = re.finditer("1+", bin(mask)[:1:-1])  # its bits, the lowest first
-    return tuple((run.start() * BLOCK_SIZE, len(run[0]) * BLOCK_SIZE) for run in runs)
-
-
 def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
     """Return (start, end) in bytes of each run of stored blocks in consecutive clusters.
 
     Runs go on from one cluster into the next; offsets are from the start of the first cluster.
     """
-    if all(mask == FULL_MASK for mask in masks):
-        return [(0, len(masks) * CLUSTER_SIZE)] if masks else []
-    # As one number, so that a run does not end where a cluster does.
+    # As one number, so that a run does not end where a cluster does; its bits, the lowest first.
     bits = bin(int.from_bytes(struct.pack(f"<{len(masks)}H", *masks), "little"))[:1:-1]
     return [(r.start() * BLOCK_SIZE, r.end() * BLOCK_SIZE) for r in re.finditer("1+", bits)]
+
+
+@functools.lru_cache(maxsize=4096)  # the runs of all masks would take 38 MB
+def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
+    """Return (offset in the cluster, size) in bytes of each run of stored blocks, ascending."""
+    return tuple((start, end - start) for start, end in block_spans((mask,)))
 
 
 CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
@@ -738,29 +732,18 @@ def lay_out_header(header: Header, align: int) -> bytearray:
     return pack_header(header._replace(size=size))
 
 
-def fill_up(
-    device: Device, first: int, masks: Sequence[int], unit: int
-) -> tuple[Sequence[int], int]:
-    """Set mask bits from the extent's end until its blocks are a multiple of unit.
-
-    Return the masks and the number of blocks.
-    """
+def fill_up(device: Device, first: int, masks: Sequence[int], align: int) -> list[int]:
+    """Set mask bits from the extent's end until its payload is a multiple of align bytes."""
+    filled = list(masks)
     # Zero blocks that come and go then move the next extents by whole blocks of the storage only.
     # The blocks are added at the end, where they move none of this extent.
-    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
-    wanted = -block_count % unit
-    block_count += wanted
-    filled = list(masks)
+    # Proxmox restores only what a vmstate stores: a zero block more would change it.
+    wanted = 0 if device.is_vmstate else -sum(map(mask_size, masks)) % align
     for i in reversed(range(len(filled))):
-        if not wanted:
-            break
-        zeros = device.block_mask(first + i) & ~filled[i]
-        while zeros and wanted:
-            highest = 1 << zeros.bit_length() - 1
-            zeros ^= highest
-            filled[i] |= highest
-            wanted -= 1
-    return filled, block_count - wanted
+        while wanted and (zeros := device.block_mask(first + i) & ~filled[i]):
+            filled[i] |= 1 << zeros.bit_length() - 1
+            wanted -= BLOCK_SIZE
+    return filled
 
 
 def lay_out_extent(
@@ -773,9 +756,8 @@ def lay_out_extent(
     info = device.dev_id << 32 | first
     if not any(masks):
         return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
-    # Proxmox restores only what a vmstate stores: a zero block more would change it.
-    unit = 1 if device.is_vmstate else align // BLOCK_SIZE
-    masks, block_count = fill_up(device, first, masks, unit)
+    masks = fill_up(device, first, masks, align)
+    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
     infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
     return pack_extent(CANONICAL_UUID, block_count, infos), masks
 
@@ -3407,14 +3389,13 @@ class IndexedContents(Contents):
         """Say whether the extents are laid out as optimize does with this align."""
         count = clusters_per_extent(align)
         for index in self.index.devices.values():
-            unit = 1 if index.device.is_vmstate else align // BLOCK_SIZE
             # Extents and their headers follow from the index, so it is enough to look at that.
             for first in range(0, len(index.entries), count):
                 entries = index.slice(first, count)
                 if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
                     continue  # stores nothing, and nothing is filled up
                 masks = [entry & FULL_MASK for entry in entries]
-                if fill_up(index.device, first, masks, unit)[0] != masks:
+                if fill_up(index.device, first, masks, align) != masks:
                     return False
             # A device that fits into one extent either way does not tell the two sizes apart.
             if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):

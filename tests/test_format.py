@@ -372,25 +372,28 @@ class CanonicalNumbers(unittest.TestCase):
         odd = disk._replace(size=2 * CLUSTER + 2 * BLOCK + 1)
         long = disk._replace(size=60 * CLUSTER + 1)
         vmstate = Device(1, "vmstate", 1)
-        for what, device, first, masks, unit, filled, blocks in (
-            ("no block", disk, 0, [0, 0, 0], 32, [0, 0, 0], 0),
-            ("any number will do", disk, 0, [1, 0, 0], 1, [1, 0, 0], 1),
-            ("a multiple", disk, 0, [0xFFFF, 0xFFFF, 0], 32, [0xFFFF, 0xFFFF, 0], 32),
-            ("31 more", disk, 0, [1, 0, 0], 32, [1, 0xFFFE, 0xFFFF], 32),
-            ("one more", disk, 0, [0x7FFF, 0, 0], 16, [0x7FFF, 0, 0x8000], 16),
-            ("14 more", disk, 0, [0x8001, 0, 0], 16, [0x8001, 0, 0xFFFC], 16),
-            ("the last is full", disk, 1, [1, 0xFFFF], 32, [0xFFFF, 0xFFFF], 32),
-            ("between blocks", disk, 1, [0, 0x5555], 16, [0, 0xFFFF], 16),
-            ("an odd end", odd, 0, [1, 0, 0], 32, [0xFFF1, 0xFFFF, 0x0007], 32),
-            ("no more blocks", odd, 2, [1], 32, [0x0007], 3),
-            ("a later extent", long, 58, [1, 1, 0], 16, [1, 0xFFF9, 1], 16),
-            ("all of 1M", disk, 0, [1, 0, 0], 256, [0xFFFF] * 3, 48),
-            ("a vmstate", vmstate, 7, [1], 16, [0xFFFF], 16),
+        for what, device, first, masks, unit, filled in (
+            ("no block", disk, 0, [0, 0, 0], 32, [0, 0, 0]),
+            ("any number will do", disk, 0, [1, 0, 0], 1, [1, 0, 0]),
+            ("a multiple", disk, 0, [0xFFFF, 0xFFFF, 0], 32, [0xFFFF, 0xFFFF, 0]),
+            ("31 more", disk, 0, [1, 0, 0], 32, [1, 0xFFFE, 0xFFFF]),
+            ("one more", disk, 0, [0x7FFF, 0, 0], 16, [0x7FFF, 0, 0x8000]),
+            ("14 more", disk, 0, [0x8001, 0, 0], 16, [0x8001, 0, 0xFFFC]),
+            ("the last is full", disk, 1, [1, 0xFFFF], 32, [0xFFFF, 0xFFFF]),
+            ("between blocks", disk, 1, [0, 0x5555], 16, [0, 0xFFFF]),
+            ("an odd end", odd, 0, [1, 0, 0], 32, [0xFFF1, 0xFFFF, 0x0007]),
+            ("no more blocks", odd, 2, [1], 32, [0x0007]),
+            ("a later extent", long, 58, [1, 1, 0], 16, [1, 0xFFF9, 1]),
+            ("all of 1M", disk, 0, [1, 0, 0], 256, [0xFFFF] * 3),
+            ("a vmstate stays as it is", vmstate, 7, [1], 16, [1]),
         ):
             with self.subTest(what):
-                found, count = vma_tool.fill_up(device, first, masks, unit)
+                found = vma_tool.fill_up(device, first, masks, unit * BLOCK)
                 self.assertEqual([hex(m) for m in found], [hex(m) for m in filled])
-                self.assertEqual(count, blocks)
+                blocks = sum(bin(mask).count("1") for mask in filled)
+                data, laid_out = vma_tool.lay_out_extent(device, first, masks, unit * BLOCK)
+                self.assertEqual(laid_out, filled)
+                self.assertEqual(vma_tool.parse_extent(data, 0, data[8:24]).block_count, blocks)
 
     def test_header_is_rounded_up(self) -> None:
         """The header is a multiple of the alignment, however little is over."""
