@@ -344,9 +344,6 @@ EXTENT_SLOTS = 59
 EXTENT_HEADER_SIZE = 512
 EXTENT_MAX_BLOCKS = EXTENT_SLOTS * CLUSTER_BLOCKS
 
-if (HEADER.size, DEV_INFO.size, EXTENT.size) != (60, 32, EXTENT_HEADER_SIZE):
-    raise ImportError("struct sizes differ from the format's")
-
 
 class Config(NamedTuple):
     """A file of the VM's configuration; bytes of the name that are not UTF-8 are surrogates."""
@@ -536,7 +533,7 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
         raise FormatError(f"{text}{HEADER_FIXED_SIZE} to {len(data)}", 48)
     names = CONFIG_TABLE.unpack_from(data, CONFIG_NAMES_OFFSET)
     contents = CONFIG_TABLE.unpack_from(data, CONFIG_DATA_OFFSET)
-    dev_infos = [DEV_INFO.unpack_from(data, DEV_INFO_OFFSET + DEV_INFO.size * i) for i in DEV_IDS]
+    dev_infos = list(DEV_INFO.iter_unpack(data[DEV_INFO_OFFSET:HEADER_FIXED_SIZE]))
     wanted = {*names, *contents, *(name_offset for name_offset, _ in dev_infos)}
     blobs = find_blobs(memoryview(data)[blob_offset:blob_end], wanted)
     configs = []
@@ -548,7 +545,8 @@ def parse_header(data: Buffer, check_md5: bool = True) -> Header:
                 raise FormatError(text, CONFIG_NAMES_OFFSET + 4 * slot)
             configs.append(Config(name, content))
     devices = []
-    for dev_id, (name_offset, size) in zip(DEV_IDS, dev_infos):
+    for dev_id in DEV_IDS:
+        name_offset, size = dev_infos[dev_id]
         name = parse_name(blobs.get(name_offset)) if size else None
         if name is None:
             continue
@@ -597,7 +595,7 @@ def pack_header(header: Header) -> bytearray:
         offset = add(encode_name(name) + b"\0")
         DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
     blob_size = len(data) - HEADER_FIXED_SIZE
-    data.extend(bytes(max(header.size - len(data), 0)))
+    data = data.ljust(header.size, b"\0")
     HEADER.pack_into(
         data, 0, header.magic, 1, header.uuid, header.ctime, bytes(16),
         HEADER_FIXED_SIZE, blob_size, len(data),
@@ -800,9 +798,9 @@ class Difference(NamedTuple):
 
 def pack_difference(difference: Difference) -> bytes:
     """Return vma-tool.json."""
-    value = difference._asdict()
-    value.update(base=difference.base._asdict(), new=difference.new._asdict())
-    return to_json({"format": DIFFERENCE_FORMAT, **value}).encode() + b"\n"
+    origins = {"base": difference.base._asdict(), "new": difference.new._asdict()}
+    value = {"format": DIFFERENCE_FORMAT, **difference._asdict(), **origins}
+    return to_json(value).encode() + b"\n"
 
 
 def combine_digests(disks: Iterable[str]) -> str:

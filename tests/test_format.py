@@ -24,6 +24,11 @@ def header_of(data: bytes) -> Header:
 class HeaderCodec(unittest.TestCase):
     """parse_header and pack_header."""
 
+    def test_sizes(self) -> None:
+        """The structs are as long as the specification says."""
+        structs = (vma_tool.HEADER, vma_tool.CONFIG_TABLE, vma_tool.DEV_INFO, vma_tool.EXTENT)
+        self.assertEqual([each.size for each in structs], [60, 1024, 32, 512])
+
     def test_golden_headers(self) -> None:
         """What is in the manifest is what is read."""
         for name, want in manifest().items():
