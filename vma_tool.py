@@ -1257,29 +1257,28 @@ class ArchiveIndex(NamedTuple):
 
 
 def lay_out_frames(
-    header_size: int,
-    devices: Sequence[Device],
-    counts: Sequence[int],
-    masks: array.array[int],
-    cluster_count: int,
+    header_size: int, masks: Mapping[int, memoryview], cluster_count: int
 ) -> tuple[ArchiveIndex, array.array[int]]:
-    """Return the index of a canonical archive with these masks, and all frames' offsets."""
-    zeros = array.array("H", bytes(2 * cluster_count))
-    full = array.array("H", [FULL_MASK] * cluster_count)
+    """Return the index of a canonical archive with these masks, and all frames' offsets.
+
+    The masks are those of each device by dev_id, in canonical order.
+    """
+    zeros = memoryview(array.array("H", bytes(2 * cluster_count)))
+    full = memoryview(array.array("H", [FULL_MASK] * cluster_count))
     full_pieces = payload_pieces(full)
     step = CLUSTER_SIZE << 16  # from one entry to the next, if all blocks are stored
     sizes = header_pieces(header_size)
     offset = header_size
-    first = run = 0  # run: bytes of headers that share a frame
+    run = 0  # bytes of headers that share a frame
     index = ArchiveIndex(cluster_count, {})
-    for device, count in zip(devices, counts):
-        entries = index.entries[device.dev_id] = array.array("Q")
-        for number, start in enumerate(range(first, first + count, cluster_count)):
-            chunk = masks[start : min(start + cluster_count, first + count)]
+    for dev_id, disk_masks in masks.items():
+        entries = index.entries[dev_id] = array.array("Q")
+        for start in range(0, len(disk_masks), cluster_count):
+            chunk = disk_masks[start : start + cluster_count]
             offset += EXTENT_HEADER_SIZE
             base = offset << 16
             stores = chunk != zeros and any(chunk)  # a device's last extent may be shorter
-            if run and (stores or number % RUN_EXTENTS == 0):
+            if run and (stores or start % (RUN_EXTENTS * cluster_count) == 0):
                 sizes.append(run)
                 run = 0
             # Nearly all extents store nothing or everything: those go fast.
@@ -1297,8 +1296,7 @@ def lay_out_frames(
                 entries.extend(array.array("Q", [at << 16 | m for at, m in zip(places, chunk)]))
             sizes += [EXTENT_HEADER_SIZE, *pieces]
             offset += sum(pieces)
-        first += count
-    if run or not devices:  # without devices, there is one extent all the same
+    if run or not masks:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
     return index, array.array("Q", itertools.accumulate(sizes, initial=0))
 
@@ -1311,20 +1309,24 @@ def index_archive(
     Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
     two indexes fit: they differ in extents that store nothing.
     """
-    counts = [device.cluster_count for device in devices]
-    if devices and devices[-1].is_vmstate:
-        # A vmstate has as many clusters as are left, whatever its size is.
-        counts[-1] = max(len(masks) - sum(counts[:-1]), 0)
-    if sum(counts) != len(masks):
-        raise FormatError(f"the index has {len(masks)} clusters, the devices {sum(counts)}")
+    disks = {}
+    end = 0
+    for device in devices:
+        start = end
+        # A vmstate, the last one, has as many clusters as are left, whatever its size is.
+        end = max(len(masks), end) if device.is_vmstate else end + device.cluster_count
+        disks[device.dev_id] = memoryview(masks)[start:end]
+    if end != len(masks):
+        raise FormatError(f"the index has {len(masks)} clusters, the devices {end}")
     # Of a device, only the last mask can have such blocks; a canonical archive has none.
-    for device, count, end in zip(devices, counts, itertools.accumulate(counts)):
-        if count and masks[end - 1] & ~device.block_mask(device.cluster_count - 1):
+    for device in devices:
+        last = device.cluster_count - 1
+        if not device.is_vmstate and disks[device.dev_id][last] & ~device.block_mask(last):
             raise FormatError(f"the index has blocks behind the end of {device.title}")
     found = []
     for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
         if header_size % align == 0:
-            index, offsets = lay_out_frames(header_size, devices, counts, masks, cluster_count)
+            index, offsets = lay_out_frames(header_size, disks, cluster_count)
             if offsets == table.offsets:
                 found.append(index)
     if not found:
