@@ -991,6 +991,14 @@ class ModuleZstd(Zstd):
         self.module = module
         self._idle: dict[int, list[Any]] = {}  # compressors by level
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise FormatError with only the library's own words, as LibraryZstd does."""
+        try:
+            yield
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+
     def compress(self, data: Buffer, level: int) -> bytes:
         # A new compressor would have to allocate its tables for each frame. Threads share the idle
         # ones without a lock, as a list's `pop` and `append` are atomic.
@@ -1006,34 +1014,26 @@ class ModuleZstd(Zstd):
         return frame
 
     def _decompress(self, frame: Buffer, view: memoryview) -> int:
-        try:
+        with self._errors():
             # One byte more than expected: the frame's end is only read with room left.
             data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
-        except self.module.ZstdError as error:
-            # Only the library's own words, which LibraryZstd raises as well.
-            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
         if len(data) > len(view):
             raise FormatError(f"it holds more than {len(view)} bytes")
         view[: len(data)] = data
         return len(data)
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        decompressor = self.module.ZstdDecompressor()
-        try:
-            yield from map(decompressor.decompress, pieces)
-        except self.module.ZstdError as error:
-            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+        with self._errors():
+            yield from map(self.module.ZstdDecompressor().decompress, pieces)
 
 
 def address_of(data: Buffer) -> Any:
     """Return data as a C function's argument, copied only if it is a read-only view."""
     import ctypes
 
-    if isinstance(data, bytes):
-        return data
-    try:  # from_buffer takes neither an empty buffer nor a read-only one
-        return ctypes.byref(ctypes.c_char.from_buffer(data)) if len(data) else None
-    except TypeError:
+    try:
+        return ctypes.byref(ctypes.c_char.from_buffer(data))
+    except (TypeError, ValueError):  # read-only, or empty
         return bytes(data)
 
 
@@ -1070,9 +1070,9 @@ class LibraryZstd(Zstd):
             function.restype = result
             function.argtypes = arguments
         self.library = library
-        # Idle contexts, the compressing ones with their output buffers. There are never more than
-        # threads that worked at the same time, so none is ever freed.
-        self._compressors: list[tuple[Any, bytearray]] = []
+        # Idle contexts. There are never more than threads that worked at the same time, so none is
+        # ever freed.
+        self._compressors: list[Any] = []
         self._decompressors: list[Any] = []
 
     @classmethod
@@ -1091,22 +1091,18 @@ class LibraryZstd(Zstd):
 
     def compress(self, data: Buffer, level: int) -> bytes:
         library = self.library
-        bound = library.ZSTD_compressBound(len(data))
         try:
-            context, buffer = self._compressors.pop()
+            context = self._compressors.pop()
         except IndexError:
-            context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
-        if len(buffer) < bound:
-            buffer = bytearray(bound)
+            context = self._created(library.ZSTD_createCCtx())
         # Each time, as an idle context may have worked at another level.
         for parameter, value in zip(self.PARAMETERS, (level, 1)):
             self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
+        buffer = bytearray(library.ZSTD_compressBound(len(data)))
         target, source = address_of(buffer), address_of(data)
         size = library.ZSTD_compress2(context, target, len(buffer), source, len(data))
-        with memoryview(buffer) as view:
-            frame = bytes(view[: self._checked(size)])
-        self._compressors.append((context, buffer))
-        return frame
+        self._compressors.append(context)
+        return bytes(memoryview(buffer)[: self._checked(size)])
 
     def _decompress(self, frame: Buffer, view: memoryview) -> int:
         try:
