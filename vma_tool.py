@@ -441,9 +441,11 @@ class Slot(NamedTuple):
 
 def md5_without(data: Buffer, field: slice) -> bytes:
     """Return the MD5 of data with the 16 bytes of a field zeroed."""
-    data = b"".join((data[: field.start], bytes(16), memoryview(data)[field.stop :]))
     # Hosts in FIPS mode refuse MD5 unless it is declared not to be for security.
-    return hashlib.md5(data, usedforsecurity=False).digest()
+    digest = hashlib.md5(data[: field.start], usedforsecurity=False)
+    digest.update(bytes(16))
+    digest.update(memoryview(data)[field.stop :])  # a view: a header may have megabytes
+    return digest.digest()
 
 
 # Files that people take for VMA archives: offset, what may be there, and the format.
@@ -595,7 +597,7 @@ def pack_header(header: Header) -> bytearray:
         offset = add(encode_name(name) + b"\0")
         DEV_INFO.pack_into(data, DEV_INFO_OFFSET + DEV_INFO.size * dev_id, offset, size)
     blob_size = len(data) - HEADER_FIXED_SIZE
-    data = data.ljust(header.size, b"\0")
+    data += bytes(max(header.size - len(data), 0))
     HEADER.pack_into(
         data, 0, header.magic, 1, header.uuid, header.ctime, bytes(16),
         HEADER_FIXED_SIZE, blob_size, len(data),
@@ -2685,11 +2687,10 @@ def read_header(source: Input, whole: bool = True) -> Header:
     with in_archive(source.name):
         start = source.read(HEADER_FIXED_SIZE)
         if start[:4] not in (HEADER_MAGIC, DIFFERENCE_MAGIC):
-            # An ISO image shows itself only at 32 KiB, behind what a header needs.
-            more = (
-                source.read(FOREIGN_SIZE - len(start)) if len(start) == HEADER_FIXED_SIZE else b""
-            )
-            what = foreign_format(start + more)
+            if len(start) == HEADER_FIXED_SIZE:
+                # An ISO image shows itself only at 32 KiB, behind what a header needs.
+                start += source.read(FOREIGN_SIZE - len(start))
+            what = foreign_format(start)
             raise FormatError(f"not a VMA archive{f', but {what}' if what else ''}")
         # This refuses any size that no header has, before memory is taken for it.
         data = memoryview(bytearray(parse_header_size(start)))
@@ -2722,12 +2723,12 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
             # In a file, an extent that is cut is never yielded. A stream shows it by its end.
             if source.size is None or end <= source.size:
                 yield extent
-                source.skip(end - source.offset)
+            source.skip(end - source.offset)
             if source.offset != end:
-                stop = source.offset if source.size is None else source.size
+                size = source.offset - extent.payload_offset
                 raise FormatError(
-                    f"the archive ends inside an extent: {stop - extent.payload_offset} bytes of "
-                    f"payload, expected {extent.payload_size}",
+                    f"the archive ends inside an extent: {size} bytes of payload, expected "
+                    f"{extent.payload_size}",
                     offset,
                 )
 
