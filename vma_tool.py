@@ -942,93 +942,6 @@ def parse_frame(data: Buffer, offset: int = 0) -> Frame:
     return frame._replace(size=position - offset)
 
 
-class Zstd:
-    """The zstd library, for whole frames. Threads may call it at the same time."""
-
-    @staticmethod
-    @functools.cache
-    def load() -> Zstd | None:
-        """Return Python's own zstd, else the system's library; None where there is neither."""
-        # Both only set level and checksum, so one version of the library gives the same bytes.
-        try:
-            return ModuleZstd(importlib.import_module("compression.zstd"))
-        except ImportError:  # before Python 3.14, or built without it
-            return LibraryZstd.load_library()
-
-    def compress(self, data: Buffer, level: int) -> bytes:
-        """Return data as one frame, with its content size and a checksum."""
-        raise NotImplementedError
-
-    def decompress_into(self, frame: Buffer, view: memoryview) -> None:
-        """Decompress one frame that fills view exactly; raises FormatError."""
-        # The library would go on with a second frame that follows, the module would ignore it.
-        found = parse_frame(frame)
-        if found.size != len(frame):
-            raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
-        if found.content_size not in (None, len(view)):
-            raise FormatError(f"the zstd frame holds {found.content_size} bytes, not {len(view)}")
-        try:
-            size = self._decompress(frame, view)
-        except FormatError as error:
-            raise FormatError(f"the zstd frame is damaged: {error}") from None
-        if size != len(view):
-            raise FormatError(f"the zstd frame holds {size} bytes, expected {len(view)}")
-
-    def _decompress(self, frame: Buffer, view: memoryview) -> int:
-        """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
-        raise NotImplementedError
-
-    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Decompress one frame given as its header, its blocks and its checksum, piece by piece.
-
-        Raises FormatError at the first damaged piece, after the contents of those before it.
-        """
-        raise NotImplementedError
-
-
-class ModuleZstd(Zstd):
-    """zstd by Python's compression.zstd, or by backports.zstd, which has the same interface."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self._idle: dict[int, list[Any]] = {}  # compressors by level
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raise FormatError with only the library's own words, as LibraryZstd does."""
-        try:
-            yield
-        except self.module.ZstdError as error:
-            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
-
-    def compress(self, data: Buffer, level: int) -> bytes:
-        # A new compressor would have to allocate its tables for each frame. Threads share the idle
-        # ones without a lock, as a list's `pop` and `append` are atomic.
-        idle = self._idle.setdefault(level, [])
-        try:
-            compressor = idle.pop()
-        except IndexError:
-            names = self.module.CompressionParameter
-            options = {names.compression_level: level, names.checksum_flag: 1}
-            compressor = self.module.ZstdCompressor(options=options)
-        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
-        idle.append(compressor)
-        return frame
-
-    def _decompress(self, frame: Buffer, view: memoryview) -> int:
-        with self._errors():
-            # One byte more than expected: the frame's end is only read with room left.
-            data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
-        if len(data) > len(view):
-            raise FormatError(f"it holds more than {len(view)} bytes")
-        view[: len(data)] = data
-        return len(data)
-
-    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        with self._errors():
-            yield from map(self.module.ZstdDecompressor().decompress, pieces)
-
-
 def address_of(data: Buffer) -> Any:
     """Return data as a C function's argument, copied only if it is a read-only view."""
     import ctypes
@@ -1039,8 +952,11 @@ def address_of(data: Buffer) -> Any:
         return bytes(data)
 
 
-class LibraryZstd(Zstd):
-    """zstd by the system's library. Debian always has it: dpkg needs it."""
+class Zstd:
+    """The zstd library, for whole frames. Threads may call it at the same time.
+
+    This class calls the system's library, which Debian always has: dpkg needs it.
+    """
 
     # ctypes.util.find_library would run ldconfig, or a compiler, at each start.
     NAMES = (
@@ -1077,8 +993,18 @@ class LibraryZstd(Zstd):
         self._compressors: list[Any] = []
         self._decompressors: list[Any] = []
 
+    @staticmethod
+    @functools.cache
+    def load() -> Zstd | None:
+        """Return Python's own zstd, else the system's library; None where there is neither."""
+        # Both only set level and checksum, so one version of the library gives the same bytes.
+        try:
+            return ModuleZstd(importlib.import_module("compression.zstd"))
+        except ImportError:  # before Python 3.14, or built without it
+            return Zstd.load_library()
+
     @classmethod
-    def load_library(cls) -> LibraryZstd | None:
+    def load_library(cls) -> Zstd | None:
         """Return the first library found that is new enough."""
         try:
             import ctypes
@@ -1092,6 +1018,7 @@ class LibraryZstd(Zstd):
         return None
 
     def compress(self, data: Buffer, level: int) -> bytes:
+        """Return data as one frame, with its content size and a checksum."""
         library = self.library
         try:
             context = self._compressors.pop()
@@ -1106,7 +1033,23 @@ class LibraryZstd(Zstd):
         self._compressors.append(context)
         return bytes(memoryview(buffer)[: self._checked(size)])
 
+    def decompress_into(self, frame: Buffer, view: memoryview) -> None:
+        """Decompress one frame that fills view exactly; raises FormatError."""
+        # The library would go on with a second frame that follows, the module would ignore it.
+        found = parse_frame(frame)
+        if found.size != len(frame):
+            raise FormatError(f"the zstd frame ends after {found.size} of {len(frame)} bytes")
+        if found.content_size not in (None, len(view)):
+            raise FormatError(f"the zstd frame holds {found.content_size} bytes, not {len(view)}")
+        try:
+            size = self._decompress(frame, view)
+        except FormatError as error:
+            raise FormatError(f"the zstd frame is damaged: {error}") from None
+        if size != len(view):
+            raise FormatError(f"the zstd frame holds {size} bytes, expected {len(view)}")
+
     def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        """Decompress up to len(view) bytes into view, return how many; raises FormatError."""
         try:
             context = self._decompressors.pop()
         except IndexError:
@@ -1117,7 +1060,10 @@ class LibraryZstd(Zstd):
         return self._checked(size)
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Decompress frames one after the other, given in any pieces."""
+        """Decompress frames one after the other, given in any pieces.
+
+        Raises FormatError at the first damaged piece, after the contents of those before it.
+        """
         import ctypes
 
         address, size = ctypes.c_void_p, ctypes.c_size_t
@@ -1160,6 +1106,50 @@ class LibraryZstd(Zstd):
         if self.library.ZSTD_isError(size):
             raise FormatError(self.library.ZSTD_getErrorName(size).decode().lower())
         return size
+
+
+class ModuleZstd(Zstd):
+    """The same by Python's compression.zstd, or by backports.zstd, which has its interface."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._idle: dict[int, list[Any]] = {}  # compressors by level
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise FormatError with only the library's own words, as Zstd does."""
+        try:
+            yield
+        except self.module.ZstdError as error:
+            raise FormatError(str(error).rpartition(": ")[2].lower()) from None
+
+    def compress(self, data: Buffer, level: int) -> bytes:
+        # A new compressor would have to allocate its tables for each frame. Threads share the idle
+        # ones without a lock, as a list's `pop` and `append` are atomic.
+        idle = self._idle.setdefault(level, [])
+        try:
+            compressor = idle.pop()
+        except IndexError:
+            names = self.module.CompressionParameter
+            options = {names.compression_level: level, names.checksum_flag: 1}
+            compressor = self.module.ZstdCompressor(options=options)
+        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
+        idle.append(compressor)
+        return frame
+
+    def _decompress(self, frame: Buffer, view: memoryview) -> int:
+        with self._errors():
+            # One byte more than expected: the frame's end is only read with room left.
+            data = self.module.ZstdDecompressor().decompress(frame, len(view) + 1)
+        if len(data) > len(view):
+            raise FormatError(f"it holds more than {len(view)} bytes")
+        view[: len(data)] = data
+        return len(data)
+
+    def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Decompress one frame given as its header, its blocks and its checksum, piece by piece."""
+        with self._errors():
+            yield from map(self.module.ZstdDecompressor().decompress, pieces)
 
 
 class SeekTable(NamedTuple):

@@ -23,7 +23,6 @@ from tests.support import golden, manifest, require_module, require_program, tem
 from vma_tool import (
     FormatError,
     Frame,
-    LibraryZstd,
     ModuleZstd,
     SeekTable,
     Zstd,
@@ -34,7 +33,7 @@ from vma_tool import (
 
 def roads() -> Iterator[tuple[str, Zstd]]:
     """Yield each way to the library that this Python has."""
-    library = LibraryZstd.load_library()
+    library = Zstd.load_library()
     if library is not None:
         yield "library", library
     for name in ("compression.zstd", "backports.zstd"):
@@ -177,11 +176,11 @@ class Library(unittest.TestCase):
         module = types.ModuleType("compression.zstd")
         for what, patches, want in (
             ("module", mock.patch.dict(sys.modules, {"compression.zstd": module}), ModuleZstd),
-            ("library", hidden, LibraryZstd),
+            ("library", hidden, Zstd),
         ):
             Zstd.load.cache_clear()
             with self.subTest(what), patches:
-                if want is LibraryZstd and LibraryZstd.load_library() is None:
+                if want is Zstd and Zstd.load_library() is None:
                     self.skipTest("no libzstd")
                 self.assertIs(type(Zstd.load()), want)
         for what, library in (
@@ -196,9 +195,9 @@ class Library(unittest.TestCase):
     def test_few_functions(self) -> None:
         """Nothing else of the library is used than its stable functions."""
         library = FakeLibrary()
-        self.assertIs(LibraryZstd(library).library, library)
+        self.assertIs(Zstd(library).library, library)
         with mock.patch("ctypes.CDLL", return_value=library):
-            self.assertIsNotNone(LibraryZstd.load_library())
+            self.assertIsNotNone(Zstd.load_library())
         self.assertEqual(
             library.asked,
             {
@@ -213,8 +212,7 @@ def fresh(zstd: Zstd) -> Zstd:
     """Return the same road with new contexts."""
     if isinstance(zstd, ModuleZstd):
         return ModuleZstd(zstd.module)
-    assert isinstance(zstd, LibraryZstd)
-    return LibraryZstd(zstd.library)
+    return Zstd(zstd.library)
 
 
 class FakeLibrary:
