@@ -875,8 +875,6 @@ PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
 RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
 COMPRESSION_LEVELS = range(1, 23)
 DEFAULT_LEVEL = 3  # vzdump's
-# Clusters of a whole extent, by the smallest align with so many
-EXTENT_CLUSTER_COUNTS = {1 << 20: 48, 256 << 10: 56, 4 << 10: 58}
 
 
 class Frame(NamedTuple):
@@ -1006,12 +1004,10 @@ class Zstd:
     @classmethod
     def load_library(cls) -> Zstd | None:
         """Return the first library found that is new enough."""
-        try:
-            import ctypes
-        except ImportError:  # a Python built without it
-            return None
         for name in cls.NAMES:
-            with suppress(OSError, AttributeError):
+            with suppress(ImportError, OSError, AttributeError):
+                import ctypes  # a Python may be built without it
+
                 found = cls(ctypes.CDLL(name))
                 if found.library.ZSTD_versionNumber() >= cls.MIN_VERSION:
                     return found
@@ -1303,9 +1299,10 @@ def index_archive(
         if not device.is_vmstate and disks[device.dev_id][last] & ~device.block_mask(last):
             raise FormatError(f"the index has blocks behind the end of {device.title}")
     found = []
-    for align, cluster_count in EXTENT_CLUSTER_COUNTS.items():
+    # The smallest align for each number of clusters that a whole extent may have: 48, 56, 58.
+    for align in (1 << 20, 256 << 10, 4 << 10):
         if header_size % align == 0:
-            index, offsets = lay_out_frames(header_size, disks, cluster_count)
+            index, offsets = lay_out_frames(header_size, disks, clusters_per_extent(align))
             if offsets == table.offsets:
                 found.append(index)
     if not found:
@@ -2801,7 +2798,7 @@ class Index:
                 if clusters > room:
                     raise FormatError(
                         f"the devices have {clusters} clusters, of which a file of "
-                        f"{source.size} bytes holds at most {max(room, 0)}"
+                        f"{source.size} bytes holds at most {room}"
                     )
             for device in header.devices:
                 if device.cluster_count > MAX_CLUSTERS:
