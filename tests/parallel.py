@@ -39,6 +39,7 @@ class Parallel(unittest.TestSuite):
         classes = by_class(self)
         compiled_tool()  # once, for all
         context = multiprocessing.get_context("fork")
+        before = _classes[:]  # not empty in a process of another one, which has more to run
         with ProcessPoolExecutor(PROCESSES, context) as pool:
             try:
                 # The processes are forked by the first call, so they have the tests.
@@ -55,6 +56,7 @@ class Parallel(unittest.TestSuite):
                         break
             finally:
                 pool.shutdown(cancel_futures=True)
+                _classes[:] = before
         return result
 
 
