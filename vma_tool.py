@@ -3009,6 +3009,14 @@ class Part(NamedTuple):
         views = self.filled([FULL_MASK] * len(self.masks))
         return views[0][: self.size] if views else None
 
+    def disk_bytes(self) -> list[Buffer]:
+        """Return all bytes up to the device's end, zeros and all."""
+        whole = self.whole()
+        if whole is not None:
+            return [whole]
+        count, rest = divmod(self.size, CLUSTER_SIZE)
+        return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
+
     def filled_run(self, base: int, start: int, size: int) -> Buffer:
         """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
         if self.image is None:
@@ -3110,15 +3118,11 @@ class Contents(Producer):
 
     def __init__(self, source: Input, whole: bool = True) -> None:
         self.source = source
+        self.inputs: tuple[Input, ...] = (source,)  # all files and pipes that are read
         self.header = read_header(source, whole)
         self.index = Index(self.header, source)
         self.parallel = isinstance(source, FramesInput)  # there is something to decompress
         self._extents = read_extents(source, self.header)
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        """All files and pipes that are read."""
-        return (self.source,)
 
     def base_index(self, device: Device) -> DeviceIndex | None:
         """Return the base's index of a device, for clusters that a difference leaves out."""
@@ -3141,10 +3145,10 @@ class Contents(Producer):
             yield extent
         self.index.finish()
 
-    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Read and check all extents not read yet; calls tick after each."""
+    def complete(self) -> None:
+        """Read and check all extents not read yet."""
         while self._read_extent():
-            tick()
+            pass
 
     def extents_digest(self) -> bytes:
         """Return the SHA-256 over the MD5s of all extents."""
@@ -3185,20 +3189,24 @@ class Contents(Producer):
         return parts
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
-        for device in canonical_order(self.header.devices, chosen):
-            first = 0
-            while plan := self.next_plan(device, first, count):
-                yield plan
-                first += plan.cluster_count
-        self.complete()
+        with self.holding(chosen):
+            for device in canonical_order(self.header.devices, chosen):
+                yield from self.device_plans(device, count)
+            self.complete()
 
-    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
-        """Return the plan of up to count clusters, None behind the device's end.
+    def device_plans(self, device: Device, count: int) -> Iterator[Plan]:
+        """Yield parts of `count` clusters of one device."""
+        first = 0
+        while (plan := self.plan(device, first, count)).cluster_count:
+            yield plan
+            first += plan.cluster_count
 
-        Devices and clusters must come in canonical order.
+    def plan(self, device: Device, first: int, count: int) -> Plan:
+        """Return the plan of up to count clusters, of fewer at the device's end.
+
+        Until all extents have been read, devices and clusters must come in canonical order.
         """
-        entries = self.entries(device, first, count)
-        return plan_entries(device, first, entries) if entries else None
+        return plan_entries(device, first, self.entries(device, first, count))
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         """Return the entries of up to count clusters; reads extents until they are known."""
@@ -3237,30 +3245,19 @@ class Contents(Producer):
             if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
                 raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
 
-    def plan(self, dev_id: int, first: int, count: int) -> Plan:
-        """Return the plan of clusters at any place, after `complete`."""
-        index = self.index.devices[dev_id]
-        return plan_entries(index.device, first, index.slice(first, count))
-
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
         index = self.index.devices[dev_id]
         end = min(offset + size, index.disk_size)
-        data = bytearray(max(end - offset, 0))
-        # If the range begins inside a cluster, it may touch one more than its size has.
-        count = min(-(-len(data) // CLUSTER_SIZE) + 1, EXTENT_SLOTS)
-        buffer = memoryview(bytearray(count * CLUSTER_SIZE))
-        at = offset
-        while at < end:
-            first = at // CLUSTER_SIZE
-            plan = self.plan(dev_id, first, min(-(-end // CLUSTER_SIZE) - first, count))
-            image = self.read(plan, buffer).whole()
-            stop = min((first + plan.cluster_count) * CLUSTER_SIZE, end)
-            if image is not None:
-                start = first * CLUSTER_SIZE
-                data[at - offset : stop - offset] = image[at - start : stop - start]
-            at = stop
-        return bytes(data)
+        last = -(-end // CLUSTER_SIZE)
+        data = bytearray()
+        # The system gives memory only for what is written to.
+        buffer = memoryview(bytearray(BUFFER_SIZE))
+        for first in range(offset // CLUSTER_SIZE, last, EXTENT_SLOTS):
+            plan = self.plan(index.device, first, min(last - first, EXTENT_SLOTS))
+            data += b"".join(self.read(plan, buffer).disk_bytes())
+        start = offset % CLUSTER_SIZE
+        return bytes(memoryview(data)[start : start + end - offset])
 
 
 class IndexedContents(Contents):
@@ -3290,7 +3287,7 @@ class IndexedContents(Contents):
             self._compare(extent)
             yield extent
 
-    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
+    def complete(self) -> None:
         """Return at once: the index is complete. Without devices, check the only extent."""
         for _ in () if self.header.devices else self.extents():
             pass
@@ -3301,10 +3298,6 @@ class IndexedContents(Contents):
         for _ in self._check(device, first, len(entries)) if entries else ():
             pass
         return entries
-
-    def plan(self, dev_id: int, first: int, count: int) -> Plan:
-        device = self.index.devices[dev_id].device
-        return plan_entries(device, first, self.entries(device, first, count))
 
     def extents_digest(self) -> bytes:
         digest = hashlib.sha256()
@@ -3394,13 +3387,9 @@ class Stream(Contents):
         self._spool: Spool | None = None
         self._buffer = new_buffer(EXTENT_MAX_BLOCKS * BLOCK_SIZE)
 
-    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
-        """Yield as `Contents.plans` does, but only once; what is not chosen is gone."""
-        with self.holding(chosen):
-            yield from super().plans(count, chosen)
-
     @contextmanager
     def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
+        """Hold clusters that come early. Only once: what is not chosen is gone."""
         order = canonical_order(self.header.devices, chosen)
         self._held = {device.dev_id: {} for device in order}
         try:
@@ -4031,20 +4020,11 @@ class DiskWriter(Consumer):
             if target is None:  # a stream brings all devices, also those that were not chosen
                 continue
             if part.device.dev_id in self.zeros:
-                target.write_at(part.offset, disk_bytes(part))
+                target.write_at(part.offset, part.disk_bytes())
             elif part.image is not None:
                 image = part.image[: part.size]  # the last block may reach further
                 for start, end in block_spans(part.masks):
                     target.write_at(part.offset + start, [image[start:end]])
-
-
-def disk_bytes(part: Part) -> list[Buffer]:
-    """Return all bytes of a part, zeros and all, up to the device's end."""
-    whole = part.whole()
-    if whole is not None:
-        return [whole]
-    count, rest = divmod(part.size, CLUSTER_SIZE)
-    return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
 
 
 def write_disks(
@@ -4088,7 +4068,7 @@ class DiskDigests(Consumer):
 
     def deliver(self, prepared: Sequence[Part]) -> None:
         for part in prepared:
-            for data in disk_bytes(part):
+            for data in part.disk_bytes():
                 self.digests[part.device.dev_id].update(data)
 
 
@@ -4122,20 +4102,21 @@ def pair_plans(
 
     Devices with the same key are paired; it begins with what canonical_order sorts by.
     """
-    # Never looks ahead: of a stream, each plan must be read before the next one is made.
-    groups = [
-        itertools.groupby(contents.plans(count, chosen), lambda plan: key(plan.device))
-        for contents in both
-    ]
-    heads = [next(group, None) for group in groups]
-    while any(heads):
-        first = min(head[0] for head in heads if head)
-        now = [head is not None and head[0] == first for head in heads]
-        plans = [head[1] if head and is_now else () for head, is_now in zip(heads, now)]
-        yield from itertools.zip_longest(*plans)
-        heads = [
-            next(group, None) if is_now else head for group, head, is_now in zip(groups, heads, now)
+    with both[0].holding(chosen), both[1].holding(chosen):
+        devices = [
+            {key(device): device for device in canonical_order(contents.header.devices, chosen)}
+            for contents in both
         ]
+        for one in sorted({**devices[0], **devices[1]}):
+            # Never looks ahead: of a stream, each plan must be read before the next one is made.
+            yield from itertools.zip_longest(
+                *(
+                    contents.device_plans(known[one], count) if one in known else ()
+                    for contents, known in zip(both, devices)
+                )
+            )
+        for contents in both:
+            contents.complete()
 
 
 def pair_has_data(pair: Pair) -> bool:
@@ -4463,6 +4444,7 @@ class Overlay(Contents):
         self.difference, self.base = difference, base
         self.about = difference.index.difference
         self.source = difference.source
+        self.inputs = difference.source, base.source
         self.index = difference.index  # for vmstate's size: that is always stored whole
         self.header = whole_header(difference.header)
         self.ordered = difference.ordered or base.ordered
@@ -4470,10 +4452,6 @@ class Overlay(Contents):
         # A disk that has grown is still based on the one with its dev_id and name.
         known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
         self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        return self.difference.source, self.base.source
 
     def base_index(self, device: Device) -> DeviceIndex | None:
         dev_id = device.dev_id  # a base has the same one
@@ -4484,9 +4462,9 @@ class Overlay(Contents):
             yield from contents.extents()
         self.complete()
 
-    def complete(self, tick: Callable[[], None] = lambda: None) -> None:
-        self.difference.complete(tick)
-        self.base.complete(tick)
+    def complete(self) -> None:
+        self.difference.complete()
+        self.base.complete()
         for device in self.header.devices if not self.ordered else ():
             # Behind the base's end nothing may be missing: better known before anything is written.
             base = self.bases.get(device.dev_id)
@@ -4508,24 +4486,10 @@ class Overlay(Contents):
     def _needs(self) -> str:
         return f"{self.source.name} needs {self.about.base.title}"
 
-    def next_plan(self, device: Device, first: int, count: int) -> Plan | None:
+    def plan(self, device: Device, first: int, count: int) -> Plan:
         entries = self.difference.entries(device, first, count)
         base = self.bases.get(device.dev_id)
         base_entries = self.base.entries(base, first, len(entries)) if base else []
-        return self._join(device, first, entries, base_entries) if entries else None
-
-    def plan(self, dev_id: int, first: int, count: int) -> Plan:
-        device, _, _, entries, _ = self.difference.plan(dev_id, first, count)
-        base = self.bases.get(dev_id)
-        count = min(len(entries), base.cluster_count - first) if base else 0
-        base_entries = self.base.plan(dev_id, first, count).where if count > 0 else []
-        return self._join(device, first, entries, base_entries)
-
-    def _join(
-        self, device: Device, first: int, entries: Sequence[int], base_entries: Sequence[int]
-    ) -> Plan:
-        """Return the plan of clusters whose entries in the difference and the base these are."""
-        base = self.bases.get(device.dev_id)
         self._require(device, first + len(base_entries), entries[len(base_entries) :])
         where: list[tuple[Contents, Plan]] = []
         if base and self.base.ordered:  # also what is not needed must be taken out of the stream
@@ -4544,11 +4508,12 @@ class Overlay(Contents):
         has_data = any(plan.has_data for _, plan in where)
         return Plan(device, first, len(entries), where, has_data)
 
-    def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
+    @contextmanager
+    def holding(self, chosen: Collection[int] | None) -> Iterator[None]:
         # Of a base that is a stream, only disks that are needed wait in memory.
         bases = set(self.bases) if chosen is None else set(self.bases) & set(chosen)
         with self.difference.holding(chosen), self.base.holding(bases):
-            yield from super().plans(count, chosen)
+            yield
 
     def read(self, plan: Plan, buffer: memoryview) -> Part:
         if not plan.has_data:
@@ -5350,7 +5315,7 @@ class MountedDisk(MountedFile):
         at = self.start + offset
         first = at // CLUSTER_SIZE
         count = -(-(at + size) // CLUSTER_SIZE) - first
-        plan = self.contents.plan(self.stored.index.device.dev_id, first, count)
+        plan = self.contents.plan(self.stored.index.device, first, count)
         image = self.contents.read(plan, buffer).whole()
         self._check_unchanged()  # after the read: a change in between must not pass
         start = at - first * CLUSTER_SIZE
@@ -8020,7 +7985,7 @@ def cmd_mount(args: Namespace) -> int:
             size = sum(source.size or 0 for source in inputs)
             progress.begin("reading headers", size, lambda: sum(each.offset for each in inputs))
             # A damaged archive is refused here, not when a program reads it later.
-            contents.complete(progress.tick)
+            contents.complete()
             # Reading here and there would not show that it is the wrong one.
             if isinstance(contents, Overlay):
                 contents.check_base(progress)
