@@ -3095,8 +3095,8 @@ class Producer:
     ordered = False
     parallel = False
 
-    def check(self) -> Consumer | None:
-        """Return a second consumer of all parts, whose `finish` raises if they are wrong."""
+    def check(self, chosen: Collection[int] | None) -> Consumer | None:
+        """Return a second consumer of the parts, whose `finish` raises if they are wrong."""
         return None
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
@@ -3608,31 +3608,20 @@ def copy_parts(
     chosen: Collection[int] | None = None,
 ) -> None:
     """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
-    check = producer.check()
-    consumers = [consumer, *filter(None, [check])]
+    consumers = [consumer, *filter(None, [producer.check(chosen)])]
 
-    def read(batch: list[Plan], buffer: memoryview) -> list[Part]:
-        return [producer.read(plan, buffer) for plan in batch]
+    # Of a stream, this thread must read; of a file, each worker reads what it works on.
+    def read(batch: list[Any], buffer: memoryview) -> list[Any]:
+        return [producer.read(plan, buffer) if producer.ordered else plan for plan in batch]
 
-    def prepare(parts: list[Part], _buffer: memoryview) -> list[list[Any]]:
+    def work(batch: list[Any], buffer: memoryview) -> list[list[Any]]:
+        parts = [each if producer.ordered else producer.read(each, buffer) for each in batch]
         return [[each.prepare(part) for part in parts] for each in consumers]
 
-    def read_and_prepare(batch: list[Plan], buffer: memoryview) -> list[list[Any]]:
-        return prepare(read(batch, buffer), buffer)
-
-    def delivery(number: int) -> Callable[[list[list[Any]]], None]:
-        return lambda prepared: consumers[number].deliver(prepared[number])
-
-    deliver = [delivery(number) for number in range(len(consumers))]
     batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
-    # Only compression is work enough for several processors. Of a stream, this thread must read;
-    # of a file, each worker reads what it decompresses or compresses.
-    if not (producer.parallel or consumer.parallel):
-        pump(batches, read_and_prepare, deliver)
-    elif producer.ordered:
-        pump(batches, read, deliver, prepare)
-    else:
-        pump(batches, lambda batch, _: batch, deliver, read_and_prepare)
+    deliver = [each.deliver for each in consumers]
+    # Only compression is work enough for several processors.
+    pump(batches, read, work, deliver, producer.parallel or consumer.parallel)
     for each in reversed(consumers):  # the check first: a bad archive is not to be completed
         each.finish()
 
@@ -3717,70 +3706,69 @@ class Workers:
 def pump(
     items: Iterable[T],
     read: Callable[[T, memoryview], Any],
+    work: Callable[[Any, memoryview], Sequence[Any]],
     deliver: Sequence[Callable[[Any], None]],
-    work: Callable[[Any, memoryview], Any] | None = None,
+    parallel: bool,
     buffer_size: int = BUFFER_SIZE,
 ) -> None:
-    """Read here, `work` on several processors if given, deliver in more threads, in order.
+    """Read here, `work` on all processors or here, deliver in more threads, in order.
 
-    `read` gets each item and a buffer, and may return views of the buffer. Reading, writing and
-    hashing release the interpreter's lock, so one processor reads while the other one writes. Each
-    of `deliver` has a thread, and gets everything. Two threads that both write are slower: the
-    kernel lets only one at a time into a file.
+    `read` and `work` get a buffer for each item, and may return views of it. What `work` returns
+    has an item for each of `deliver`, which has a thread of its own. Reading, writing and hashing
+    release the interpreter's lock, so one processor reads while the other one writes. Two threads
+    that both write are slower: the kernel lets only one at a time into a file.
     """
-    import queue
+    thread_count = processor_count() if parallel else 0
+    # Nothing bounds the queues of calls, but each item needs a buffer, each worker holds one.
+    in_use: collections.deque[tuple[memoryview, list[Call]]] = collections.deque()
+    stopped = False
 
-    # Nothing bounds the queues of calls, but each item needs a buffer.
-    thread_count = processor_count() if work else 0
-    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    for _ in range(thread_count + BUFFER_COUNT):  # each worker holds one
-        free.put(new_buffer(buffer_size))
-    failures: list[BaseException] = []
-    last: list[Call] = []  # of each deliverer
-
-    def hand_on(
-        function: Callable[[Any], None], call: Call, buffer: memoryview, users: list[int]
-    ) -> None:
+    def hand_on(number: int, call: Call) -> None:
+        nonlocal stopped
         try:
             value = call.result()
-            if not failures:
-                function(value)
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            failures.append(error)
-        if not users.pop():  # 0 comes last
-            free.put(buffer)
+            if not stopped:  # nothing may be written behind what is missing
+                deliver[number](value[number])
+        except BaseException:
+            stopped = True
+            raise
 
     threads: list[Workers] = []
     try:
         threads += (Workers(count) for count in (thread_count, *[1] * len(deliver)))
         workers, *deliverers = threads
         for item in items:
-            buffer = free.get()
-            if failures:
+            if len(in_use) < thread_count + BUFFER_COUNT:
+                buffer = new_buffer(buffer_size)
+            else:
+                buffer, calls = in_use.popleft()
+                for each in calls:
+                    each.result()
+            if stopped:
                 break
             value = read(item, buffer)
-            call = Call(work or (lambda value, _: value), value, buffer)
-            if work:
-                workers.submit(call)
-            else:
+            if parallel:
+                call = workers.submit(Call(work, value, buffer))
+            else:  # right here, so that Ctrl-C ends it at once
+                call = Call(list, work(value, buffer))
                 call.run()
-            users = list(range(len(deliver)))
-            last = [
-                each.submit(Call(hand_on, function, call, buffer, users))
-                for each, function in zip(deliverers, deliver)
+            handed_on = [
+                each.submit(Call(hand_on, number, call)) for number, each in enumerate(deliverers)
             ]
-    except BaseException as error:
-        failures.insert(0, error)
+            in_use.append((buffer, [call, *handed_on]))
+        for _, calls in in_use:
+            for each in calls:
+                each.result()
+    except BaseException:
+        stopped = True
         raise
     finally:
         if isinstance(items, Generator):
             items.close()  # not when the garbage is collected: it may have files open
-        for each in threads:
-            each.close()
-        for call in last:
-            call.wait(2 if failures else -1)  # it may hang in a pipe that nobody reads
-    if failures:
-        raise failures[0]
+        for thread in threads:
+            thread.close()
+        for call in in_use[-1][1] if in_use else ():
+            call.wait(2)  # after an error: it may hang in a pipe that nobody reads
 
 
 def new_buffer(size: int) -> memoryview:
@@ -4045,7 +4033,7 @@ def write_disks(
     if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         # Disks can be written at any place: no cluster waits for its turn in memory.
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
-        pump(extents, contents.read_extent, [writer.deliver])
+        pump(extents, contents.read_extent, lambda parts, _: [parts], [writer.deliver], False)
     else:
         copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
     for dev_id, file in files.items():
@@ -4150,7 +4138,9 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
     read_here = functools.partial(read_pair, both, ordered=True)
-    read_rest = functools.partial(read_pair, both, ordered=False)
+
+    def read_rest(pair: Any, buffer: memoryview) -> list[Any]:
+        return [read_pair(both, pair, buffer, ordered=False)]
 
     def pairs() -> Iterator[Pair]:  # a generator, which `pump` closes
         plans = pair_plans(both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), set(common))
@@ -4165,12 +4155,12 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
                 firsts[dev_id] = part.offset + offset + at
 
     if one.parallel or other.parallel:
-        pump(pairs(), read_here, [compare], read_rest, size)
+        pump(pairs(), read_here, read_rest, [compare], True, size)
     else:
         # In one buffer, which stays in the processor's cache, one thread is faster than two.
         buffer = new_buffer(size)
         for pair in pairs():
-            compare(read_rest(read_here(pair, buffer), buffer))
+            compare(*read_rest(read_here(pair, buffer), buffer))
     found = [
         f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
         f"{first}"
@@ -4353,23 +4343,20 @@ class DifferenceWriter:
                 return pair_has_data(pair)
             return base is None or base.cluster_count < new.cluster_count or new.device.is_vmstate
 
-        def read(batch: Sequence[Any], buffer: memoryview, ordered: bool) -> list[list[Any]]:
-            return [read_pair(self.both, pair, buffer, ordered) for pair in batch]
+        def read(batch: list[Pair], buffer: memoryview) -> list[list[Any]]:
+            return [read_pair(self.both, pair, buffer, ordered=True) for pair in batch]
 
-        def read_here(batch: list[Pair], buffer: memoryview) -> list[list[Any]]:
-            parts = read(batch, buffer, ordered=True)
-            return parts if parallel else read(parts, buffer, ordered=False)
+        def compare(batch: list[list[Any]], buffer: memoryview) -> list[list[Any]]:
+            pairs = [read_pair(self.both, pair, buffer, ordered=False) for pair in batch]
+            found = [self._compare(*pair) for pair in pairs]
+            return [[each[number] for each in found if each[number]] for number in range(3)]
 
-        def compare(batch: list[Any], buffer: memoryview) -> list[list[Any]]:
-            return [self._compare(*pair) for pair in read(batch, buffer, ordered=False)]
-
-        parallel = any(contents.parallel for contents in self.both)
         pairs = pair_plans(
             self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
         batches = in_batches(filter(matters, pairs), pair_has_data, progress)
-        deliver = [functools.partial(self._deliver, number) for number in range(3)]
-        pump(batches, read_here, deliver, compare, 2 * BUFFER_SIZE)
+        deliver = [each.deliver for each in (*self.digests, self.body)]
+        pump(batches, read, compare, deliver, True, 2 * BUFFER_SIZE)
 
     def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
         """Return what to hash of both parts, and the extent to write, None where there is none."""
@@ -4379,11 +4366,6 @@ class DifferenceWriter:
         ]
         extent = lay_out_difference(base, new) if new else None
         return [*prepared, self.body.assemble(*extent) if extent else None]
-
-    def _deliver(self, number: int, compared: Sequence[list[Any]]) -> None:
-        """Hand on the base's part (0) or the new one's (1) to be hashed, or the extent (2)."""
-        consumer = (*self.digests, self.body)[number]
-        consumer.deliver([each[number] for each in compared if each[number]])
 
     def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
         """Write the difference; names are those of the two archives. Return who wrote it."""
@@ -4530,8 +4512,8 @@ class Overlay(Contents):
         found = result.masks if plan.device.is_vmstate else data_masks(result)
         return result._replace(masks=found, image=image if any(found) else None)
 
-    def check(self) -> Consumer:
-        return ContentCheck(self)
+    def check(self, chosen: Collection[int] | None) -> Consumer:
+        return ContentCheck(self, chosen)
 
     def check_base(self, progress: Progress) -> None:
         """Raise FormatError unless the base is the one that is needed.
@@ -4594,20 +4576,17 @@ def open_archive(
 class ContentCheck(ContentDigest):
     """Raises FormatError at the end unless the disks are those that the difference was made of."""
 
-    def __init__(self, overlay: Overlay) -> None:
+    def __init__(self, overlay: Overlay, chosen: Collection[int] | None) -> None:
         super().__init__(overlay.header)
         self.overlay = overlay
-        self.seen: set[int] = set()
-
-    def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
-        self.seen.update(dev_id for dev_id, _, _ in prepared)
-        super().deliver(prepared)
+        self.chosen = chosen
 
     def finish(self) -> None:
-        # Devices that nobody has chosen were not read.
         found = self.disks(self.overlay.index)
         expected = dict(zip(found, self.overlay.about.disks))
-        if any(found[dev_id] != expected[dev_id] for dev_id in self.seen):
+        # Devices that nobody has chosen were not read.
+        chosen = found if self.chosen is None else self.chosen
+        if any(found[dev_id] != expected[dev_id] for dev_id in chosen):
             raise self.overlay.blame()
 
 
@@ -7721,11 +7700,12 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
                 progress.tick()
                 start = offsets[i]
 
-    def work(place: tuple[int, int], buffer: memoryview) -> None:
+    def work(place: tuple[int, int], buffer: memoryview) -> tuple[()]:
         start, end = place
         source.read_at([(start, buffer[: end - start])])
+        return ()
 
-    pump(ranges(), lambda place, _: place, [lambda _: None], work)
+    pump(ranges(), lambda place, _: place, work, [], parallel=True)
 
 
 def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
