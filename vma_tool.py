@@ -2924,7 +2924,6 @@ class Index:
             self._most_slots = max(self._most_slots, most)
             if not self._slots and entries:  # the archive's last extent
                 self._slots = (len(entries) - 1) % archive.cluster_count + 1
-        self.extent_count = max(self.extent_count, 1)  # without devices, there is one all the same
         self.finish()
 
     def finish(self) -> None:
@@ -3067,21 +3066,16 @@ def scatter(entries: Sequence[int], image: memoryview) -> list[tuple[int, memory
     Entries are as in DeviceIndex.
     """
     # Runs go on across clusters: an extent in order, with all blocks stored, is one read.
-    wanted = []
-    begin = end = source = 0  # the run that grows: where in the image, and its end in the archive
+    runs: list[list[int]] = []  # where each is in the archive, its start and its end in the image
+    follows = end = -1  # where the last run ends in the archive, and in the image
     for base, entry in zip(itertools.count(0, CLUSTER_SIZE), entries):
-        offset, mask = entry >> 16, entry & FULL_MASK
-        for start, size in block_runs(mask):
-            if base + start != end or offset != source:
-                if end > begin:
-                    wanted.append((source - (end - begin), image[begin:end]))
-                begin = base + start
-            end = base + start + size
-            offset += size
-            source = offset
-    if end > begin:
-        wanted.append((source - (end - begin), image[begin:end]))
-    return wanted
+        offset = entry >> 16
+        for start, size in block_runs(entry & FULL_MASK):
+            if offset != follows or base + start != end:
+                runs.append([offset, base + start, 0])
+            runs[-1][2] = end = base + start + size
+            follows = offset = offset + size
+    return [(offset, image[start:end]) for offset, start, end in runs]
 
 
 class Producer:
@@ -3176,16 +3170,17 @@ class Contents(Producer):
         entries = [extent.payload_offset + slot.start << 16 | slot.mask for slot in slots]
         self.source.read_at(scatter(entries, image))
         parts = []
-        first = 0
-        for last, slot in enumerate(slots, 1):
-            neighbour = (slot.dev_id, slot.cluster_num + 1)
-            if last == len(slots) or slots[last][:2] != neighbour:
-                part = slots[first:last]
-                masks = [each.mask for each in part]
-                view = image[first * CLUSTER_SIZE : last * CLUSTER_SIZE] if any(masks) else None
-                device = self.index.devices[slot.dev_id].device
-                parts.append(make_part(device, part[0].cluster_num, masks, view))
-                first = last
+        start = 0
+        # Of neighbours, the cluster's number grows by one with each slot.
+        for (dev_id, shift), group in itertools.groupby(
+            range(len(slots)), lambda i: (slots[i].dev_id, slots[i].cluster_num - i)
+        ):
+            masks = [slots[i].mask for i in group]
+            end = start + len(masks)
+            view = image[start * CLUSTER_SIZE : end * CLUSTER_SIZE] if any(masks) else None
+            device = self.index.devices[dev_id].device
+            parts.append(make_part(device, start + shift, masks, view))
+            start = end
         return parts
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
@@ -3282,15 +3277,9 @@ class IndexedContents(Contents):
         """Yield the extents not read yet; raises FormatError if one is not as the index says."""
         for device in canonical_order(self.header.devices):
             yield from self._check(device, 0, len(self.index.devices[device.dev_id].entries))
-        if not self.header.devices:  # one extent all the same
-            extent = Extent(self.header.size, 0, (), pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
-            self._compare(extent)
-            yield extent
 
     def complete(self) -> None:
-        """Return at once: the index is complete. Without devices, check the only extent."""
-        for _ in () if self.header.devices else self.extents():
-            pass
+        """Return at once: the index is complete."""
 
     def entries(self, device: Device, first: int, count: int) -> list[int]:
         entries = self.index.devices[device.dev_id].slice(first, count)
@@ -3304,8 +3293,6 @@ class IndexedContents(Contents):
         for device in canonical_order(self.header.devices):
             for number in range(len(self._checked[device.dev_id])):
                 digest.update(self._extent(device, number).md5)
-        if not self.header.devices:
-            digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
         return digest.digest()
 
     def _check(self, device: Device, first: int, count: int) -> Iterator[Extent]:
@@ -3313,13 +3300,24 @@ class IndexedContents(Contents):
         checked = self._checked[device.dev_id]
         end = first + count
         for number in range(first // self.cluster_count, -(-end // self.cluster_count)):
-            if not checked[number]:
-                extent = self._extent(device, number)
-                self._compare(extent)
-                checked[number] = True
-                # Nothing is read there, but the progress of headers counts offsets.
-                self.source.offset = extent.payload_offset + extent.payload_size
-                yield extent
+            if checked[number]:
+                continue
+            extent = self._extent(device, number)
+            found = bytearray(EXTENT_HEADER_SIZE)
+            self.source.read_at([(extent.offset, memoryview(found))])
+            # The MD5 covers all of it, so that those of the parts need not be compared.
+            if found[EXTENT_MD5] != extent.md5 or md5_without(found, EXTENT_MD5) != extent.md5:
+                one, last = (extent.blockinfo[i] & 0xFFFFFFFF for i in (0, -1))
+                raise SeekableError(
+                    f"{device.title}: clusters {one} to {last}: the extent header and the index "
+                    "contradict each other; without the index: zstd -dc FILE | vma-tool COMMAND -",
+                    extent.offset,
+                    self.source.name,
+                )
+            checked[number] = True
+            # Nothing is read there, but the progress of headers counts offsets.
+            self.source.offset = extent.payload_offset + extent.payload_size
+            yield extent
 
     def _extent(self, device: Device, number: int) -> Extent:
         """Return one of a device's extents, counted from 0, as the index has it."""
@@ -3334,24 +3332,6 @@ class IndexedContents(Contents):
         data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
         offset = payload_offset - EXTENT_HEADER_SIZE
         return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
-
-    def _compare(self, extent: Extent) -> None:
-        """Raise SeekableError if there is another extent header in the archive."""
-        found = bytearray(EXTENT_HEADER_SIZE)
-        self.source.read_at([(extent.offset, memoryview(found))])
-        # The MD5 covers all of it, so that those of the parts need not be compared.
-        if found[EXTENT_MD5] != extent.md5 or md5_without(found, EXTENT_MD5) != extent.md5:
-            what = ""
-            if extent.blockinfo:
-                first, last = (extent.blockinfo[i] & 0xFFFFFFFF for i in (0, -1))
-                title = self.index.devices[extent.blockinfo[0] >> 32 & 0xFF].device.title
-                what = f"{title}: clusters {first} to {last}: "
-            raise SeekableError(
-                f"{what}the extent header and the index contradict each other; without the index: "
-                "zstd -dc FILE | vma-tool COMMAND -",
-                extent.offset,
-                self.source.name,
-            )
 
     def is_canonical(self, align: int) -> bool:
         """Say whether the extents are laid out as optimize does with this align."""
@@ -3466,7 +3446,8 @@ class Spool(Target):
 
 def contents_of(source: Input, whole: bool = True) -> Contents:
     """Return the contents of an archive that can be read at any place."""
-    if isinstance(source, FramesInput) and source.index:
+    # Without devices there is nothing in the index, and one extent all the same.
+    if isinstance(source, FramesInput) and source.index and source.index.entries:
         return IndexedContents(source, source.index)
     return Contents(source, whole)
 
@@ -8342,7 +8323,7 @@ def check_extents(contents: Contents) -> None:
 
 def is_optimized(contents: Contents, align: int, compressed: bool) -> bool:
     """Say whether a file needs no change by optimize."""
-    if contents.ordered or compressed != isinstance(contents, IndexedContents):
+    if contents.ordered or compressed != isinstance(contents.source, FramesInput):
         return False
     check_extents(contents)
     return is_canonical(contents, align)
