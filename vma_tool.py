@@ -2999,8 +2999,8 @@ class Part(NamedTuple):
             return []
         # Where nothing was read, the image still holds what was in the buffer before.
         for base, stored, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks, masks):
-            if stored != mask:
-                self._clear(base, mask ^ stored)
+            for start, size in block_runs(mask ^ stored) if mask != stored else ():
+                self.image[base + start : base + start + size] = ZEROS[:size]
         return [self.image[start:end] for start, end in block_spans(masks)]
 
     def whole(self) -> memoryview | None:
@@ -3016,19 +3016,10 @@ class Part(NamedTuple):
         count, rest = divmod(self.size, CLUSTER_SIZE)
         return [*[ZERO_CLUSTER] * count, ZERO_CLUSTER[:rest]]
 
-    def filled_run(self, base: int, start: int, size: int) -> Buffer:
-        """Return bytes of the cluster at base in the image, blocks that are not stored as zeros."""
-        if self.image is None:
-            return ZEROS[:size]
-        run = (1 << -(-size // BLOCK_SIZE)) - 1 << start // BLOCK_SIZE
-        self._clear(base, run & ~self.masks[base // CLUSTER_SIZE])
-        return self.image[base + start : base + start + size]
-
-    def _clear(self, base: int, mask: int) -> None:
-        """Zero some blocks of the cluster at base in the image."""
-        assert self.image is not None
-        for start, size in block_runs(mask):
-            self.image[base + start : base + start + size] = ZEROS[:size]
+    def cluster(self, number: int) -> memoryview:
+        """Return all bytes of a cluster, counted from the part's first one."""
+        views = self.clusters(number, number + 1).filled([FULL_MASK])
+        return views[0] if views else ZEROS
 
 
 class Plan(NamedTuple):
@@ -3791,11 +3782,12 @@ class CanonicalWriter(Consumer):
             # As Proxmox writes an archive that has only configs: one extent that uses no slot.
             self.deliver([self.prepare(Part(Device(0, "", 0), 0, (), None))])
 
-    def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
-        """Write the extents that another writer has written somewhere else, and finish."""
-        self.digest = body.digest
+    def move(self, header: Header, target: Target, written: Iterable[Buffer]) -> None:
+        """Write the header to another target, the extents that were written behind it; finish."""
+        self.target = target
+        self.begin(header)
         for data in written:
-            self.target.append([data])
+            target.append([data])
 
     def _write_header(self, header: bytes) -> None:
         self.target.append([header])
@@ -3852,10 +3844,12 @@ class CompressedWriter(CanonicalWriter):
         self._counts: dict[int, int] = collections.defaultdict(int)  # extents by dev_id
 
     def _write_header(self, header: bytes) -> None:
+        extents, self._sizes = self._sizes, array.array("I")
         start = 0
         for size in header_pieces(len(header)):
             self.target.append([self._add(self._compress([header[start : start + size]]))])
             start += size
+        self._sizes += extents  # those of a difference are there already
 
     def assemble(
         self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
@@ -3888,13 +3882,10 @@ class CompressedWriter(CanonicalWriter):
             output += map(self._add, pieces)
         self.target.append(output)
 
-    def take(self, body: CanonicalWriter, written: Iterable[Buffer]) -> None:
-        rest = []
-        if isinstance(body, CompressedWriter):
-            rest = body._end_run()
-            self._sizes.extend(body._sizes)  # behind those of the header, which is written
-        super().take(body, written)
-        self.target.append([*rest, pack_seek_table(self._sizes)])
+    def move(self, header: Header, target: Target, written: Iterable[Buffer]) -> None:
+        self.target.append(self._end_run())
+        super().move(header, target, written)
+        target.append([pack_seek_table(self._sizes)])
 
     def finish(self) -> None:
         index = pack_index(self.zstd, self._masks, self.level)
@@ -4128,12 +4119,12 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
         yield from filter(pair_has_data, ticking(plans, progress))
 
     def compare(pair: Sequence[Part | None]) -> None:
-        for part, offset, ours, theirs in differing_runs(pair[0], pair[1]):
+        for part, number, ours, theirs in differing_clusters(pair[0], pair[1]):
             dev_id = part.device.dev_id
             counts[dev_id] += 1
-            if dev_id not in firsts:  # parts come in order, so the first run has the first byte
+            if dev_id not in firsts:  # parts come in order, so the first one has the first byte
                 at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                firsts[dev_id] = part.offset + offset + at
+                firsts[dev_id] = part.offset + number * CLUSTER_SIZE + at
 
     if one.parallel or other.parallel:
         pump(pairs(), read_here, read_rest, [compare], True, size)
@@ -4169,26 +4160,24 @@ def same_data(one: Part, other: Part) -> bool:
     return True
 
 
-def differing_runs(
+def differing_clusters(
     one: Part | None, other: Part | None, size: int | None = None
-) -> Iterator[tuple[Part, int, Buffer, Buffer]]:
-    """Yield of each cluster that differs the first run of blocks that does, up to size bytes.
+) -> Iterator[tuple[Part, int, memoryview, memoryview]]:
+    """Yield each cluster that differs, as (one, its number in the part, its bytes in both).
 
-    As (one, offset of the run in the part, the run in both). Only clusters that both have are
-    compared, by default only their bytes before the ends of both devices.
+    Only clusters that both have are compared, and of these up to size bytes of the part, by default
+    only the bytes before the ends of both devices.
     """
     if one is None or other is None or same_data(one, other):
         return
     size = min(one.size, other.size) if size is None else size
-    for i, masks in enumerate(zip(one.masks, other.masks)):
-        base = i * CLUSTER_SIZE
+    for number, masks in enumerate(zip(one.masks, other.masks)):
         # What neither stores is zeros in both; what only one of them stores may be zeros, too.
-        for start, length in block_runs(masks[0] | masks[1]):
-            length = max(min(length, size - base - start), 0)  # noqa: PLW2901 - of what counts
-            ours, theirs = (part.filled_run(base, start, length) for part in (one, other))
+        if any(masks):
+            end = max(size - number * CLUSTER_SIZE, 0)
+            ours, theirs = (part.cluster(number)[:end] for part in (one, other))
             if bytearray(ours) != theirs:
-                yield one, base + start, ours, theirs
-                break  # clusters are counted, not runs
+                yield one, number, ours, theirs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4196,7 +4185,7 @@ def differing_runs(
 # difference and its base make. The file is a canonical archive (--align 4K) with another magic and
 # a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
 
-DIFFERENCE_ALIGN = "4K"
+DIFFERENCE_ALIGN = ALIGNS["4K"]
 WAITING_SIZE = 64 << 20  # of a difference that is kept in memory
 
 
@@ -4308,10 +4297,9 @@ class DifferenceWriter:
         if len(new.header.configs) == CONFIG_COUNT:
             raise VmaError(f"{new.source.name}: {CONFIG_COUNT} configs leave no room for one more")
         self.both = base, new
-        self.level = level
         # The header comes first, but has the digests of all that is read.
         self.waiting = Waiting(directory)
-        self.body = canonical_writer(ALIGNS[DIFFERENCE_ALIGN], self.waiting, level)
+        self.writer = canonical_writer(DIFFERENCE_ALIGN, self.waiting, level)
         self.digests = ContentDigest(base.header), ContentDigest(new.header)
 
     def write_extents(self, progress: Progress) -> None:
@@ -4336,7 +4324,7 @@ class DifferenceWriter:
             self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
         batches = in_batches(filter(matters, pairs), pair_has_data, progress)
-        deliver = [each.deliver for each in (*self.digests, self.body)]
+        deliver = [each.deliver for each in (*self.digests, self.writer)]
         pump(batches, read, compare, deliver, True, 2 * BUFFER_SIZE)
 
     def _compare(self, base: Part | None, new: Part | None) -> list[Any]:
@@ -4346,22 +4334,20 @@ class DifferenceWriter:
             for digest, part in zip(self.digests, (base, new))
         ]
         extent = lay_out_difference(base, new) if new else None
-        return [*prepared, self.body.assemble(*extent) if extent else None]
+        return [*prepared, self.writer.assemble(*extent) if extent else None]
 
-    def finish(self, names: Sequence[str], output: Target) -> CanonicalWriter:
-        """Write the difference; names are those of the two archives. Return who wrote it."""
+    def finish(self, names: Sequence[str], output: Target) -> None:
+        """Write the difference; names are those of the two archives."""
         disks = [digest.disks(c.index) for digest, c in zip(self.digests, self.both)]
         base, new = (
             Origin(name, c.header.ctime, layout_digest(c), combine_digests(found.values()))
             for name, c, found in zip(names, self.both, disks)
         )
-        about = Difference(base, new, tuple(disks[1].values()), self.body.digest.hexdigest())
+        about = Difference(base, new, tuple(disks[1].values()), self.writer.digest.hexdigest())
         header = self.both[1].header
         configs = (Config(DIFFERENCE_CONFIG, pack_difference(about)), *header.configs)
-        writer = canonical_writer(self.body.align, output, self.level)
-        writer.begin(header._replace(configs=configs, magic=DIFFERENCE_MAGIC))
-        writer.take(self.body, self.waiting.written())
-        return writer
+        header = header._replace(configs=configs, magic=DIFFERENCE_MAGIC)
+        self.writer.move(header, output, self.waiting.written())
 
 
 def lay_out_difference(
@@ -4378,8 +4364,7 @@ def lay_out_difference(
     if not new.device.is_vmstate:
         if base is not None:
             # Up to the new disk's end: behind its own, a shorter base counts as zeros.
-            differing = differing_runs(base, new, new.size)
-            slots = [offset // CLUSTER_SIZE for _, offset, _, _ in differing]
+            slots = [number for _, number, _, _ in differing_clusters(base, new, new.size)]
             slots += range(len(base.masks), len(masks))  # behind the base's end, all is new
         for number in set(range(len(masks))).difference(slots):
             masks[number] = 0
@@ -8297,11 +8282,11 @@ def cmd_diff(args: Namespace) -> int:
         difference.write_extents(progress)
         with warning_of_partial(output):
             # The header has the digests of all data, so the extents have waited for it in a file.
-            writer = difference.finish(names, output)
+            difference.finish(names, output)
         if isinstance(output, PartialFile):
             warn_of_leftovers(args, output.directory)
-            with output.read_back(writer.zstd) as written:
-                check_written(writer, written)
+            with output.read_back(difference.writer.zstd) as written:
+                check_written(difference.writer, written)
         finish_writing(output.sync, progress)
 
         def last_look() -> None:
