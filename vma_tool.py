@@ -3101,6 +3101,9 @@ class Contents(Producer):
     `whole` is False.
     """
 
+    # The base's indexes by dev_id, for clusters that a difference leaves out
+    base_indexes: Mapping[int, DeviceIndex] = {}
+
     def __init__(self, source: Input, whole: bool = True) -> None:
         self.source = source
         self.inputs: tuple[Input, ...] = (source,)  # all files and pipes that are read
@@ -3108,10 +3111,6 @@ class Contents(Producer):
         self.index = Index(self.header, source)
         self.parallel = isinstance(source, FramesInput)  # there is something to decompress
         self._extents = read_extents(source, self.header)
-
-    def base_index(self, device: Device) -> DeviceIndex | None:
-        """Return the base's index of a device, for clusters that a difference leaves out."""
-        return None
 
     @property
     def readers(self) -> Readers | None:
@@ -3215,21 +3214,22 @@ class Contents(Producer):
         if plan.has_data:
             image = buffer[: plan.cluster_count * CLUSTER_SIZE]
             self._fill(plan, image)
-            self._check_tail(plan.device, plan.first, masks, image)
+            self._check_tail(plan, image)
         return make_part(plan.device, plan.first, masks, image)
 
     def _fill(self, plan: Plan, image: memoryview) -> None:
         """Read the stored blocks of a plan's clusters to their places in the image."""
         self.source.read_at(scatter(plan.where, image))
 
-    def _check_tail(self, device: Device, first: int, masks: list[int], image: memoryview) -> None:
+    def _check_tail(self, plan: Plan, image: memoryview) -> None:
         """Raise FormatError if a difference has more than zeros behind the device's end."""
         # Of any other archive they are dropped; but here, each changed byte is to be seen.
-        end = device.max_size - first * CLUSTER_SIZE
+        end = plan.device.max_size - plan.first * CLUSTER_SIZE
         if self.index.difference and end < len(image):
-            last = masks[-1] >> (end % CLUSTER_SIZE) // BLOCK_SIZE & 1
+            # The low bits of an entry are its mask.
+            last = plan.where[-1] >> (end % CLUSTER_SIZE) // BLOCK_SIZE & 1
             if last and any(image[end : -(-end // BLOCK_SIZE) * BLOCK_SIZE]):
-                raise FormatError(f"{self.source.name}: data behind the end of {device.title}")
+                raise FormatError(f"{self.source.name}: data behind the end of {plan.device.title}")
 
     def read_range(self, dev_id: int, offset: int, size: int) -> bytes:
         """Return bytes of a device from offset on; fewer than size at its end."""
@@ -3404,16 +3404,14 @@ class Stream(Contents):
         held = self._held[plan.device.dev_id]
         spilled = []
         for i, entry in enumerate(plan.where):
-            base = i * CLUSTER_SIZE
+            cluster = image[i * CLUSTER_SIZE : (i + 1) * CLUSTER_SIZE]
             data = held.pop(plan.first + i, None)
             if data is None:  # in the temporary file, or zeros
-                spilled += scatter((entry,), image[base : base + CLUSTER_SIZE])
+                spilled += scatter((entry,), cluster)
                 continue
             self._held_size -= len(data) + HELD_OVERHEAD
-            at = 0
-            for start, size in block_runs(entry & FULL_MASK):
-                image[base + start : base + start + size] = data[at : at + size]
-                at += size
+            for at, view in scatter((entry & FULL_MASK,), cluster):
+                view[:] = data[at : at + len(view)]
         if spilled and self._spool is not None:
             self._spool.source.read_at(spilled)
 
@@ -3642,7 +3640,7 @@ class Call:
             return self._value
 
     def wait(self, seconds: float) -> None:
-        """Wait for the call, but no longer than this; -1 for ever."""
+        """Wait for the call, but no longer than this."""
         if self._lock.acquire(timeout=seconds):
             self._lock.release()
 
@@ -3840,8 +3838,7 @@ class CompressedWriter(CanonicalWriter):
         self._sizes = array.array("I")  # of the frames, compressed and not, in turn
         self._masks = array.array("H")
         self._run: list[bytes] = []  # headers that will share a frame
-        self._place = (0, 0)  # of the last extent: dev_id, number of its run
-        self._counts: dict[int, int] = collections.defaultdict(int)  # extents by dev_id
+        self._last = (0, 0)  # extent: its dev_id, and its number among its device's
 
     def _write_header(self, header: bytes) -> None:
         extents, self._sizes = self._sizes, array.array("I")
@@ -3871,12 +3868,11 @@ class CompressedWriter(CanonicalWriter):
         for header, masks, dev_id, pieces in prepared:
             self.digest.update(header[EXTENT_MD5])
             self._masks.extend(masks)
+            number = self._last[1] + 1 if dev_id == self._last[0] else 0
+            self._last = dev_id, number
             # Runs end at fixed places of a disk, so that a change reaches no further than the next.
-            place = dev_id, self._counts[dev_id] // RUN_EXTENTS
-            self._counts[dev_id] += 1
-            if pieces or place != self._place:
+            if pieces or number % RUN_EXTENTS == 0:
                 output += self._end_run()
-            self._place = place
             if not pieces:
                 self._run.append(header)
             output += map(self._add, pieces)
@@ -3997,10 +3993,10 @@ def write_disks(
 
     New files become as long as the disks. Of a stream, clusters are written as they come.
     """
-    sizes = {device.dev_id: device.size for device in contents.header.devices}
-    files = {dev_id: t for dev_id, t in targets.items() if isinstance(t, PartialFile)}
-    for dev_id, file in files.items():
-        file.truncate(sizes[dev_id])  # a disk that is too large for the file system fails here
+    indexes = contents.index.devices
+    files = [(t, indexes[dev_id]) for dev_id, t in targets.items() if isinstance(t, PartialFile)]
+    for file, index in files:
+        file.truncate(index.device.size)  # what is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
     if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         # Disks can be written at any place: no cluster waits for its turn in memory.
@@ -4008,9 +4004,8 @@ def write_disks(
         pump(extents, contents.read_extent, lambda parts, _: [parts], [writer.deliver], False)
     else:
         copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
-    for dev_id, file in files.items():
-        if contents.index.devices[dev_id].disk_size != sizes[dev_id]:  # a vmstate
-            file.truncate(contents.index.devices[dev_id].disk_size)
+    for file, index in files:
+        file.truncate(index.disk_size)  # of a vmstate, known only now
 
 
 def ticking(items: Iterable[T], progress: Progress) -> Iterator[T]:
@@ -4227,8 +4222,7 @@ class ContentDigest(Consumer):
         found = {}
         for dev_id, (data, numbers) in self._digests.items():
             digest = data.copy()
-            digest.update(numbers.digest())
-            digest.update(struct.pack(">Q", index.devices[dev_id].disk_size))
+            digest.update(numbers.digest() + struct.pack(">Q", index.devices[dev_id].disk_size))
             found[dev_id] = digest.hexdigest()
         return found
 
@@ -4400,10 +4394,8 @@ class Overlay(Contents):
         # A disk that has grown is still based on the one with its dev_id and name.
         known = {device[:2]: device for device in base.header.devices if not device.is_vmstate}
         self.bases = {d.dev_id: known[d[:2]] for d in self.header.devices if d[:2] in known}
-
-    def base_index(self, device: Device) -> DeviceIndex | None:
-        dev_id = device.dev_id  # a base has the same one
-        return self.base.index.devices[dev_id] if dev_id in self.bases else None
+        self.base_indexes = {dev_id: base.index.devices[dev_id] for dev_id in self.bases}
+        self._needs = f"{self.source.name} needs {self.about.base.title}"
 
     def extents(self) -> Iterator[Extent]:
         for contents in (self.difference, self.base):
@@ -4429,10 +4421,6 @@ class Overlay(Contents):
                 f"{self.base.source.name}: the wrong base: it has no cluster {number} of "
                 f"{device.title}; {self._needs}"
             )
-
-    @property
-    def _needs(self) -> str:
-        return f"{self.source.name} needs {self.about.base.title}"
 
     def plan(self, device: Device, first: int, count: int) -> Plan:
         entries = self.difference.entries(device, first, count)
@@ -5286,7 +5274,9 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
     files = [MountedFile(name, len(data), data) for name, data in contents.header.configs]
     partitions: list[MountedFile] = []
     for device in contents.header.devices:
-        stored = DiskMap(contents.index.devices[device.dev_id], contents.base_index(device))
+        stored = DiskMap(
+            contents.index.devices[device.dev_id], contents.base_indexes.get(device.dev_id)
+        )
         size = stored.index.disk_size
         files.append(MountedDisk(disk_file_name(device), contents, stored, 0, size))
         if not device.is_vmstate:
