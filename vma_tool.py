@@ -3481,7 +3481,7 @@ class Disks(Producer):
             disk = self.disks[device.dev_id]
             ranges = iter_data(disk)
             data = next(ranges, None)
-            cluster_count = -(-disk.size // CLUSTER_SIZE)
+            cluster_count = -(-disk.size // CLUSTER_SIZE)  # a vmstate may have more than its device
             for first in range(0, cluster_count, count):
                 clusters = min(count, cluster_count - first)
                 start, end = first * CLUSTER_SIZE, min((first + clusters) * CLUSTER_SIZE, disk.size)
@@ -3555,10 +3555,12 @@ def find_data(image: memoryview, spans: Iterable[tuple[int, int]], count: int) -
 class Consumer:
     """Takes parts: `prepare` makes something of each, `deliver` gets batches of that in order.
 
-    Preparing for a `parallel` one is work for several processors.
+    Parts have up to `cluster_count` clusters. Preparing for a `parallel` one is work for several
+    processors.
     """
 
     parallel = False
+    cluster_count = CANONICAL_MAX_CLUSTERS
 
     def prepare(self, part: Part) -> Any:
         return part
@@ -3573,11 +3575,10 @@ class Consumer:
 def copy_parts(
     producer: Producer,
     consumer: Consumer,
-    count: int,
     progress: Progress,
     chosen: Collection[int] | None = None,
 ) -> None:
-    """Hand parts of `count` clusters from a producer to a consumer, in canonical order."""
+    """Hand parts from a producer to a consumer, in canonical order."""
     consumers = [consumer, *filter(None, [producer.check(chosen)])]
 
     # Of a stream, this thread must read; of a file, each worker reads what it works on.
@@ -3588,7 +3589,8 @@ def copy_parts(
         parts = [each if producer.ordered else producer.read(each, buffer) for each in batch]
         return [[each.prepare(part) for part in parts] for each in consumers]
 
-    batches = in_batches(producer.plans(count, chosen), operator.attrgetter("has_data"), progress)
+    plans = producer.plans(consumer.cluster_count, chosen)
+    batches = in_batches(plans, operator.attrgetter("has_data"), progress)
     deliver = [each.deliver for each in consumers]
     # Only compression is work enough for several processors.
     pump(batches, read, work, deliver, producer.parallel or consumer.parallel)
@@ -4003,7 +4005,7 @@ def write_disks(
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
         pump(extents, contents.read_extent, lambda parts, _: [parts], [writer.deliver], False)
     else:
-        copy_parts(contents, writer, CANONICAL_MAX_CLUSTERS, progress, set(targets))
+        copy_parts(contents, writer, progress, set(targets))
     for file, index in files:
         file.truncate(index.disk_size)  # of a vmstate, known only now
 
@@ -4098,9 +4100,9 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
     """
     # A disk and a vmstate are not the same device, even with the same dev_id.
     kinds = {(device.dev_id, device.is_vmstate) for device in other.header.devices}
-    common = {d.dev_id: d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds}
+    common = [d for d in one.header.devices if (d.dev_id, d.is_vmstate) in kinds]
     counts = dict.fromkeys(common, 0)
-    firsts: dict[int, int] = {}
+    firsts: dict[Device, int] = {}
     both = one, other
     size = 2 * COMPARED_CLUSTERS * CLUSTER_SIZE
 
@@ -4110,16 +4112,16 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
         return [read_pair(both, pair, buffer, ordered=False)]
 
     def pairs() -> Iterator[Pair]:  # a generator, which `pump` closes
-        plans = pair_plans(both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), set(common))
+        chosen = {device.dev_id for device in common}
+        plans = pair_plans(both, COMPARED_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id), chosen)
         yield from filter(pair_has_data, ticking(plans, progress))
 
     def compare(pair: Sequence[Part | None]) -> None:
-        for part, number, ours, theirs in differing_clusters(pair[0], pair[1]):
-            dev_id = part.device.dev_id
-            counts[dev_id] += 1
-            if dev_id not in firsts:  # parts come in order, so the first one has the first byte
+        for device, number, ours, theirs in differing_clusters(pair[0], pair[1]):
+            if not counts[device]:  # parts come in order, so the first one has the first byte
                 at = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                firsts[dev_id] = part.offset + number * CLUSTER_SIZE + at
+                firsts[device] = number * CLUSTER_SIZE + at
+            counts[device] += 1
 
     if one.parallel or other.parallel:
         pump(pairs(), read_here, read_rest, [compare], True, size)
@@ -4129,12 +4131,11 @@ def compare_disks(one: Contents, other: Contents, progress: Progress) -> list[st
         for pair in pairs():
             compare(*read_rest(read_here(pair, buffer), buffer))
     found = [
-        f"{common[dev_id].title}: {counts[dev_id]} clusters differ, the first byte that differs is "
-        f"{first}"
-        for dev_id, first in sorted(firsts.items())
+        f"{device.title}: {counts[device]} clusters differ, the first byte that differs is {first}"
+        for device, first in sorted(firsts.items())
     ]
-    for dev_id, device in common.items():
-        one_size, other_size = (c.index.devices[dev_id].disk_size for c in both)
+    for device in common:
+        one_size, other_size = (c.index.devices[device.dev_id].disk_size for c in both)
         if one_size != other_size:
             found.append(f"{device.title}: {one_size} bytes, the other {other_size}")
     return found
@@ -4157,8 +4158,8 @@ def same_data(one: Part, other: Part) -> bool:
 
 def differing_clusters(
     one: Part | None, other: Part | None, size: int | None = None
-) -> Iterator[tuple[Part, int, memoryview, memoryview]]:
-    """Yield each cluster that differs, as (one, its number in the part, its bytes in both).
+) -> Iterator[tuple[Device, int, memoryview, memoryview]]:
+    """Yield each cluster that differs, as (device of one, cluster_num, its bytes in both).
 
     Only clusters that both have are compared, and of these up to size bytes of the part, by default
     only the bytes before the ends of both devices.
@@ -4172,7 +4173,7 @@ def differing_clusters(
             end = max(size - number * CLUSTER_SIZE, 0)
             ours, theirs = (part.cluster(number)[:end] for part in (one, other))
             if bytearray(ours) != theirs:
-                yield one, number, ours, theirs
+                yield one.device, one.first + number, ours, theirs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4230,7 +4231,7 @@ class ContentDigest(Consumer):
 def content_digest(contents: Contents, progress: Progress) -> str:
     """Read an archive, and return its content digest in hex."""
     digest = ContentDigest(contents.header)
-    copy_parts(contents, digest, CANONICAL_MAX_CLUSTERS, progress)
+    copy_parts(contents, digest, progress)
     return combine_digests(digest.disks(contents.index).values())
 
 
@@ -4358,7 +4359,8 @@ def lay_out_difference(
     if not new.device.is_vmstate:
         if base is not None:
             # Up to the new disk's end: behind its own, a shorter base counts as zeros.
-            slots = [number for _, number, _, _ in differing_clusters(base, new, new.size)]
+            differing = differing_clusters(base, new, new.size)
+            slots = [number - new.first for _, number, _, _ in differing]
             slots += range(len(base.masks), len(masks))  # behind the base's end, all is new
         for number in set(range(len(masks))).difference(slots):
             masks[number] = 0
@@ -7667,7 +7669,7 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
 def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
     """Read all clusters, which checks them, and hand them to a consumer."""
     with progress_of(args, *contents.inputs) as progress:
-        copy_parts(contents, consumer, CANONICAL_MAX_CLUSTERS, progress)
+        copy_parts(contents, consumer, progress)
         progress.finish()
     contents.check_unchanged()
 
@@ -8128,7 +8130,7 @@ def write_archive(
         # A pipe may have got a part of the archive when an error comes.
         writer = canonical_writer(align, output, level)
         writer.begin(producer.header)
-        copy_parts(producer, writer, writer.cluster_count, progress)
+        copy_parts(producer, writer, progress)
     if isinstance(output, PartialFile):
         warn_of_leftovers(args, output.directory)
         output.truncate(output.position)  # more may have been reserved
