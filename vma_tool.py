@@ -5725,19 +5725,12 @@ class Flaw(NamedTuple):
     text: str
 
 
-class Piece(NamedTuple):
-    """Bytes that are being read: `wait` returns how many there are, less than `size` at the end."""
-
-    size: int
-    wait: Callable[[], int]
-    is_done: Callable[[], bool] = lambda: True
-
-
 class Salvage:
     """The readable bytes of a damaged archive, in order.
 
     Lost bytes read as zeros; at a break, an unknown number of bytes is missing. Offsets count the
-    bytes as they are read. The lists are complete up to the last piece that was waited for.
+    bytes as they are read. The lists, all but `flaws` ascending, are complete up to the last piece
+    that was waited for.
     """
 
     ahead = 4  # pieces that may be read at the same time
@@ -5751,8 +5744,11 @@ class Salvage:
         self.suspect = 0
         self.needed = 1  # bytes of room for the next piece
 
-    def begin(self, view: memoryview) -> Piece | None:
-        """Begin to read the next piece to the start of view; None if that is too small."""
+    def begin(self, view: memoryview) -> tuple[int, Call] | None:
+        """Begin to read the next piece to the start of view; None if that is too small.
+
+        Return its size, and a call that returns how many bytes there are: fewer at the end.
+        """
         raise NotImplementedError
 
     def index(self, header: Header) -> ArchiveIndex | None:
@@ -5774,11 +5770,10 @@ class RawSalvage(Salvage):
         self._failing = False
         self._reader = Workers(1)
 
-    def begin(self, view: memoryview) -> Piece | None:
+    def begin(self, view: memoryview) -> tuple[int, Call] | None:
         if len(view) < self.needed:
             return None
-        call = self._reader.submit(Call(self._read, view[: self.needed]))
-        return Piece(self.needed, call.result, call.is_done)
+        return self.needed, self._reader.submit(Call(self._read, view[: self.needed]))
 
     def close(self) -> None:
         self._reader.close()
@@ -5828,7 +5823,7 @@ class Window:
         self.source = source
         self.end = 0  # of the bytes that have been read
         self._begun = 0  # of those that are being read
-        self._pieces: collections.deque[Piece] = collections.deque()
+        self._pieces: collections.deque[tuple[int, Call]] = collections.deque()
         self._view = new_buffer(size)
         self._next_view = new_buffer(size)  # where it goes on when this one is full
         self._base = 0  # offset of the view's first byte
@@ -5893,7 +5888,7 @@ class Window:
             if not has_room and (waits or self._kept - self._base > len(self._view) * 3 // 4):
                 self._move(end)
             # What is there is taken even if nobody needs it yet: so the threads go on.
-            elif self._pieces and (self.end < end or self._pieces[0].is_done()):
+            elif self._pieces and (self.end < end or self._pieces[0][1].is_done()):
                 self._take()
             else:
                 return
@@ -5904,17 +5899,17 @@ class Window:
             piece = self.source.begin(self._view[self._begun - self._base :])
             if piece is None:
                 return False
-            self._begun += piece.size
+            self._begun += piece[0]
             self._pieces.append(piece)
         return True
 
     def _take(self) -> None:
         """Wait for the first piece."""
-        piece = self._pieces.popleft()
+        size, call = self._pieces.popleft()
         self._ended = True  # if it fails
-        count = piece.wait()
+        count = call.result()
         self.end += count
-        self._ended = not piece.size or count < piece.size
+        self._ended = not size or count < size
         if self._ended:  # those that follow are empty
             self._pieces.clear()
         if self.progress:
@@ -6013,7 +6008,6 @@ class DecodedSalvage(Salvage):
         self._next: WholeFrame | None = None  # waits for room
         self._data = memoryview(b"")  # rest of a chunk
         self._end = 0  # of the bytes in all chunks
-        self._news: list[tuple[int, Chunk]] = []  # chunks that are not recorded yet, by their start
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
@@ -6024,61 +6018,49 @@ class DecodedSalvage(Salvage):
     def close(self) -> None:
         self._workers.close()
 
-    def begin(self, view: memoryview) -> Piece | None:
+    def begin(self, view: memoryview) -> tuple[int, Call] | None:
         while not (self._data or self._next):
             chunk = next(self._chunks, None)
-            if chunk is None:
-                return Piece(0, functools.partial(self._record, self._take_news(), 0))
-            if isinstance(chunk, WholeFrame):
-                self._next = chunk
-            else:
-                self._news.append((self._end, chunk))
+            if isinstance(chunk, Chunk):
+                self._record(self._end, chunk)
                 self._data = memoryview(chunk.data or b"")
                 self._end += len(self._data)
-        size = self._next.size if self._next else 1
-        if len(view) < size:
-            self.needed = size
+            else:
+                self._next = chunk
+                if chunk is None:  # the end: a piece of no bytes
+                    break
+        frame = self._next
+        self.needed = frame.size if frame else min(len(self._data), 1)
+        if len(view) < self.needed:
             return None
         self.needed = 1
-        if self._next is None:
+        if frame is None:
             part = self._data[: len(view)]
             view[: len(part)] = part
             self._data = self._data[len(part) :]
-            return Piece(len(part), functools.partial(self._record, self._take_news(), len(part)))
-        call = Call(self._decompress, self._next, view[:size])
-        if size > SMALL_SIZE:
+            call = Call(len, part)
+            call.run()
+            return len(part), call
+        self._next = None
+        call = Call(self._decompress, frame, view[: frame.size], self._end)
+        self._end += frame.size
+        self._calls.append(call)
+        if frame.size > SMALL_SIZE:
             self._workers.submit(call)
         else:
             call.run()
-        self._calls.append(call)
-        wait = functools.partial(self._finish_frame, self._take_news(), self._end, size, call)
-        self._end += size
-        self._next = None
-        return Piece(size, wait, call.is_done)
+        return frame.size, call
 
-    def _take_news(self) -> list[tuple[int, Chunk]]:
-        news, self._news = self._news, []
-        return news
-
-    def _record(self, news: Iterable[tuple[int, Chunk]], size: int) -> int:
-        """Enter what is wrong with chunks into the lists; return size."""
-        for start, chunk in news:
-            end = start + len(chunk.data or b"")
-            if chunk.flaw:
-                self.flaws.append(Flaw(start, chunk.flaw))
-            if chunk.data is None:
-                self.breaks.append(start)
-            elif end > start and (chunk.flaw or chunk.doubtful):
-                (self.lost if chunk.flaw else self.doubtful).append((start, end))
-        return size
-
-    def _finish_frame(
-        self, news: list[tuple[int, Chunk]], start: int, size: int, call: Call
-    ) -> int:
-        flaw = call.result()
-        if flaw:
-            news.append((start, Chunk(bytes(size), flaw)))
-        return self._record(news, size)
+    def _record(self, start: int, chunk: Chunk) -> None:
+        """Enter what is wrong with a chunk into the lists."""
+        size = len(chunk.data or b"")
+        if chunk.flaw:
+            self.flaws.append(Flaw(start, chunk.flaw))
+        if chunk.data is None:
+            self.breaks.append(start)
+        elif size and (chunk.flaw or chunk.doubtful):
+            # Frames are decompressed in any order.
+            bisect.insort(self.lost if chunk.flaw else self.doubtful, (start, start + size))
 
     def _flaw(self, text: object, position: int | None = None) -> str:
         return f"at byte {self.position if position is None else position} of the file: {text}"
@@ -6135,13 +6117,13 @@ class DecodedSalvage(Salvage):
         if zstd is None:
             raise VmaError(f"{self.file.name}: zstd is missing here: install the package libzstd1")
         self._library = zstd
-        self._read_table(zstd)
+        self._read_table()
         while len(self.window.peek(self.position, 1)):
-            yield from self._zstd_frames(zstd)
+            yield from self._zstd_frames()
             if len(self.window.peek(self.position, 1)):
-                yield from self._zstd_blocks(zstd)
+                yield from self._zstd_blocks()
 
-    def _read_table(self, zstd: Zstd) -> None:
+    def _read_table(self) -> None:
         """Read the seek table and the index, as far as the file has them."""
         if self.file.raw is None or not hasattr(os, "pread"):
             return
@@ -6156,7 +6138,7 @@ class DecodedSalvage(Salvage):
                 start = max(end - size - PIECE_ROOM, 0)
                 tail = os.pread(fd, end - size - start, start)
                 data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
-                self._masks = parse_index(zstd, data, 4 * end)
+                self._masks = parse_index(self._library, data, 4 * end)
 
     def index(self, header: Header) -> ArchiveIndex | None:
         if self._masks:
@@ -6180,7 +6162,7 @@ class DecodedSalvage(Salvage):
         numbers = range(first, first + 10000) if first >= 0 else ()
         return next((number for number in numbers if self._sizes(number) == sizes), -1)
 
-    def _zstd_frames(self, zstd: Zstd) -> Iterator[Chunk | WholeFrame]:
+    def _zstd_frames(self) -> Iterator[Chunk | WholeFrame]:
         """Yield each small frame, up to one that is better read in blocks."""
         while len(data := self.window.peek(self.position, SKIPPABLE.size)):
             start = self.position
@@ -6194,7 +6176,7 @@ class DecodedSalvage(Salvage):
                     # In an index is a frame, too, whose content does not belong to the archive.
                     nothing = None if magic == INDEX_MAGIC else b""
                     yield Chunk(nothing, self._flaw("a skippable frame is damaged"))
-                    self._next_frame(zstd)
+                    self._next_frame()
                 continue
             data, head, size, fault = self._see_frame()
             plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
@@ -6209,12 +6191,12 @@ class DecodedSalvage(Salvage):
                 # Bytes may be missing or added, so that it does not end there.
                 with memoryview(bytearray(plain)) as view:
                     try:
-                        zstd.decompress_into(bytes(data[:size]), view)
+                        self._library.decompress_into(bytes(data[:size]), view)
                     except FormatError as error:
                         fault = error
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
-                lost = self._pass_frame(zstd, plain if plain <= FRAME_MAX_SIZE else None)
+                lost = self._pass_frame(plain if plain <= FRAME_MAX_SIZE else None)
                 yield Chunk(None if lost is None else bytes(lost), text)
             else:
                 number = self._find_number((size, plain), self._number)
@@ -6228,7 +6210,7 @@ class DecodedSalvage(Salvage):
                 # An empty frame is no end.
                 if lost != plain or not plain:
                     found = bytearray(plain)
-                    flaw = self._decompress(whole, memoryview(found))
+                    flaw = self._try(whole, memoryview(found))
                     yield Chunk(bytes(lost) if flaw else found, flaw)
                 else:
                     yield whole
@@ -6259,7 +6241,7 @@ class DecodedSalvage(Salvage):
             return start in ZSTD_MAGICS or position == self.file.raw_size
         return False
 
-    def _pass_frame(self, zstd: Zstd, plain: int | None) -> int | None:
+    def _pass_frame(self, plain: int | None) -> int | None:
         """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
         first, known = self._number, self._sizes(self._number)
         if known:
@@ -6269,7 +6251,7 @@ class DecodedSalvage(Salvage):
                 self.position += known[0]
                 self._number += 1
                 return known[1]
-        self._next_frame(zstd)
+        self._next_frame()
         if known:
             self._number = -1
             with suppress(FormatError):
@@ -6280,7 +6262,14 @@ class DecodedSalvage(Salvage):
             return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
         return plain
 
-    def _decompress(self, frame: WholeFrame, view: memoryview) -> str:
+    def _decompress(self, frame: WholeFrame, view: memoryview, start: int) -> int:
+        """Decompress a frame into view, enter its flaw if it has one, and return its size."""
+        flaw = self._try(frame, view)
+        if flaw:
+            self._record(start, Chunk(view, flaw))
+        return frame.size
+
+    def _try(self, frame: WholeFrame, view: memoryview) -> str:
         """Decompress a frame into view; return its flaw, with zeros in view, if it has one."""
         try:
             self._library.decompress_into(frame.data, view)
@@ -6289,7 +6278,7 @@ class DecodedSalvage(Salvage):
             return self._flaw(error, frame.position)
         return ""
 
-    def _next_frame(self, zstd: Zstd) -> None:
+    def _next_frame(self) -> None:
         """Go on to the next frame that decompresses, or that is too large to try."""
         while (found := self.window.search(ZSTD_PATTERN, self.position + 1)) is not None:
             self.position = found
@@ -6298,7 +6287,8 @@ class DecodedSalvage(Salvage):
             try:
                 size, content_size, _ = parse_frame(data)
                 if content_size is not None and content_size <= FRAME_MAX_SIZE:
-                    zstd.decompress_into(bytes(data[:size]), memoryview(bytearray(content_size)))
+                    view = memoryview(bytearray(content_size))
+                    self._library.decompress_into(bytes(data[:size]), view)
             except CutError:
                 return
             except FormatError:
@@ -6306,14 +6296,14 @@ class DecodedSalvage(Salvage):
             return
         self.position = self.window.end
 
-    def _zstd_blocks(self, zstd: Zstd) -> Iterator[Chunk]:
+    def _zstd_blocks(self) -> Iterator[Chunk]:
         """Yield a frame's blocks up to the damage, and find out where the next frame is."""
         self._number += 1 if self._number >= 0 else 0
         pieces = self._zstd_pieces()
         held: list[bytes] = []
         size, fault = 0, ""
         try:
-            for data in zstd.stream(pieces):
+            for data in self._library.stream(pieces):
                 held.append(data)
                 size += len(data)
                 # All blocks of a small frame wait for its checksum, but a large one may not fit
@@ -6339,7 +6329,7 @@ class DecodedSalvage(Salvage):
                 # Bytes are missing or added. A block that holds its bytes as they are, and then
                 # what is taken for a block, may have passed.
                 certain = max(certain - LATE_BLOCKS, 0)
-                self._next_frame(zstd)
+                self._next_frame()
         yield from (Chunk(data, doubtful=i >= certain) for i, data in enumerate(held))
         if fault:
             yield Chunk(b"" if checksum else None, fault)
