@@ -6715,54 +6715,18 @@ class RescuedDisk:
             yield self.end, cluster_count, 0
 
 
-class Writer:
-    """Writes in a thread of its own: meanwhile the next extent is looked at."""
-
-    def __init__(self) -> None:
-        self._worker = Workers(1)
-        self._last: Call | None = None
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Only then may the files be closed. Another error is on its way if this one is dropped.
-        with suppress(VmaError):
-            self.wait()
-        self._worker.close()
-
-    def write(self, batch: Sequence[tuple[Target, int, list[Buffer]]]) -> None:
-        """Write data to targets at offsets, after everything before; raises VmaError of that."""
-        self.wait()
-
-        def write_all() -> None:
-            for target, offset, data in batch:
-                target.write_at(offset, data)
-
-        self._last = self._worker.submit(Call(write_all))
-
-    def pending(self) -> Collection[Call]:
-        """Return what may not be written yet."""
-        return (self._last,) if self._last else ()
-
-    def wait(self) -> None:
-        """Wait until everything is written; raises VmaError."""
-        for call in self.pending():
-            call.result()
-
-
 class Rescue:
     """Recovers configs and disks from a damaged archive; `create` makes a file of a given name.
 
     It calls each cluster lost, doubtful or right, as far as data without checksums allows.
     """
 
-    def __init__(
-        self, window: Window, create: Callable[[str], PartialFile], writer: Writer
-    ) -> None:
+    def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
         self.window = window
-        self.writer = writer
-        window.uses = writer.pending
+        # Writes are made in a thread of their own: meanwhile the next extent is looked at.
+        self._writer = Workers(1)
+        self._writes: collections.deque[Call] = collections.deque(maxlen=1)  # the last one
+        window.uses = lambda: self._writes
         self.disks: dict[int, RescuedDisk] = {}
         self.configs: list[Config] = []
         self._create = create
@@ -6779,15 +6743,26 @@ class Rescue:
 
     def run(self) -> None:
         """Read the archive to its end; raises FormatError if it is none."""
-        chain = self._read_header()
-        while not self.window.ends_at(self._offset):
-            self.window.forget(self._offset)
-            found = self._whole(self._offset, self._uuid)
-            if found and self._fits(found, chain.proven):
-                chain = self._take(found, chain)
-            else:
-                chain = self._resume(chain)
-        self.writer.wait()
+        try:
+            chain = self._read_header()
+            while not self.window.ends_at(self._offset):
+                self.window.forget(self._offset)
+                found = self._whole(self._offset, self._uuid)
+                if found and self._fits(found, chain.proven):
+                    chain = self._take(found, chain)
+                else:
+                    chain = self._resume(chain)
+            self._wait()
+        finally:
+            # Only then may the files be closed. An error that is on its way is worth more.
+            with suppress(VmaError):
+                self._wait()
+            self._writer.close()
+
+    def _wait(self) -> None:
+        """Wait until everything is written; raises VmaError."""
+        for call in self._writes:
+            call.result()
 
     def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> Chain:
         self._offset = offset
@@ -7116,9 +7091,9 @@ class Rescue:
         payload = self.window.peek(start, stop - start)
         doubtful = doubtful or chain.doubtful
         # Nearly all extents are whole, and need no look at each cluster.
-        certain = not doubtful and len(payload) == found.extent.payload_size
-        certain = certain and not overlaps(source.lost, start, stop)
-        certain = certain and not overlaps(source.doubtful, start, stop)
+        certain = len(payload) == found.extent.payload_size and not (
+            doubtful or overlaps(source.lost, start, stop) or overlaps(source.doubtful, start, stop)
+        )
         pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
         slots = iter_slots(found.extent)
         if certain and found.keys:  # consecutive clusters
@@ -7154,18 +7129,20 @@ class Rescue:
 
     def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
         """Write pieces of a payload to the disks, neighbours with one call."""
-        pieces.sort(reverse=True)
         batch: list[tuple[Target, int, list[Buffer]]] = []
-        while pieces:
-            dev_id, start, *_ = pieces[-1]
-            views: list[Buffer] = []
-            end = start
-            while pieces and pieces[-1][:2] == (dev_id, end):
-                *_, first, size = pieces.pop()
-                views.append(payload[first : first + size])
-                end += size
-            batch.append((self.disks[dev_id].target, start, views))
-        self.writer.write(batch)
+
+        def write_all() -> None:
+            for target, offset, data in batch:
+                target.write_at(offset, data)
+
+        end = 0, 0
+        for dev_id, start, position, size in sorted(pieces):
+            if (dev_id, start) != end:
+                batch.append((self.disks[dev_id].target, start, []))
+            batch[-1][2].append(payload[position : position + size])
+            end = dev_id, start + size
+        self._wait()
+        self._writes.append(self._writer.submit(Call(write_all)))
 
     def _claim(self, found: Found, chain: Chain) -> None:
         """Enter the clusters of an extent: as found if they store nothing, else as lost."""
@@ -7967,8 +7944,8 @@ def cmd_rescue(args: Namespace) -> int:
         with progress, make_directory(args.targetdir, source.readers) as directory:
             directory.require_empty()
             window.progress = progress
-            with in_archive(source.name), Writer() as writer:
-                rescue = Rescue(window, directory.create, writer)
+            with in_archive(source.name):
+                rescue = Rescue(window, directory.create)
                 rescue.run()
             # The report is written last, when all is known, and appears with the disks.
             found = rescue.finish()
