@@ -5735,7 +5735,8 @@ class Salvage:
 
     ahead = 4  # pieces that may be read at the same time
 
-    def __init__(self) -> None:
+    def __init__(self, thread_count: int) -> None:
+        self.workers = Workers(thread_count)
         self.lost: list[Range] = []
         self.doubtful: list[Range] = []
         self.breaks: list[int] = []
@@ -5755,28 +5756,21 @@ class Salvage:
         """Return the archive's index, if there is one."""
         return None
 
-    def close(self) -> None:
-        """End the threads."""
-
 
 class RawSalvage(Salvage):
     """A file or pipe as it is; pages of a file that cannot be read are lost."""
 
     def __init__(self, file: Input, piece_size: int) -> None:
-        super().__init__()
+        super().__init__(1)
         self.file = file
         self.needed = piece_size
         # A large read may fail for any of its sectors. By the page, only bad pages are lost.
         self._failing = False
-        self._reader = Workers(1)
 
     def begin(self, view: memoryview) -> tuple[int, Call] | None:
         if len(view) < self.needed:
             return None
-        return self.needed, self._reader.submit(Call(self._read, view[: self.needed]))
-
-    def close(self) -> None:
-        self._reader.close()
+        return self.needed, self.workers.submit(Call(self._read, view[: self.needed]))
 
     def _read(self, view: memoryview) -> int:
         count = 0
@@ -5994,13 +5988,11 @@ class DecodedSalvage(Salvage):
     """
 
     def __init__(self, file: Input, window: Window, codec: str) -> None:
-        super().__init__()
+        super().__init__(processor_count())
         self.file = file
         self.window = window
         self.position = 0
-        # First, as it may fail, and there are no threads to be ended then.
         self._chunks: Iterator[Chunk | WholeFrame] = getattr(self, f"_{codec}")()
-        self._workers = Workers(processor_count())
         self.ahead = 2 * processor_count() + 2
         # Frames are decompressed right from the window, where they stay until that is done.
         self._calls: collections.deque[Call] = collections.deque(maxlen=self.ahead)
@@ -6014,9 +6006,6 @@ class DecodedSalvage(Salvage):
         self._table = SeekTable(array.array("Q", [0]), array.array("Q", [0]))  # of no frames
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
-
-    def close(self) -> None:
-        self._workers.close()
 
     def begin(self, view: memoryview) -> tuple[int, Call] | None:
         while not (self._data or self._next):
@@ -6046,7 +6035,7 @@ class DecodedSalvage(Salvage):
         self._end += frame.size
         self._calls.append(call)
         if frame.size > SMALL_SIZE:
-            self._workers.submit(call)
+            self.workers.submit(call)
         else:
             call.run()
         return frame.size, call
@@ -6081,7 +6070,7 @@ class DecodedSalvage(Salvage):
         for task in tasks:
             # A chunk that is there already waits for its turn like the others.
             call = Call(list, [task]) if isinstance(task, Chunk) else Call(task)
-            pending.append(self._workers.submit(call))
+            pending.append(self.workers.submit(call))
             # One more than there are threads, so that none is idle while its result is taken.
             if len(pending) > processor_count():
                 yield from pending.popleft().result()
@@ -6534,15 +6523,15 @@ class DecodedSalvage(Salvage):
     # lzop: blocks of 256 KiB with checksums, which its program decompresses some at a time
 
     def _lzop(self) -> Iterator[Chunk]:
+        return self._in_order(self._lzop_blocks())
+
+    def _lzop_blocks(self) -> Iterator[Task]:
+        """Yield a task for every few blocks."""
         import shutil
 
         program = shutil.which("lzop")
         if program is None:
             raise VmaError(f"{self.file.name}: lzop is missing here: install the package lzop")
-        return self._in_order(self._lzop_blocks(program))
-
-    def _lzop_blocks(self, program: str) -> Iterator[Task]:
-        """Yield a task for every few blocks."""
         head = bytes(self.window.peek(0, 1024))
         try:
             size, flags = lzop_header(head)
@@ -7289,10 +7278,10 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
             # Its first bytes may be damaged: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
         source: Salvage = RawSalvage(file, READ_SIZE if codec else PLAIN_PIECE_SIZE)
-        stack.callback(source.close)
+        stack.callback(source.workers.close)
         if codec:
             source = DecodedSalvage(file, Window(source, PACKED_VIEW_SIZE), codec)
-            stack.callback(source.close)
+            stack.callback(source.workers.close)
         window = Window(source, DECODED_VIEW_SIZE if codec else PLAIN_VIEW_SIZE)
         yield file, window
 
