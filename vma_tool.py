@@ -6736,11 +6736,16 @@ class Rescue:
             chain = self._read_header()
             while not self.window.ends_at(self._offset):
                 self.window.forget(self._offset)
-                found = self._whole(self._offset, self._uuid)
+                try:
+                    found = self._whole(self._offset, self._uuid)
+                    fault = "the extent has clusters that do not exist, or were there before"
+                except FormatError as error:
+                    found = None
+                    fault = error.args[0]  # without its offset, which the line has already
                 if found and self._fits(found, chain.proven):
                     chain = self._take(found, chain)
                 else:
-                    chain = self._resume(chain)
+                    chain = self._resume(chain, fault)
             self._wait()
         finally:
             # Only then may the files be closed. An error that is on its way is worth more.
@@ -6828,17 +6833,17 @@ class Rescue:
     # Extents: where one follows another, else by searching
 
     def _whole(self, offset: int, uuid: bytes) -> Found | None:
-        """Return the extent header at an offset if it is whole, with clusters that exist."""
+        """Return the extent header at an offset, None if it has clusters that do not exist.
+
+        Raises FormatError if it is not whole.
+        """
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         if len(data) < EXTENT_HEADER_SIZE:
-            return None
+            raise FormatError("no whole extent header")
         if self._index and overlaps(self.window.source.lost, offset, offset + EXTENT_HEADER_SIZE):
             # Its frame is lost, but the index has all that was in the header.
             data = indexed_extent(self._index, offset) or data
-        try:
-            extent = parse_extent(data, offset, uuid)
-        except FormatError:
-            return None
+        extent = parse_extent(data, offset, uuid)
         infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
         keys = [info & CLUSTER_KEY for info in infos]
         runs = cluster_runs(keys)
@@ -6897,13 +6902,12 @@ class Rescue:
         extents: list[Found] = []
         end = offset
         while end - offset < HORIZON:
-            found = self._whole(end, uuid)
-            if found is None:
-                # If only its clusters are wrong, it belongs to another archive.
-                with suppress(FormatError, struct.error):
-                    parse_extent(bytes(self.window.peek(end, EXTENT_HEADER_SIZE)), end, uuid)
-                    return extents, False, True
+            try:
+                found = self._whole(end, uuid)
+            except FormatError:
                 return extents, self._can_be_marked(end), False
+            if found is None:  # it belongs to another archive
+                return extents, False, True
             extents.append(found)
             end = found.end
         return extents, True, False
@@ -6919,7 +6923,8 @@ class Rescue:
         """Begin a chain at the next extent from start on, before stop, that can be the archive's.
 
         With `through`, it must be in a chain that comes past there. It is expected to be `near` an
-        offset. With `cut`, it is doubtful unless it is proven. Returns None if there is none.
+        offset. With `cut`, it is doubtful unless it is proven. If there is none, returns None, and
+        extents go on at stop, or not at all.
         """
         seen: set[int] = set()
         while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
@@ -6953,6 +6958,7 @@ class Rescue:
                         if not other.proven and other.key > self._key:
                             other.dropped = True
                 return chain
+        self._offset = self.window.end if stop is None else stop
         return None
 
     def _can_be_next(self, extents: Sequence[Found], near: int | None) -> bool:
@@ -6973,15 +6979,15 @@ class Rescue:
                 return False
         return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
-    def _resume(self, chain: Chain) -> Chain:
-        """Find the next extent, as none that fits is at the expected place."""
+    def _resume(self, chain: Chain, fault: str) -> Chain:
+        """Find the next extent, as none that fits is at the expected place; fault says why."""
         offset = self._offset
         # The file's own flaw is told already, and nobody knows how much is missing.
         if offset in self.window.source.breaks:
-            return self._search(offset) or self._end(chain)
+            return self._search(offset) or chain
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         through = near = None
-        try:
+        if len(data) == EXTENT_HEADER_SIZE:
             fields = EXTENT.unpack(data)
             # Its size may still be right. Then extents inside its payload are a guest's.
             stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
@@ -6991,23 +6997,10 @@ class Rescue:
                 if through is None and size < EXTENT_MAX_SIZE:
                     near = near or (end if data[:4] == EXTENT_MAGIC else None)
                     through = end if self._marked(end) else None
-            parse_extent(data, offset, self._uuid)
-            text = "the extent has clusters that do not exist, or were there before"
-        except (FormatError, struct.error) as error:
-            # Without its offset, which the line has already.
-            text = error.args[0] if isinstance(error, FormatError) else "no whole extent header"
         following = self._search(offset + 1, through, through, near)
-        if following is None and through is not None:
-            self._offset = through
-        elif following is None:
-            self._end(chain)
-        chain.note(offset, f"{text}; extents go on at offset 0x{self._offset:x}")
+        chain.note(offset, f"{fault}; extents go on at offset 0x{self._offset:x}")
         self._shifted = True
         return following or chain
-
-    def _end(self, chain: Chain) -> Chain:
-        self._offset = self.window.end
-        return chain
 
     def _take(self, found: Found, chain: Chain) -> Chain:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
@@ -7024,20 +7017,18 @@ class Rescue:
             self._offset = found.end
             return chain
         cut = stop < found.end
-        self._offset = found.end
         # Bytes are missing if the next extent begins inside this one.
         following = self._search(start, stop, near=found.end, cut=cut)
         if cut and not following:
             chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
             self._write(found, chain, start, stop)
-            self._offset = stop
             return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
         self._shifted = True
         # A chain that is not proven may be a guest's: then it is payload, too.
         end = min(self._offset, stop) if following and following.proven else stop
         self._write(found, chain, start, end, doubtful=True)
         text = "bytes are missing or added in the extent"
-        following = following or self._search(found.end) or self._end(chain)
+        following = following or self._search(found.end) or chain
         chain.note(found.extent.offset, f"{text}; extents go on at offset 0x{self._offset:x}")
         return following
 
@@ -7046,7 +7037,7 @@ class Rescue:
         start = self._offset
         following = self._search(start, found.end + 1)
         if following is None:
-            return self._search(start) or self._end(chain)
+            return self._search(start) or chain
         after = self._whole(self._offset, self._uuid)
         if after and found.runs and after.runs:
             dev_id, first, count = found.runs[-1]
