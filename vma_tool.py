@@ -5766,11 +5766,21 @@ class RawSalvage(Salvage):
         self.needed = piece_size
         # A large read may fail for any of its sectors. By the page, only bad pages are lost.
         self._failing = False
+        self._last: Call | None = None
 
     def begin(self, view: memoryview) -> tuple[int, Call] | None:
         if len(view) < self.needed:
             return None
-        return self.needed, self.workers.submit(Call(self._read, view[: self.needed]))
+        self._last = self.workers.submit(Call(self._read, view[: self.needed]))
+        return self.needed, self._last
+
+    def close(self) -> None:
+        """End the thread."""
+        self.workers.close()
+        # The file's descriptor may soon be that of another one, from which nothing may be read. A
+        # pipe may never give anything more.
+        if self._last and self.file.raw:
+            self._last.wait(-1)
 
     def _read(self, view: memoryview) -> int:
         count = 0
@@ -7268,8 +7278,9 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
         if not codec and not HEADER_MAGIC.startswith(start[:4]):
             # Its first bytes may be damaged: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
-        source: Salvage = RawSalvage(file, READ_SIZE if codec else PLAIN_PIECE_SIZE)
-        stack.callback(source.workers.close)
+        raw_salvage = RawSalvage(file, READ_SIZE if codec else PLAIN_PIECE_SIZE)
+        stack.callback(raw_salvage.close)
+        source: Salvage = raw_salvage
         if codec:
             source = DecodedSalvage(file, Window(source, PACKED_VIEW_SIZE), codec)
             stack.callback(source.workers.close)

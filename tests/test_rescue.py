@@ -19,6 +19,7 @@ import signal
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -837,6 +838,24 @@ class Unreadable(RescueTest):
         with mock.patch("io.FileIO", Gone):
             self.refused("rescue", path, self.directory / "new", says=[os.strerror(errno.ENXIO)])
         self.assertFalse((self.directory / "new").exists())
+
+    def test_nothing_is_read_after_the_end(self) -> None:
+        """The file's descriptor is then that of the next file that this process opens."""
+
+        class Slow(io.FileIO):
+            reading = 0
+
+            def readinto(self, buffer: Any, /) -> int:
+                Slow.reading += 1
+                time.sleep(0.05)
+                count = super().readinto(buffer) or 0
+                Slow.reading -= 1
+                return count
+
+        path = self.file("a.vma", some_archive(15)[1])
+        with mock.patch("io.FileIO", Slow), vma_tool.open_salvage(os.fspath(path)) as (_, window):
+            window.peek(0, 1)
+        self.assertEqual(Slow.reading, 0)
 
     def test_real_file_system(self) -> None:
         """A mounted archive answers EIO where its frame is damaged; an archive is its disk."""
