@@ -5943,7 +5943,6 @@ class Window:
 
 PACKED_ROOM = PIECE_SIZE + (64 << 10)  # of a frame of ours
 PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
-SMALL_SIZE = 16 << 10  # decompressed sooner than a thread would begin with it
 DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
 LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
 HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
@@ -6044,11 +6043,7 @@ class DecodedSalvage(Salvage):
         call = Call(self._decompress, frame, view[: frame.size], self._end)
         self._end += frame.size
         self._calls.append(call)
-        if frame.size > SMALL_SIZE:
-            self.workers.submit(call)
-        else:
-            call.run()
-        return frame.size, call
+        return frame.size, self.workers.submit(call)
 
     def _record(self, start: int, chunk: Chunk) -> None:
         """Enter what is wrong with a chunk into the lists."""
@@ -6140,12 +6135,11 @@ class DecodedSalvage(Salvage):
                 self._masks = parse_index(self._library, data, 4 * end)
 
     def index(self, header: Header) -> ArchiveIndex | None:
-        if self._masks:
-            devices = canonical_order(header.devices)
-            with suppress(FormatError):
-                found = index_archive(header.size, devices, self._masks, self._table)
-                # Of two that fit, only extent headers that may be lost tell the right one.
-                return found[0] if len(found) == 1 else None
+        devices = canonical_order(header.devices)
+        with suppress(FormatError):
+            found = index_archive(header.size, devices, self._masks, self._table)
+            # Of two that fit, only extent headers that may be lost tell the right one.
+            return found[0] if len(found) == 1 else None
         return None
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
@@ -6188,11 +6182,10 @@ class DecodedSalvage(Salvage):
             following = bytes(data[size : size + 4])
             if not fault and plain <= FRAME_MAX_SIZE and following not in (b"", *ZSTD_MAGICS):
                 # Bytes may be missing or added, so that it does not end there.
-                with memoryview(bytearray(plain)) as view:
-                    try:
-                        self._library.decompress_into(bytes(data[:size]), view)
-                    except FormatError as error:
-                        fault = error
+                try:
+                    self._library.decompress_into(data[:size], memoryview(bytearray(plain)))
+                except FormatError as error:
+                    fault = error
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
                 lost = self._pass_frame(plain if plain <= FRAME_MAX_SIZE else None)
@@ -6287,7 +6280,7 @@ class DecodedSalvage(Salvage):
                 size, content_size, _ = parse_frame(data)
                 if content_size is not None and content_size <= FRAME_MAX_SIZE:
                     view = memoryview(bytearray(content_size))
-                    self._library.decompress_into(bytes(data[:size]), view)
+                    self._library.decompress_into(data[:size], view)
             except CutError:
                 return
             except FormatError:
@@ -6939,7 +6932,9 @@ class Rescue:
         seen: set[int] = set()
         while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
             start = at + 1
-            extents, proven, nested = self._follow(at) if at not in seen else ([], False, True)
+            if at in seen:
+                continue
+            extents, proven, nested = self._follow(at)
             if not extents:
                 continue
             offsets = [found.extent.offset for found in extents]
