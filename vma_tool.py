@@ -7098,8 +7098,8 @@ class Rescue:
             state = FOUND_STORED
             if not certain:
                 place = start + position, start + position + slot_size
-                whole = position >= 0 and position + slot_size <= len(payload)
-                if overlaps(source.lost, *place) or not (whole or doubtful):
+                cut = position + slot_size > len(payload) and not doubtful
+                if position < 0 or cut or overlaps(source.lost, *place):
                     continue
                 if doubtful or overlaps(source.doubtful, *place):
                     state = FOUND_DOUBTFUL
@@ -7147,7 +7147,8 @@ class Rescue:
                 holder = self._chains[held >> 2]
                 # The same header again is only a part of the archive that is there twice.
                 holder.dropped = holder.dropped or found.extent.md5 not in self._headers
-                # Blocks that are not stored must not keep the other one's bytes.
+                # Blocks that are not stored must not keep the other one's bytes, nor get them now.
+                self._wait()
                 disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
             state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
             entry = chain.number << 2 | state
