@@ -5946,7 +5946,7 @@ PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest fram
 DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
 LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
 HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
-ZSTD_PATTERN = re.compile(re.escape(FRAME_MAGIC.to_bytes(4, "little")))
+ZSTD_PATTERN = re.compile(re.escape(ZSTD_MAGICS[0]))
 XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
 XZ_CHECK_SIZE = 8  # of CRC64, as usual
 XZ_END_SIZE = 1 << 20  # room for the index, which lists all blocks
@@ -6012,7 +6012,8 @@ class DecodedSalvage(Salvage):
         self._fault = ""
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
-        self._table = SeekTable(array.array("Q", [0]), array.array("Q", [0]))  # of no frames
+        start = array.array("Q", [0])
+        self._table = SeekTable(start, start)  # of no frames
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
 
@@ -6509,7 +6510,7 @@ class DecodedSalvage(Salvage):
             for shift in range(8):
                 at = 8 * found - 8 + shift
                 magic = self._bits(at, 48) if at >= bit else 0
-                if magic in (BZIP2_BLOCK, BZIP2_END):
+                if magic in BZIP2_MAGICS:
                     return at, magic
             start = found + 1
         return None, 0
