@@ -6226,13 +6226,13 @@ class DecodedSalvage(Salvage):
         return data, head, 0, fault
 
     def _is_frame(self, position: int) -> bool:
-        """Say whether a frame begins there, or the file ends; of a pipe, nobody knows: True."""
+        """Say whether a frame begins there, or the file ends; where nobody can look, True."""
         if self.file.raw is None or not hasattr(os, "pread"):
             return True
         with suppress(OSError):
             start = os.pread(self.file.raw.fileno(), 4, position)
             return start in ZSTD_MAGICS or position == self.file.raw_size
-        return False
+        return True
 
     def _pass_frame(self, plain: int | None) -> int | None:
         """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
@@ -7272,8 +7272,8 @@ def open_salvage(path: str) -> Iterator[tuple[Input, Window]]:
             # Not a FileInput: that gives up at the first unreadable sector.
             file.raw, file.state, file.raw_size = raw, state, size
         codec = next((codec.name for codec in CODECS if start.startswith(codec.magics)), "")
-        if not codec and not HEADER_MAGIC.startswith(start[:4]):
-            # Its first bytes may be damaged: then its name shows how it is compressed.
+        if not codec and start[:4] != HEADER_MAGIC:
+            # Its first bytes may be damaged or lost: then its name shows how it is compressed.
             codec = RESCUE_SUFFIXES.get(os.path.splitext(path.removesuffix(".dat"))[1], "")
         raw_salvage = RawSalvage(file, READ_SIZE if codec else PLAIN_PIECE_SIZE)
         stack.callback(raw_salvage.close)

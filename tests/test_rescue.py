@@ -839,6 +839,22 @@ class Unreadable(RescueTest):
             self.refused("rescue", path, self.directory / "new", says=[os.strerror(errno.ENXIO)])
         self.assertFalse((self.directory / "new").exists())
 
+    def test_first_bytes(self) -> None:
+        """Then the file's name shows how it is compressed."""
+        archive, data = some_archive(14)
+        path = self.file("a.vma.zst", in_frames(data))
+        with mock.patch("os.read", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))):
+            _, target = self.rescue(path, status=0)
+        self.assertEqual(self.contents(archive, target), truth(archive))
+
+    def test_where_the_next_frame_begins(self) -> None:
+        """What only looks ahead may fail: the frames themselves can be read."""
+        archive, data = some_archive(14)
+        path = self.file("a.vma.zst", in_frames(data))
+        with mock.patch("os.pread", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))):
+            _, target = self.rescue(path, status=0)
+        self.assertEqual(self.contents(archive, target), truth(archive))
+
     def test_nothing_is_read_after_the_end(self) -> None:
         """The file's descriptor is then that of the next file that this process opens."""
 
