@@ -42,9 +42,8 @@ class Parallel(unittest.TestSuite):
         before = _classes[:]  # not empty in a process of another one, which has more to run
         with ProcessPoolExecutor(PROCESSES, context) as pool:
             try:
-                # The processes are forked by the first call, so they have the tests. One of these
-                # tests runs tests in this way itself, and must leave the list as it was.
-                before, _classes[:] = _classes[:], classes
+                # The processes are forked by the first call, so they have the tests.
+                _classes[:] = classes
                 running = {pool.submit(run_class, n): tests for n, tests in enumerate(classes)}
                 for future in as_completed(running):
                     tests, error = running[future], future.exception()
