@@ -8319,25 +8319,6 @@ examples:
 """
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that takes options also between the positional arguments, as Proxmox's vma does."""
-
-    _intermixed = False  # whether parse_known_intermixed_args is at work
-    title = ""  # one line about the command, for the list of all commands
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._intermixed:  # called by parse_known_intermixed_args itself
-            return super().parse_known_args(args, namespace)
-        self._intermixed = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._intermixed = False
-
-
 class Once(argparse.Action):
     """Stores a value, and refuses a second one: argparse would forget the first."""
 
@@ -8388,233 +8369,14 @@ def parse_compression(text: str) -> int:
     return level
 
 
-def common_options(default: Any) -> CommandParser:
-    """Return the options that may stand before and after the command."""
-    options = CommandParser(add_help=False)
-    flag = {"action": "store_true", "default": default}
-    options.add_argument("--version", action="version", version=f"vma-tool {__version__}")
-    options.add_argument("-q", "--quiet", **flag, help="print errors only")
-    options.add_argument("-v", "--verbose", **flag, help="print more")
-    return options
-
-
-def layout_options() -> CommandParser:
-    """Return the options of the commands that write an archive."""
-    options = CommandParser(add_help=False)
-    options.add_argument(
-        "--align", choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper, metavar="SIZE",
-        help="block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
-        f"(default {DEFAULT_ALIGN})",
-    )  # fmt: skip
-    options.add_argument(
-        "--compress", metavar="zstd[:LEVEL]|none", type=parse_compression,
-        help=f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})",
-    )  # fmt: skip
-    options.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
-    return options
-
-
-@functools.cache
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; each command sets `func` to the function that runs it."""
-    parser = argparse.ArgumentParser(
-        # Not the name of the file: the examples use this one.
-        prog="vma-tool",
-        parents=[common_options(False)],
-        usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # argparse lists commands as they were added; the description lists them in groups.
-    commands = parser.add_subparsers(
-        prog="vma-tool", metavar="COMMAND", required=True,
-        parser_class=CommandParser, help=argparse.SUPPRESS,
-    )  # fmt: skip
-    again = common_options(argparse.SUPPRESS)  # global options may also precede the command
-    add = functools.partial(add_command, commands, again)
-    add_reading_commands(add)
-    add_writing_commands(add)
-    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
-    for group, names in COMMAND_GROUPS.items():
-        lines += ["", f"{group}:"]
-        lines += [f"  {name:<12}{commands.choices[name].title}" for name in names]
-    parser.description = "\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."])
-    return parser
-
-
-def add_command(
-    commands: Any,
-    common: CommandParser,
-    func: Callable[[Namespace], int],
-    text: str,
-    example: str,
-    *parents: CommandParser,
-) -> Callable[..., argparse.Action]:
-    """Add the command that `func` runs; return the function that adds its arguments."""
-    name = func.__name__.removeprefix("cmd_")
-    command = commands.add_parser(
-        name,
-        parents=[common, *parents],
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example:\n  vma-tool {name} {example}",
-    )
-    # argparse keeps the text of `help` where no public name reaches it.
-    command.title = text
-    command.set_defaults(func=func)
-    added: Callable[..., argparse.Action] = command.add_argument
-    return added
-
-
-# Arguments that several commands have read the same in the --help of each.
-FLAG: dict[str, Any] = {"action": "store_true"}
-BASE: dict[str, Any] = {
-    "action": Once,
-    "metavar": "BASE",
-    "help": "ARCHIVE is a difference, and this the full archive that it was made from",
-}
-SEVERAL: dict[str, Any] = {"action": "append", "default": []}
-ARCHIVE: dict[str, Any] = {
-    "dest": "archive",
-    "metavar": "ARCHIVE",
-    "help": "a file, plain or compressed, or - for standard input",
-}
-OUTPUT: dict[str, Any] = {"dest": "output", "metavar": "OUTPUT"}
-OUTPUT_HELP = "a file, or - for standard output"
-
-
-def add_reading_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
-    """Add the commands that look at an archive, or take data out of it."""
-    arg = add(cmd_list, "show what an archive holds", "--scan backup.vma")
-    arg("--base", **BASE)
-    arg("--json", **FLAG, help="print one JSON object, for scripts")
-    arg("--partitions", **FLAG, help="show what the disks hold (not of a stream)")
-    arg("--scan", **FLAG, help="read all extent headers too: bytes stored, order, layout")
-    arg(**ARCHIVE)
-
-    arg = add(cmd_verify, "check that archives will restore", "a.vma b.vma.zst")
-    arg("--quick", **FLAG, help="read the headers only, not the data")
-    arg("--base", **BASE)
-    text = "compare configs and disk contents with this archive"
-    arg("--against", action=Once, metavar="OTHER", help=text)
-    arg("--ignore-ctime", **FLAG, help="with --against: the time may differ")
-    arg("--digest", **FLAG, help="print the SHA-256 of each config and disk, as sha256sum does")
-    arg("--json", **FLAG, help="print one JSON object an archive")
-    arg(**{**ARCHIVE, "help": f"{ARCHIVE['help']}, or a directory of archives"}, nargs="+")
-
-    text = "write configs and disks as Proxmox's own vma extract does"
-    arg = add(cmd_extract, text, "-d drive-scsi0 backup.vma disks/")
-    text = "only these devices (default: all)"
-    arg("-d", dest="devices", action="append", metavar="NAME[,NAME...]", help=text)
-    text = "write the one disk of -d there (-: to a pipe)"
-    arg("-o", dest="output", action=Once, metavar="PATH", help=text)
-    arg("--force", **FLAG, help="replace the file of -o; with a device, however large it is")
-    arg("--base", **BASE)
-    text = "write disks into files and devices, by a map"
-    arg("-r", dest="map", action=Once, metavar="MAPFILE", help=text)
-    arg(**ARCHIVE)
-    arg("targetdir", metavar="TARGETDIR", nargs="?", help="must be new, or empty (none with -o)")
-
-    text = "show configs, disks and partitions as files, read-only"
-    arg = add(cmd_mount, text, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw")
-    arg("--base", **BASE)
-    arg("-f", "--foreground", **FLAG, help="stay in the foreground; Ctrl-C unmounts")
-    text = "for mount: allow_other, noexec, noatime"
-    arg(
-        "-o", dest="options", metavar="OPTION[,OPTION]", type=parse_mount_options,
-        help=text, **SEVERAL,
-    )  # fmt: skip
-    arg(**{**ARCHIVE, "help": "a plain file, or a .vma.zst that optimize has written"})
-    text = "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"
-    arg("directory", metavar="DIRECTORY", help=text)
-
-    text = "write what is left of a damaged archive, and say what is lost"
-    arg = add(cmd_rescue, text, "broken.vma.zst disks/")
-    arg("--json", **FLAG, help="print one JSON object, for scripts (also in rescue.json)")
-    arg(**ARCHIVE)
-    arg("targetdir", metavar="TARGETDIR", help="must be new, or empty")
-
-    arg = add(cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/")
-    arg("--base", **BASE)
-    arg("--force", **FLAG, help="replace files that exist")
-    arg(**ARCHIVE)
-    arg("directory", metavar="DIRECTORY")
-
-    arg = add(cmd_config, "print one config of an archive", "backup.vma")
-    arg("-c", dest="config", metavar="NAME", default=CONFIG_NAME, help=f"(default {CONFIG_NAME})")
-    arg(**ARCHIVE)
-
-
-def add_writing_commands(add: Callable[..., Callable[..., argparse.Action]]) -> None:
-    """Add the commands that write an archive, and completion."""
-    layout = layout_options()
-    text = f"add the #qmdump#map lines that qmrestore needs to {CONFIG_NAME} (STORAGE may be empty)"
-    device_map = CommandParser(add_help=False)
-    device_map.add_argument("--map", action=Once, metavar="STORAGE", type=parse_storage, help=text)
-
-    example = "-c qemu-server.conf new.vma drive-scsi0=disk.raw"
-    text = "make an archive of raw disks or block devices"
-    arg = add(cmd_create, text, example, layout, device_map)
-    arg("-c", dest="config", metavar="CONFIG", **SEVERAL, help="add a config file")
-    arg("-d", dest="devices", metavar="[format=raw:]NAME=PATH", **SEVERAL, help="add a disk")
-    arg(**OUTPUT, help=OUTPUT_HELP)
-    arg("disks", metavar="NAME=PATH", nargs="*", help="add a disk")
-
-    text = "make an archive of what unpack wrote"
-    arg = add(cmd_pack, text, "dir/ new.vma", layout, device_map)
-    text = f"set a line of {CONFIG_NAME}, for instance -u name=web2"
-    arg("-u", dest="options", metavar="KEY=VALUE", type=parse_option, **SEVERAL, help=text)
-    arg("directory", metavar="DIRECTORY")
-    arg(**OUTPUT, help=OUTPUT_HELP)
-
-    arg = add(cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma", layout)
-    arg("--base", **BASE)
-    text = "memory for reordering a stream (default 256M); more goes to a temporary file"
-    arg("--memory", metavar="SIZE", type=parse_memory, default=DEFAULT_MEMORY, help=text)
-    text = "read the written archive back and compare all disks (default in place)"
-    arg("--check", action="store_true", default=None, help=text)
-    arg("--no-check", dest="check", action="store_false", help="skip the comparison")
-    arg(**ARCHIVE)
-    arg(**OUTPUT, nargs="?", help=f"{OUTPUT_HELP} (default: replace ARCHIVE)")
-
-    text = "write only what differs from an older archive"
-    arg = add(cmd_diff, text, "sunday.vma.zst monday.vma.zst monday.vmad")
-    arg("--force", **FLAG, help="replace OUTPUT if it exists")
-    text = f"compress (default: zstd with level {DEFAULT_LEVEL})"
-    arg("--compress", metavar="zstd[:LEVEL]|none", type=parse_compression, help=text)
-    arg("base", metavar="BASE", help="the full archive that will be needed with OUTPUT")
-    arg("archive", metavar="NEW", help="the archive that OUTPUT and BASE will make")
-    arg(**OUTPUT, help=OUTPUT_HELP)
-
-    arg = add(cmd_completion, "print a shell's completion of this command line", "bash")
-    arg("shell", choices=("bash", "zsh"))
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = build_parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = None
-    if "--" in words:
-        end = words.index("--")
-        # For mount, `--` begins a command; for others it ends the options.
-        if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
-            words, command = words[:end], words[end + 1 :]
-            end = len(words)
-        # The parser of all commands would take it away from that of the command.
-        names = words[end + 1 :]
-        words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
-    return parser.parse_args(words, Namespace(command=command))
-
-
 def cmd_completion(args: Namespace) -> int:
     """Print a shell's completion of this command line, made from the parser itself."""
     require_report()
-    # argparse has no public way to ask a parser for its options.
-    actions = build_parser()._actions
-    commands = next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
     cases = []
-    for name, command in commands.items():
+    for name in COMMANDS:
         words: list[str] = []
-        for action in command._actions:
+        # argparse has no public way to ask a parser for its options.
+        for action in command_parser(name)._actions:
             # The pattern of a shell's case: COMMAND:OPTION
             pattern = "|".join(f"{name}:{option}" for option in action.option_strings)
             if action.choices and pattern:
@@ -8637,7 +8399,7 @@ def cmd_completion(args: Namespace) -> int:
     print(f"""_vma_tool() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
   local words= kind= prefix= archive= word=
-  if ((COMP_CWORD == 1)); then words='{" ".join(commands)}'; else
+  if ((COMP_CWORD == 1)); then words='{" ".join(COMMANDS)}'; else
     case $current in # --align=1 is one word in zsh, and three in bash
     =) current= ;;
     --*=*) prefix=${{current%%=*}}= previous=${{current%%=*}} current=${{current#*=}} ;;
@@ -8666,6 +8428,223 @@ complete -o default -F _vma_tool vma-tool vma_tool.py""")
     return 0
 
 
+# Names and options of an argument, as argparse's add_argument takes them
+Argument = tuple[Sequence[str], Mapping[str, Any]]
+
+
+def arg(names: str, metavar: str | None, text: str | None = None, **options: Any) -> Argument:
+    """Return an argument that has a value; metavar is what --help calls that."""
+    return names.split(), {"metavar": metavar, "help": text, **options}
+
+
+def flag(names: str, text: str, **options: Any) -> Argument:
+    return names.split(), {"action": "store_true", "help": text, **options}
+
+
+class Command:
+    """A command: what runs it, and what its --help shows beside the arguments."""
+
+    def __init__(
+        self, run: Callable[[Namespace], int], text: str, example: str, *arguments: Argument
+    ) -> None:
+        self.run = run
+        self.text = text
+        self.example = example
+        self.arguments = arguments
+
+
+# Arguments that several commands have read the same in the --help of each.
+SEVERAL: dict[str, Any] = {"action": "append", "default": []}
+COMMON = (
+    flag("--version", "show program's version number and exit",
+         action="version", version=f"vma-tool {__version__}"),
+    flag("-q --quiet", "print errors only"),
+    flag("-v --verbose", "print more"),
+)  # fmt: skip
+BASE = arg(
+    "--base", "BASE", "ARCHIVE is a difference, and this the full archive that it was made from",
+    action=Once,
+)  # fmt: skip
+JSON = flag("--json", "print one JSON object, for scripts")
+ARCHIVE_HELP = "a file, plain or compressed, or - for standard input"
+ARCHIVE = arg("archive", "ARCHIVE", ARCHIVE_HELP)
+DIRECTORY = arg("directory", "DIRECTORY")
+OUTPUT_HELP = "a file, or - for standard output"
+OUTPUT = arg("output", "OUTPUT", OUTPUT_HELP)
+FORCE = flag("--force", "replace OUTPUT if it exists")
+COMPRESS = functools.partial(arg, "--compress", "zstd[:LEVEL]|none", type=parse_compression)
+LAYOUT = (
+    arg("--align", "SIZE",
+        "block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
+        f"(default {DEFAULT_ALIGN})",
+        choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper),
+    COMPRESS(f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})"),
+    FORCE,
+)  # fmt: skip
+DEVICE_MAP = arg(
+    "--map", "STORAGE",
+    f"add the #qmdump#map lines that qmrestore needs to {CONFIG_NAME} (STORAGE may be empty)",
+    action=Once, type=parse_storage,
+)  # fmt: skip
+
+COMMANDS = {
+    "list": Command(
+        cmd_list, "show what an archive holds", "--scan backup.vma",
+        BASE, JSON,
+        flag("--partitions", "show what the disks hold (not of a stream)"),
+        flag("--scan", "read all extent headers too: bytes stored, order, layout"),
+        ARCHIVE,
+    ),
+    "verify": Command(
+        cmd_verify, "check that archives will restore", "a.vma b.vma.zst",
+        flag("--quick", "read the headers only, not the data"),
+        BASE,
+        arg("--against", "OTHER", "compare configs and disk contents with this archive",
+            action=Once),
+        flag("--ignore-ctime", "with --against: the time may differ"),
+        flag("--digest", "print the SHA-256 of each config and disk, as sha256sum does"),
+        flag("--json", "print one JSON object an archive"),
+        arg("archive", "ARCHIVE", f"{ARCHIVE_HELP}, or a directory of archives", nargs="+"),
+    ),
+    "extract": Command(
+        cmd_extract, "write configs and disks as Proxmox's own vma extract does",
+        "-d drive-scsi0 backup.vma disks/",
+        arg("-d", "NAME[,NAME...]", "only these devices (default: all)",
+            dest="devices", action="append"),
+        arg("-o", "PATH", "write the one disk of -d there (-: to a pipe)",
+            dest="output", action=Once),
+        flag("--force", "replace the file of -o; with a device, however large it is"),
+        BASE,
+        arg("-r", "MAPFILE", "write disks into files and devices, by a map",
+            dest="map", action=Once),
+        ARCHIVE,
+        arg("targetdir", "TARGETDIR", "must be new, or empty (none with -o)", nargs="?"),
+    ),
+    "mount": Command(
+        cmd_mount, "show configs, disks and partitions as files, read-only",
+        "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw",
+        BASE,
+        flag("-f --foreground", "stay in the foreground; Ctrl-C unmounts"),
+        arg("-o", "OPTION[,OPTION]", "for mount: allow_other, noexec, noatime",
+            dest="options", type=parse_mount_options, **SEVERAL),
+        arg("archive", "ARCHIVE", "a plain file, or a .vma.zst that optimize has written"),
+        arg("directory", "DIRECTORY",
+            "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"),
+    ),
+    "rescue": Command(
+        cmd_rescue, "write what is left of a damaged archive, and say what is lost",
+        "broken.vma.zst disks/",
+        flag("--json", "print one JSON object, for scripts (also in rescue.json)"),
+        ARCHIVE,
+        arg("targetdir", "TARGETDIR", "must be new, or empty"),
+    ),
+    "unpack": Command(
+        cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/",
+        BASE, flag("--force", "replace files that exist"), ARCHIVE, DIRECTORY,
+    ),
+    "config": Command(
+        cmd_config, "print one config of an archive", "backup.vma",
+        arg("-c", "NAME", f"(default {CONFIG_NAME})", dest="config", default=CONFIG_NAME),
+        ARCHIVE,
+    ),
+    "create": Command(
+        cmd_create, "make an archive of raw disks or block devices",
+        "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
+        *LAYOUT, DEVICE_MAP,
+        arg("-c", "CONFIG", "add a config file", dest="config", **SEVERAL),
+        arg("-d", "[format=raw:]NAME=PATH", "add a disk", dest="devices", **SEVERAL),
+        OUTPUT,
+        arg("disks", "NAME=PATH", "add a disk", nargs="*"),
+    ),
+    "pack": Command(
+        cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma",
+        *LAYOUT, DEVICE_MAP,
+        arg("-u", "KEY=VALUE", f"set a line of {CONFIG_NAME}, for instance -u name=web2",
+            dest="options", type=parse_option, **SEVERAL),
+        DIRECTORY, OUTPUT,
+    ),
+    "optimize": Command(
+        cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma",
+        *LAYOUT, BASE,
+        arg("--memory", "SIZE",
+            "memory for reordering a stream (default 256M); more goes to a temporary file",
+            type=parse_memory, default=DEFAULT_MEMORY),
+        flag("--check", "read the written archive back and compare all disks (default in place)",
+             default=None),
+        flag("--no-check", "skip the comparison", dest="check", action="store_false"),
+        ARCHIVE,
+        arg("output", "OUTPUT", f"{OUTPUT_HELP} (default: replace ARCHIVE)", nargs="?"),
+    ),
+    "diff": Command(
+        cmd_diff, "write only what differs from an older archive",
+        "sunday.vma.zst monday.vma.zst monday.vmad",
+        FORCE, COMPRESS(f"compress (default: zstd with level {DEFAULT_LEVEL})"),
+        arg("base", "BASE", "the full archive that will be needed with OUTPUT"),
+        arg("archive", "NEW", "the archive that OUTPUT and BASE will make"),
+        OUTPUT,
+    ),
+    "completion": Command(
+        cmd_completion, "print a shell's completion of this command line", "bash",
+        arg("shell", None, choices=("bash", "zsh")),
+    ),
+}  # fmt: skip
+
+
+def new_parser(prog: str, arguments: Iterable[Argument], **texts: Any) -> argparse.ArgumentParser:
+    """Return a parser of the options that all commands have, and of these arguments."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=formatter, **texts)
+    for names, options in (*COMMON, *arguments):
+        parser.add_argument(*names, **options)
+    return parser
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of what stands behind a command's name."""
+    command = COMMANDS[name]
+    return new_parser(
+        f"vma-tool {name}",
+        command.arguments,
+        description=f"{command.text[0].upper()}{command.text[1:]}.",
+        epilog=f"example:\n  vma-tool {name} {command.example}",
+    )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse a command line; `run` of the result is the function that runs the command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = None
+    if "--" in words:
+        end = words.index("--")
+        # For mount, `--` begins a command; for others it ends the options.
+        if [word for word in words[:end] if not word.startswith("-")][:1] == ["mount"]:
+            words, command = words[:end], words[end + 1 :]
+            end = len(words)
+        # The parser of all commands would take it away from that of the command.
+        names = words[end + 1 :]
+        words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
+    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
+    for group, members in COMMAND_GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<12}{COMMANDS[name].text}" for name in members]
+    parser = new_parser(
+        "vma-tool",  # not the name of the file: the examples use this one
+        # argparse's own subcommands would need the parsers of all commands.
+        [arg("words", "COMMAND", argparse.SUPPRESS, nargs=argparse.PARSER, choices=COMMANDS)],
+        usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
+        description="\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."]),
+        epilog=EXAMPLES,
+    )
+    args, unknown = parser.parse_known_args(words, Namespace(command=command))
+    name, *words = args.words
+    args.run = COMMANDS[name].run
+    # Intermixed: options may stand between the other arguments, as with Proxmox's vma.
+    args, more = command_parser(name).parse_known_intermixed_args(words, args)
+    if unknown or more:
+        parser.error(f"unrecognized arguments: {' '.join([*unknown, *more])}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status; SystemExit for --help and wrong usage.
 
@@ -8678,7 +8657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
         args = parse_args(argv)
-        status = int(args.func(args))
+        status = int(args.run(args))
         if sys.stdout is not None:  # closed by the caller
             # A full disk or a closed pipe shows here, and not in the interpreter's exit.
             sys.stdout.flush()
