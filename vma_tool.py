@@ -7550,9 +7550,46 @@ def cmd_verify(args: Namespace) -> int:
                 print_error(error)
                 if args.json:
                     # One object each: a script sees that it was looked at.
-                    print(to_json({"archive": path, "ok": False, "error": str(error)}), flush=True)
+                    print_report(to_json({"archive": path, "ok": False, "error": str(error)}))
             worst = max(worst, status)  # a bad archive counts more than one that cannot be read
     return worst
+
+
+def print_totals(args: Namespace, index: Index) -> None:
+    """With -v, print the closing line of Proxmox's own program.
+
+    Of a difference, nobody has counted the zeros.
+    """
+    if args.verbose and not index.difference:
+        zero = sum(device.zero_size for device in index.devices.values())
+        total = sum(device.disk_size for device in index.devices.values())
+        percent = zero * 100 / total if total else 0
+        print_report(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
+
+
+def report_good(args: Namespace, path: str, contents: Contents, checked: str) -> None:
+    """Print that an archive, or what a difference and its base make, will restore."""
+    source, *bases = contents.inputs
+    if args.json:
+        found: dict[str, Any] = {"archive": path}
+        if bases:
+            found["base"] = args.base
+        found.update(ok=True, checked=checked)
+        # A difference and its base make an archive that is laid out nowhere.
+        found.update(describe(source, contents.header, None if bases else contents, {}))
+        print_report(to_json(found))
+    elif not args.quiet:
+        devices = contents.header.devices
+        size = format_size(sum(device.size for device in devices))
+        facts = [f"a difference from {base.name}" for base in bases]
+        facts += [plural(len(devices), "device"), size]
+        if not bases:
+            stored = sum(index.stored_size for index in contents.index.devices.values())
+            align = find_align(contents)
+            layout = f"canonical (--align {align})" if align else "not canonical"
+            facts += [f"{format_size(stored)} stored", layout]
+        print_report(f"{source.name}: OK, {', '.join(facts)}, {checked}")
+        print_totals(args, contents.index)
 
 
 def verify_one(args: Namespace, path: str) -> int:
@@ -7590,13 +7627,7 @@ def verify_input(args: Namespace, path: str, fault: str = "") -> None:
         what = "headers only" if args.quick and source.size is not None else "all data read"
         if source.note or fault:
             what += f", as a stream: {source.note or fault}"
-        if args.json:
-            description = {"archive": path, "ok": True, "checked": what}
-            description.update(describe(source, contents.header, contents, {}))
-            print(to_json(description), flush=True)
-        elif not args.quiet:
-            print_report(f"{summary(contents)}, {what}")
-            print_totals(args, contents.index)
+        report_good(args, path, contents, what)
 
 
 def check_frames(source: FramesInput, progress: Progress) -> None:
@@ -7633,16 +7664,7 @@ def verify_difference(args: Namespace, path: str) -> int:
     """Read a difference and its base, and say that the archive they make will restore."""
     with open_archive(path, args.base) as contents:
         read_all(args, contents, Consumer())  # which does nothing
-    if args.json:
-        description = {"archive": path, "base": args.base, "ok": True, "checked": "all data read"}
-        description.update(describe(contents.source, contents.header, None, {}))
-        print(to_json(description), flush=True)
-    elif not args.quiet:
-        source, base = contents.inputs
-        devices = contents.header.devices
-        size = format_size(sum(device.size for device in devices))
-        what = f"a difference from {base.name}, {plural(len(devices), 'device')}, {size}"
-        print(f"{source.name}: OK, {what}, all data read", flush=True)
+    report_good(args, path, contents, "all data read")
     return 0
 
 
@@ -7659,9 +7681,9 @@ def verify_against(args: Namespace, path: str) -> int:
         theirs.check_unchanged()
     if args.json:
         result = {"archive": path, "against": args.against, "same": not found}
-        print(to_json({**result, "differences": found}), flush=True)
+        print_report(to_json({**result, "differences": found}))
     elif not found and not args.quiet:
-        print(f"{source.name}: OK, the same as {other.name}", flush=True)
+        print_report(f"{source.name}: OK, the same as {other.name}")
     # An archive that differs is an error; --json has the lines in its object.
     for line in found if not args.json else ():
         print_error(f"{source.name}: differs from {other.name}: {line}")
@@ -7673,41 +7695,18 @@ def verify_digest(args: Namespace, path: str) -> int:
     with open_archive(path, args.base) as contents:
         consumer = DiskDigests(contents.header)
         read_all(args, contents, consumer)
-    files: list[dict[str, Any]] = []
-    for name, data in contents.header.configs:
-        digest = hashlib.sha256(data).hexdigest()
-        files.append({"name": name, "size": len(data), "sha256": digest})
+    rows = [(name, len(data), hashlib.sha256(data)) for name, data in contents.header.configs]
     for dev_id, index in contents.index.devices.items():
-        digest = consumer.digests[dev_id].hexdigest()
-        files.append({"name": index.device.name, "size": index.disk_size, "sha256": digest})
+        rows.append((index.device.name, index.disk_size, consumer.digests[dev_id]))
     if args.json:
-        print(to_json({"archive": path, "ok": True, "files": files}), flush=True)
-    for file in files if not args.json else ():
-        print(f"{file['sha256']}  {escape(file['name'])}", flush=True)
+        files = [
+            {"name": name, "size": size, "sha256": digest.hexdigest()}
+            for name, size, digest in rows
+        ]
+        print_report(to_json({"archive": path, "ok": True, "files": files}))
+    for name, _, digest in rows if not args.json else ():
+        print_report(f"{digest.hexdigest()}  {escape(name)}")
     return 0
-
-
-def summary(contents: Contents) -> str:
-    """Return verify's line on a good archive."""
-    devices = contents.header.devices
-    size = format_size(sum(device.size for device in devices))
-    stored = format_size(sum(index.stored_size for index in contents.index.devices.values()))
-    align = find_align(contents)
-    layout = f"canonical (--align {align})" if align else "not canonical"
-    start = f"{contents.source.name}: OK, {plural(len(devices), 'device')}"
-    return f"{start}, {size}, {stored} stored, {layout}"
-
-
-def print_totals(args: Namespace, index: Index) -> None:
-    """With -v, print the closing line of Proxmox's own program.
-
-    Of a difference, nobody has counted the zeros.
-    """
-    if args.verbose and not index.difference:
-        zero = sum(device.zero_size for device in index.devices.values())
-        total = sum(device.disk_size for device in index.devices.values())
-        percent = zero * 100 / total if total else 0
-        print_report(f"total bytes {total}, zero bytes {zero} ({percent:.3g}%)")
 
 
 def cmd_extract(args: Namespace) -> int:
@@ -8174,7 +8173,7 @@ def cmd_optimize(args: Namespace) -> int:
         if in_place and is_optimized(contents, ALIGNS[args.align], compressed=level > 0):
             source.check_unchanged(path)
             if not args.quiet:
-                print(f"{source.name}: is canonical already (--align {args.align})")
+                print_report(f"{source.name}: is canonical already (--align {args.align})")
             return 0
         output = stack.enter_context(
             open_output(path, args.force, contents.readers, in_place=in_place)
@@ -8195,7 +8194,7 @@ def cmd_optimize(args: Namespace) -> int:
         output.commit(lambda: contents.check_unchanged(path if in_place else None))
     if file and not args.quiet:  # not into an archive on standard output
         size = format_size(file.position)
-        print(f"{source.name}: optimized (--align {args.align}), {size}", flush=True)
+        print_report(f"{source.name}: optimized (--align {args.align}), {size}")
     return 0
 
 
@@ -8243,7 +8242,7 @@ def cmd_diff(args: Namespace) -> int:
         output.commit(last_look)
     if args.output != "-" and not args.quiet:
         size = format_size(output.position)
-        print(f"{new.source.name}: a difference from {base.source.name}, {size}", flush=True)
+        print_report(f"{new.source.name}: a difference from {base.source.name}, {size}")
     return 0
 
 
