@@ -8302,14 +8302,34 @@ def check_contents(
 # ---------------------------------------------------------------------------------------------
 # Command line
 
-COMMAND_GROUPS = {
-    "look": ("list", "config"),
-    "check": ("verify",),
-    "get data out": ("extract", "mount", "unpack", "rescue"),
-    "make": ("create", "pack"),
-    "rewrite": ("optimize", "diff"),
-    "shell": ("completion",),
-}
+DESCRIPTION = """\
+Make Proxmox VE backups (.vma) deduplicate, and get data out of them.
+
+look:
+  list        show what an archive holds
+  config      print one config of an archive
+
+check:
+  verify      check that archives will restore
+
+get data out:
+  extract     write configs and disks as Proxmox's own vma extract does
+  mount       show configs, disks and partitions as files, read-only
+  unpack      write configs, disks and vma.json, for pack
+  rescue      write what is left of a damaged archive, and say what is lost
+
+make:
+  create      make an archive of raw disks or block devices
+  pack        make an archive of what unpack wrote
+
+rewrite:
+  optimize    rewrite an archive in the canonical layout
+  diff        write only what differs from an older archive
+
+shell:
+  completion  print a shell's completion of this command line
+
+vma-tool COMMAND --help tells the rest."""
 EXAMPLES = """
 examples:
   vma-tool optimize vzdump-qemu-100.vma            rewrite it in place
@@ -8441,13 +8461,10 @@ def flag(names: str, text: str, **options: Any) -> Argument:
 
 
 class Command:
-    """A command: what runs it, and what its --help shows beside the arguments."""
+    """A command: what runs it, an example for its --help, and its arguments."""
 
-    def __init__(
-        self, run: Callable[[Namespace], int], text: str, example: str, *arguments: Argument
-    ) -> None:
+    def __init__(self, run: Callable[[Namespace], int], example: str, *arguments: Argument) -> None:
         self.run = run
-        self.text = text
         self.example = example
         self.arguments = arguments
 
@@ -8488,14 +8505,14 @@ DEVICE_MAP = arg(
 
 COMMANDS = {
     "list": Command(
-        cmd_list, "show what an archive holds", "--scan backup.vma",
+        cmd_list, "--scan backup.vma",
         BASE, JSON,
         flag("--partitions", "show what the disks hold (not of a stream)"),
         flag("--scan", "read all extent headers too: bytes stored, order, layout"),
         ARCHIVE,
     ),
     "verify": Command(
-        cmd_verify, "check that archives will restore", "a.vma b.vma.zst",
+        cmd_verify, "a.vma b.vma.zst",
         flag("--quick", "read the headers only, not the data"),
         BASE,
         arg("--against", "OTHER", "compare configs and disk contents with this archive",
@@ -8506,8 +8523,7 @@ COMMANDS = {
         arg("archive", "ARCHIVE", f"{ARCHIVE_HELP}, or a directory of archives", nargs="+"),
     ),
     "extract": Command(
-        cmd_extract, "write configs and disks as Proxmox's own vma extract does",
-        "-d drive-scsi0 backup.vma disks/",
+        cmd_extract, "-d drive-scsi0 backup.vma disks/",
         arg("-d", "NAME[,NAME...]", "only these devices (default: all)",
             dest="devices", action="append"),
         arg("-o", "PATH", "write the one disk of -d there (-: to a pipe)",
@@ -8520,8 +8536,7 @@ COMMANDS = {
         arg("targetdir", "TARGETDIR", "must be new, or empty (none with -o)", nargs="?"),
     ),
     "mount": Command(
-        cmd_mount, "show configs, disks and partitions as files, read-only",
-        "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw",
+        cmd_mount, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw",
         BASE,
         flag("-f --foreground", "stay in the foreground; Ctrl-C unmounts"),
         arg("-o", "OPTION[,OPTION]", "for mount: allow_other, noexec, noatime",
@@ -8531,24 +8546,22 @@ COMMANDS = {
             "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"),
     ),
     "rescue": Command(
-        cmd_rescue, "write what is left of a damaged archive, and say what is lost",
-        "broken.vma.zst disks/",
+        cmd_rescue, "broken.vma.zst disks/",
         flag("--json", "print one JSON object, for scripts (also in rescue.json)"),
         ARCHIVE,
         arg("targetdir", "TARGETDIR", "must be new, or empty"),
     ),
     "unpack": Command(
-        cmd_unpack, "write configs, disks and vma.json, for pack", "- dir/",
+        cmd_unpack, "- dir/",
         BASE, flag("--force", "replace files that exist"), ARCHIVE, DIRECTORY,
     ),
     "config": Command(
-        cmd_config, "print one config of an archive", "backup.vma",
+        cmd_config, "backup.vma",
         arg("-c", "NAME", f"(default {CONFIG_NAME})", dest="config", default=CONFIG_NAME),
         ARCHIVE,
     ),
     "create": Command(
-        cmd_create, "make an archive of raw disks or block devices",
-        "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
+        cmd_create, "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
         *LAYOUT, DEVICE_MAP,
         arg("-c", "CONFIG", "add a config file", dest="config", **SEVERAL),
         arg("-d", "[format=raw:]NAME=PATH", "add a disk", dest="devices", **SEVERAL),
@@ -8556,14 +8569,14 @@ COMMANDS = {
         arg("disks", "NAME=PATH", "add a disk", nargs="*"),
     ),
     "pack": Command(
-        cmd_pack, "make an archive of what unpack wrote", "dir/ new.vma",
+        cmd_pack, "dir/ new.vma",
         *LAYOUT, DEVICE_MAP,
         arg("-u", "KEY=VALUE", f"set a line of {CONFIG_NAME}, for instance -u name=web2",
             dest="options", type=parse_option, **SEVERAL),
         DIRECTORY, OUTPUT,
     ),
     "optimize": Command(
-        cmd_optimize, "rewrite an archive in the canonical layout", "a.vma b.vma",
+        cmd_optimize, "a.vma b.vma",
         *LAYOUT, BASE,
         arg("--memory", "SIZE",
             "memory for reordering a stream (default 256M); more goes to a temporary file",
@@ -8575,15 +8588,14 @@ COMMANDS = {
         arg("output", "OUTPUT", f"{OUTPUT_HELP} (default: replace ARCHIVE)", nargs="?"),
     ),
     "diff": Command(
-        cmd_diff, "write only what differs from an older archive",
-        "sunday.vma.zst monday.vma.zst monday.vmad",
+        cmd_diff, "sunday.vma.zst monday.vma.zst monday.vmad",
         FORCE, COMPRESS(f"compress (default: zstd with level {DEFAULT_LEVEL})"),
         arg("base", "BASE", "the full archive that will be needed with OUTPUT"),
         arg("archive", "NEW", "the archive that OUTPUT and BASE will make"),
         OUTPUT,
     ),
     "completion": Command(
-        cmd_completion, "print a shell's completion of this command line", "bash",
+        cmd_completion, "bash",
         arg("shell", None, choices=("bash", "zsh")),
     ),
 }  # fmt: skip
@@ -8601,10 +8613,11 @@ def new_parser(prog: str, arguments: Iterable[Argument], **texts: Any) -> argpar
 def command_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of what stands behind a command's name."""
     command = COMMANDS[name]
+    title = re.findall(rf"(?m)^  {name} +(.+)", DESCRIPTION)[0]
     return new_parser(
         f"vma-tool {name}",
         command.arguments,
-        description=f"{command.text[0].upper()}{command.text[1:]}.",
+        description=f"{title[0].upper()}{title[1:]}.",
         epilog=f"example:\n  vma-tool {name} {command.example}",
     )
 
@@ -8622,16 +8635,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         # The parser of all commands would take it away from that of the command.
         names = words[end + 1 :]
         words[end:] = [f"./{n}" if n.startswith("-") and n != "-" else n for n in names]
-    lines = ["Make Proxmox VE backups (.vma) deduplicate, and get data out of them."]
-    for group, members in COMMAND_GROUPS.items():
-        lines += ["", f"{group}:"]
-        lines += [f"  {name:<12}{COMMANDS[name].text}" for name in members]
     parser = new_parser(
         "vma-tool",  # not the name of the file: the examples use this one
         # argparse's own subcommands would need the parsers of all commands.
         [arg("words", "COMMAND", argparse.SUPPRESS, nargs=argparse.PARSER, choices=COMMANDS)],
         usage="vma-tool [-h] [--version] [-q] [-v] COMMAND ...",
-        description="\n".join([*lines, "", "vma-tool COMMAND --help tells the rest."]),
+        description=DESCRIPTION,
         epilog=EXAMPLES,
     )
     args, unknown = parser.parse_known_args(words, Namespace(command=command))
