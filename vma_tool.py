@@ -7476,6 +7476,11 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
     }
 
 
+def print_device(device: Mapping[str, Any]) -> None:
+    size = f"{format_size(device['size'])}, {device['size']} bytes"
+    print(f"device   {device['dev_id']:<3} {escape(device['name'])}  {size}")
+
+
 def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     """Print the result of `describe` for people."""
     print(f"archive  {archive}")
@@ -7493,8 +7498,7 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:
-        size = f"{format_size(device['size'])}, {device['size']} bytes"
-        print(f"device   {device['dev_id']:<3} {escape(device['name'])}  {size}")
+        print_device(device)
         if "stored" in device:
             order = "ascending" if device["ascending"] else "not in order"
             print(f"             {device['stored']} bytes stored, {device['zero']} zero, {order}")
@@ -7522,7 +7526,8 @@ def cmd_verify(args: Namespace) -> int:
     """Check archives, one after the other; a bad one does not keep the next from being checked."""
     if args.against is not None and args.digest:
         raise UsageError("verify: --against or --digest, not both")
-    if args.quick and (args.against is not None or args.digest):
+    needs_data = args.against is not None or args.digest
+    if args.quick and needs_data:
         raise UsageError("verify: --quick reads the headers only, --against and --digest all")
     if args.quick and args.base is not None:
         raise UsageError("verify: --quick reads the headers only, --base all")
@@ -7531,7 +7536,7 @@ def cmd_verify(args: Namespace) -> int:
     if not args.quiet or args.json or args.digest:
         require_report()
     check = verify_one if args.base is None else verify_difference
-    if args.against is not None or args.digest:
+    if needs_data:
         check = verify_digest if args.digest else verify_against
     worst = 0
     for argument in args.archive:
@@ -7864,8 +7869,7 @@ def cmd_mount(args: Namespace) -> int:
     # It would count as no command, and the archive would stay mounted.
     if args.command == []:
         raise UsageError("no command after --")
-    options = sorted({option for options in args.options for option in options})
-    point = MountPoint(args.directory, escape(args.archive), options)
+    point = MountPoint(args.directory, escape(args.archive), sorted(set(args.options)))
     with open_archive(args.archive, args.base) as contents:
         inputs = contents.inputs
         require_any_place(args, inputs, "mount")
@@ -7955,8 +7959,7 @@ def print_rescued(archive: str, found: Mapping[str, Any]) -> None:
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:
-        size = f"{format_size(device['size'])}, {device['size']} bytes"
-        print(f"device   {device['dev_id']:<3} {escape(device['name'])}  {size}")
+        print_device(device)
         for state in "lost", "doubtful":
             ranges = device[state]
             print(f"             {state}: {format_size(sum(count for _, count in ranges))}")
@@ -8460,15 +8463,6 @@ def flag(names: str, text: str, **options: Any) -> Argument:
     return names.split(), {"action": "store_true", "help": text, **options}
 
 
-class Command:
-    """A command: what runs it, an example for its --help, and its arguments."""
-
-    def __init__(self, run: Callable[[Namespace], int], example: str, *arguments: Argument) -> None:
-        self.run = run
-        self.example = example
-        self.arguments = arguments
-
-
 # Arguments that several commands have read the same in the --help of each.
 SEVERAL: dict[str, Any] = {"action": "append", "default": []}
 COMMON = (
@@ -8503,15 +8497,16 @@ DEVICE_MAP = arg(
     action=Once, type=parse_storage,
 )  # fmt: skip
 
-COMMANDS = {
-    "list": Command(
+# What runs each command, an example for its --help, and its arguments
+COMMANDS: dict[str, tuple[Any, ...]] = {
+    "list": (
         cmd_list, "--scan backup.vma",
         BASE, JSON,
         flag("--partitions", "show what the disks hold (not of a stream)"),
         flag("--scan", "read all extent headers too: bytes stored, order, layout"),
         ARCHIVE,
     ),
-    "verify": Command(
+    "verify": (
         cmd_verify, "a.vma b.vma.zst",
         flag("--quick", "read the headers only, not the data"),
         BASE,
@@ -8522,7 +8517,7 @@ COMMANDS = {
         flag("--json", "print one JSON object an archive"),
         arg("archive", "ARCHIVE", f"{ARCHIVE_HELP}, or a directory of archives", nargs="+"),
     ),
-    "extract": Command(
+    "extract": (
         cmd_extract, "-d drive-scsi0 backup.vma disks/",
         arg("-d", "NAME[,NAME...]", "only these devices (default: all)",
             dest="devices", action="append"),
@@ -8535,32 +8530,32 @@ COMMANDS = {
         ARCHIVE,
         arg("targetdir", "TARGETDIR", "must be new, or empty (none with -o)", nargs="?"),
     ),
-    "mount": Command(
+    "mount": (
         cmd_mount, "backup.vma /mnt -- sha256sum /mnt/disk-drive-scsi0.raw",
         BASE,
         flag("-f --foreground", "stay in the foreground; Ctrl-C unmounts"),
         arg("-o", "OPTION[,OPTION]", "for mount: allow_other, noexec, noatime",
-            dest="options", type=parse_mount_options, **SEVERAL),
+            dest="options", type=parse_mount_options, action="extend", default=[]),
         arg("archive", "ARCHIVE", "a plain file, or a .vma.zst that optimize has written"),
         arg("directory", "DIRECTORY",
             "where; with `-- COMMAND...` behind it: mount, run COMMAND, unmount"),
     ),
-    "rescue": Command(
+    "rescue": (
         cmd_rescue, "broken.vma.zst disks/",
         flag("--json", "print one JSON object, for scripts (also in rescue.json)"),
         ARCHIVE,
         arg("targetdir", "TARGETDIR", "must be new, or empty"),
     ),
-    "unpack": Command(
+    "unpack": (
         cmd_unpack, "- dir/",
         BASE, flag("--force", "replace files that exist"), ARCHIVE, DIRECTORY,
     ),
-    "config": Command(
+    "config": (
         cmd_config, "backup.vma",
         arg("-c", "NAME", f"(default {CONFIG_NAME})", dest="config", default=CONFIG_NAME),
         ARCHIVE,
     ),
-    "create": Command(
+    "create": (
         cmd_create, "-c qemu-server.conf new.vma drive-scsi0=disk.raw",
         *LAYOUT, DEVICE_MAP,
         arg("-c", "CONFIG", "add a config file", dest="config", **SEVERAL),
@@ -8568,14 +8563,14 @@ COMMANDS = {
         OUTPUT,
         arg("disks", "NAME=PATH", "add a disk", nargs="*"),
     ),
-    "pack": Command(
+    "pack": (
         cmd_pack, "dir/ new.vma",
         *LAYOUT, DEVICE_MAP,
         arg("-u", "KEY=VALUE", f"set a line of {CONFIG_NAME}, for instance -u name=web2",
             dest="options", type=parse_option, **SEVERAL),
         DIRECTORY, OUTPUT,
     ),
-    "optimize": Command(
+    "optimize": (
         cmd_optimize, "a.vma b.vma",
         *LAYOUT, BASE,
         arg("--memory", "SIZE",
@@ -8587,14 +8582,14 @@ COMMANDS = {
         ARCHIVE,
         arg("output", "OUTPUT", f"{OUTPUT_HELP} (default: replace ARCHIVE)", nargs="?"),
     ),
-    "diff": Command(
+    "diff": (
         cmd_diff, "sunday.vma.zst monday.vma.zst monday.vmad",
         FORCE, COMPRESS(f"compress (default: zstd with level {DEFAULT_LEVEL})"),
         arg("base", "BASE", "the full archive that will be needed with OUTPUT"),
         arg("archive", "NEW", "the archive that OUTPUT and BASE will make"),
         OUTPUT,
     ),
-    "completion": Command(
+    "completion": (
         cmd_completion, "bash",
         arg("shell", None, choices=("bash", "zsh")),
     ),
@@ -8612,14 +8607,16 @@ def new_parser(prog: str, arguments: Iterable[Argument], **texts: Any) -> argpar
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of what stands behind a command's name."""
-    command = COMMANDS[name]
+    run, example, *arguments = COMMANDS[name]
     title = re.findall(rf"(?m)^  {name} +(.+)", DESCRIPTION)[0]
-    return new_parser(
+    parser = new_parser(
         f"vma-tool {name}",
-        command.arguments,
+        arguments,
         description=f"{title[0].upper()}{title[1:]}.",
-        epilog=f"example:\n  vma-tool {name} {command.example}",
+        epilog=f"example:\n  vma-tool {name} {example}",
     )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -8645,7 +8642,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     args, unknown = parser.parse_known_args(words, Namespace(command=command))
     name, *words = args.words
-    args.run = COMMANDS[name].run
     # Intermixed: options may stand between the other arguments, as with Proxmox's vma.
     args, more = command_parser(name).parse_known_intermixed_args(words, args)
     if unknown or more:
