@@ -7535,7 +7535,7 @@ def cmd_verify(args: Namespace) -> int:
         raise UsageError("verify: --ignore-ctime needs --against")
     if not args.quiet or args.json or args.digest:
         require_report()
-    check = verify_one if args.base is None else verify_difference
+    check = verify_one
     if needs_data:
         check = verify_digest if args.digest else verify_against
     worst = 0
@@ -7597,8 +7597,21 @@ def report_good(args: Namespace, path: str, contents: Contents, checked: str) ->
         print_totals(args, contents.index)
 
 
+def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
+    """Read all clusters, which checks them, and hand them to a consumer."""
+    with progress_of(args, *contents.inputs) as progress:
+        copy_parts(contents, consumer, progress)
+        progress.finish()
+    contents.check_unchanged()
+
+
 def verify_one(args: Namespace, path: str) -> int:
-    """Read an archive, and say that it will restore; raises VmaError if not."""
+    """Read an archive, and its base, and say that it will restore; raises VmaError if not."""
+    if args.base is not None:
+        with open_archive(path, args.base) as contents:
+            read_all(args, contents, Consumer())  # which does nothing
+        report_good(args, path, contents, "all data read")
+        return 0
     try:
         verify_input(args, path)
     except SeekableError as error:
@@ -7655,22 +7668,6 @@ def check_frames(source: FramesInput, progress: Progress) -> None:
         return ()
 
     pump(ranges(), lambda place, _: place, work, [], parallel=True)
-
-
-def read_all(args: Namespace, contents: Contents, consumer: Consumer) -> None:
-    """Read all clusters, which checks them, and hand them to a consumer."""
-    with progress_of(args, *contents.inputs) as progress:
-        copy_parts(contents, consumer, progress)
-        progress.finish()
-    contents.check_unchanged()
-
-
-def verify_difference(args: Namespace, path: str) -> int:
-    """Read a difference and its base, and say that the archive they make will restore."""
-    with open_archive(path, args.base) as contents:
-        read_all(args, contents, Consumer())  # which does nothing
-    report_good(args, path, contents, "all data read")
-    return 0
 
 
 def verify_against(args: Namespace, path: str) -> int:
@@ -8654,29 +8651,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Signals are left as they are: `script` handles them.
     """
-    status, message = EXIT_FAILED, ""
+    status = EXIT_FAILED
     try:
         occupy_standard_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # names, if the locale is not UTF-8
         args = parse_args(argv)
-        status = int(args.run(args))
+        result = int(args.run(args))
         if sys.stdout is not None:  # closed by the caller
             # A full disk or a closed pipe shows here, and not in the interpreter's exit.
             sys.stdout.flush()
+        return result
     except VmaError as error:
         status, message = error.exit_status, str(error)
     except BrokenPipeError:
-        status = 128 + 13  # as if SIGPIPE had ended us
         discard_output()
+        return 128 + 13  # as if SIGPIPE had ended us
     except OSError as error:  # all others have names already
-        status, message = EXIT_FAILED, f"cannot print: {system_message(error)}"
+        message = f"cannot print: {system_message(error)}"
         discard_output()
     except MemoryError:
-        status, message = EXIT_FAILED, "out of memory"
-    if message:
-        print_error(message)
+        message = "out of memory"
+    print_error(message)
     return status
 
 
