@@ -5145,64 +5145,8 @@ MOUNT_OPTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024,
 BUSY_SECONDS = 2.0  # a loop device lets go of its file a moment after its own unmount
 STILL_IN_USE = "still in use: detached from the directory, and served until it is released"
 MASK_WORD = 0 if sys.byteorder == "little" else 3  # of the four 16-bit words of an index entry
-SUM_CLUSTERS = 1 << 12
+MASKS_STEP = 1 << 12  # clusters whose masks are looked at in one go
 MOUNT_FRAMES = 64  # decompressed frames that are kept, of 1 MiB
-
-
-class DiskMap:
-    """Where a device stores blocks: found and counted without a loop over them."""
-
-    def __init__(self, index: DeviceIndex, base: DeviceIndex | None = None) -> None:
-        self.index = index
-        self.base = base  # has the clusters that are missing in index
-        self.cluster_count = len(index.entries)
-        self._sums: list[int] = []  # blocks stored before every SUM_CLUSTERS-th cluster
-
-    def _masks(self, first: int, count: int) -> int:
-        """Return the masks of clusters as one number, whose bit 0 is the first block."""
-        entries = memoryview(self.index.entries)[first : first + count]
-        if self.base and 0 in entries:
-            base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
-            entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
-        # Every fourth 16-bit word of the entries is a mask. In one large number, Python finds and
-        # counts bits in C.
-        masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
-        if sys.byteorder == "big":
-            masks.byteswap()
-        return int.from_bytes(masks.tobytes(), "little")
-
-    def find(self, block: int, stored: bool) -> int:
-        """Return the first block from this one on that is stored, or is not; if none, the end."""
-        first, skip = divmod(block, CLUSTER_BLOCKS)
-        count = 64  # mostly it is near; if not, the steps grow
-        while first < self.cluster_count:
-            count = min(count, self.cluster_count - first)
-            bits = self._masks(first, count)
-            if not stored:
-                bits ^= (1 << count * CLUSTER_BLOCKS) - 1
-            bits = bits >> skip << skip
-            if bits:
-                return first * CLUSTER_BLOCKS + (bits & -bits).bit_length() - 1
-            first += count
-            count, skip = min(count * 8, 1 << 16), 0
-        return self.cluster_count * CLUSTER_BLOCKS
-
-    def stored_before(self, block: int) -> int:
-        """Return how many blocks before this one are stored."""
-
-        def count_stored(first: int, blocks: int) -> int:
-            blocks = min(blocks, (self.cluster_count - first) * CLUSTER_BLOCKS)
-            if not blocks:
-                return 0
-            bits = self._masks(first, -(-blocks // CLUSTER_BLOCKS)) & (1 << blocks) - 1
-            return bin(bits).count("1")
-
-        step = SUM_CLUSTERS * CLUSTER_BLOCKS
-        if not self._sums:  # 16 million clusters take a moment, so only when somebody asks
-            firsts = range(0, self.cluster_count, SUM_CLUSTERS)
-            counts = (count_stored(first, step) for first in firsts)
-            self._sums = list(itertools.accumulate(counts, initial=0))
-        return self._sums[block // step] + count_stored(block // step * SUM_CLUSTERS, block % step)
 
 
 class MountedFile:
@@ -5233,24 +5177,46 @@ class MountedDisk(MountedFile):
     zeros = memoryview(bytes(FUSE_MAX_READ))
 
     def __init__(
-        self, name: str, contents: Contents, stored: DiskMap, start: int, size: int
+        self, name: str, contents: Contents, device: Device, start: int, size: int
     ) -> None:
         super().__init__(name, size)
         self.contents = contents
-        self.stored = stored
+        self.index = contents.index.devices[device.dev_id]
+        self.base = contents.base_indexes.get(device.dev_id)  # has the clusters that are missing in index
         self.start = start
 
-    @property
+    def _masks(self, first: int, count: int) -> int:
+        """Return the masks of the disk's clusters as one number; bit 0 is the first block."""
+        entries = memoryview(self.index.entries)[first : first + count]
+        if self.base and 0 in entries:
+            base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
+            entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
+        # Every fourth 16-bit word of the entries is a mask. In one large number, Python finds and
+        # counts bits in C.
+        masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
+        if sys.byteorder == "big":
+            masks.byteswap()
+        return int.from_bytes(masks.tobytes(), "little")
+
+    @functools.cached_property  # 16 million clusters take a moment
     def allocated(self) -> int:
-        first, end = self.start // BLOCK_SIZE, (self.start + self.size) // BLOCK_SIZE
-        stored = self.stored.stored_before(end) - self.stored.stored_before(first)
-        return stored * BLOCK_SIZE
+        bit_counts = bytes(bin(byte).count("1") for byte in range(256))
+        block, end = self.start // BLOCK_SIZE, (self.start + self.size) // BLOCK_SIZE
+        count = 0
+        while block < end:
+            first, skip = divmod(block, CLUSTER_BLOCKS)
+            step = min(MASKS_STEP * CLUSTER_BLOCKS, end - block)
+            # A partition may begin and end in the middle of a cluster.
+            bits = self._masks(first, MASKS_STEP + 1) >> skip & (1 << step) - 1
+            count += sum(bits.to_bytes(step // 8 + 1, "little").translate(bit_counts))
+            block += step
+        return count * BLOCK_SIZE
 
     def read(self, offset: int, size: int, buffer: memoryview) -> Buffer:
         at = self.start + offset
         first = at // CLUSTER_SIZE
         count = -(-(at + size) // CLUSTER_SIZE) - first
-        plan = self.contents.plan(self.stored.index.device, first, count)
+        plan = self.contents.plan(self.index.device, first, count)
         image = self.contents.read(plan, buffer).whole()
         self._check_unchanged()  # after the read: a change in between must not pass
         start = at - first * CLUSTER_SIZE
@@ -5259,16 +5225,26 @@ class MountedDisk(MountedFile):
     def _check_unchanged(self) -> None:
         """Raise VmaError if the archive was written to since it was opened."""
         for source in self.contents.inputs:
-            if source.raw is None or source.state is None:
-                continue
-            now = os.fstat(source.raw.fileno())
+            assert isinstance(source, FileInput)
+            now, then = os.fstat(source.fd), source.state
             # ctime changes also when another file takes the archive's name. Ours stays as it was.
-            if (now.st_size, now.st_mtime_ns) != (source.state.st_size, source.state.st_mtime_ns):
+            if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
                 raise VmaError(f"{source.name}: the archive was changed while it was mounted")
 
     def seek(self, offset: int, data: bool) -> int:
-        block = self.stored.find((self.start + offset) // BLOCK_SIZE, data)
-        return min(max(block * BLOCK_SIZE - self.start, offset), self.size)
+        first, skip = divmod((self.start + offset) // BLOCK_SIZE, CLUSTER_BLOCKS)
+        count = 64  # mostly it is near; if not, the steps grow
+        while first * CLUSTER_SIZE < self.start + self.size:
+            bits = self._masks(first, count)
+            if not data:
+                bits ^= (1 << count * CLUSTER_BLOCKS) - 1
+            bits = bits >> skip << skip
+            if bits:
+                block = first * CLUSTER_BLOCKS + (bits & -bits).bit_length() - 1
+                return min(max(block * BLOCK_SIZE - self.start, offset), self.size)
+            first += count
+            count, skip = min(count * 8, MASKS_STEP), 0
+        return self.size
 
 
 def mounted_files(contents: Contents) -> list[MountedFile]:
@@ -5276,17 +5252,14 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
     files = [MountedFile(name, len(data), data) for name, data in contents.header.configs]
     partitions: list[MountedFile] = []
     for device in contents.header.devices:
-        stored = DiskMap(
-            contents.index.devices[device.dev_id], contents.base_indexes.get(device.dev_id)
-        )
-        size = stored.index.disk_size
-        files.append(MountedDisk(disk_file_name(device), contents, stored, 0, size))
+        size = contents.index.devices[device.dev_id].disk_size
+        files.append(MountedDisk(disk_file_name(device), contents, device, 0, size))
         if not device.is_vmstate:
             read = functools.partial(contents.read_range, device.dev_id)
             for part in read_table(read, size).partitions:
                 if part.number:  # 0 is the whole disk, which is there already
                     name = partition_file_name(device, part)
-                    partitions.append(MountedDisk(name, contents, stored, part.start, part.size))
+                    partitions.append(MountedDisk(name, contents, device, part.start, part.size))
     names = [file.name for file in files]
     refuse_twice(contents.source.name, list(map(os.fsdecode, names)))
     # A disk may be called like another one's partition, and is the one that extract writes.
