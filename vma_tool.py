@@ -4584,33 +4584,23 @@ GPT_TYPES = {
 }
 
 
-class FileSystem(NamedTuple):
-    """How a file system is recognised: magic at an offset; its label, if it has one."""
-
-    name: str
-    offset: int
-    magic: bytes
-    label_offset: int = 0
-    label_size: int = 0
-    mountable: bool = True
-
-
-# The first that fits counts. ext comes last, as two bytes may be there by chance.
+# Name, where its magic is, the magic, where its label is and of what size. The first that fits
+# counts. ext comes last, as two bytes may be there by chance.
 FILE_SYSTEMS = (
-    FileSystem("LUKS", 0, b"LUKS\xba\xbe", mountable=False),
-    FileSystem("LVM", 512, b"LABELONE", mountable=False),
+    ("LUKS", 0, b"LUKS\xba\xbe", 0, 0),
+    ("LVM", 512, b"LABELONE", 0, 0),
     # Linux' md superblock, version 1.2 and 1.1
-    FileSystem("RAID", 4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", 4128, 32, mountable=False),
-    FileSystem("RAID", 0, b"\xfc\x4e\x2b\xa9\1\0\0\0", 32, 32, mountable=False),
-    FileSystem("xfs", 0, b"XFSB", 108, 12),
-    FileSystem("btrfs", 65600, b"_BHRfS_M", 65835, 256),
-    FileSystem("NTFS", 3, b"NTFS    "),
-    FileSystem("exFAT", 3, b"EXFAT   "),
-    FileSystem("FAT32", 82, b"FAT32   ", 71, 11),
-    FileSystem("FAT16", 54, b"FAT16   ", 43, 11),
-    FileSystem("FAT12", 54, b"FAT12   ", 43, 11),
-    FileSystem("swap", 4086, b"SWAPSPACE2", 1052, 16, mountable=False),
-    FileSystem("ext", 1080, b"\x53\xef", 1144, 16),
+    ("RAID", 4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", 4128, 32),
+    ("RAID", 0, b"\xfc\x4e\x2b\xa9\1\0\0\0", 32, 32),
+    ("xfs", 0, b"XFSB", 108, 12),
+    ("btrfs", 65600, b"_BHRfS_M", 65835, 256),
+    ("NTFS", 3, b"NTFS    ", 0, 0),
+    ("exFAT", 3, b"EXFAT   ", 0, 0),
+    ("FAT32", 82, b"FAT32   ", 71, 11),
+    ("FAT16", 54, b"FAT16   ", 43, 11),
+    ("FAT12", 54, b"FAT12   ", 43, 11),
+    ("swap", 4086, b"SWAPSPACE2", 1052, 16),
+    ("ext", 1080, b"\x53\xef", 1144, 16),
 )
 SUPERBLOCK_SIZE = 66 << 10  # as far as btrfs' label
 JOURNAL_OPTIONS = {
@@ -4634,7 +4624,6 @@ class Partition(NamedTuple):
     type: str
     label: str
     file_system: str
-    mountable: bool
 
 
 class Table(NamedTuple):
@@ -4661,16 +4650,16 @@ def recognise(
 ) -> Partition:
     """Return a partition with the file system that its first bytes show."""
     data = read(start, min(size, SUPERBLOCK_SIZE)) if size > 0 else b""
-    for known in FILE_SYSTEMS:
-        if data.startswith(known.magic, known.offset):
-            name = known.name if known.name != "ext" else ext_version(data)
-            end = known.label_offset + known.label_size
-            found = data[known.label_offset : end].partition(b"\0")[0].strip()
+    file_system = ""
+    for name, offset, magic, label_offset, label_size in FILE_SYSTEMS:
+        if data.startswith(magic, offset):
+            file_system = name if name != "ext" else ext_version(data)
+            found = data[label_offset : label_offset + label_size].partition(b"\0")[0].strip()
             own = found.decode("utf-8", "replace")
             if own and own != "NO NAME":  # the latter is FAT's word for no label
                 label = f"{label} / {own}" if label and label != own else own
-            return Partition(number, start, size, type_name, label, name, known.mountable)
-    return Partition(number, start, size, type_name, label, "", False)
+            break
+    return Partition(number, start, size, type_name, label, file_system)
 
 
 def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table:
@@ -7418,7 +7407,7 @@ def plain_name(path: str) -> str:
     return "FILE.vma" if path == "-" else root if extension not in ("", ".vma") else f"{path}.new"
 
 
-def access_commands(device: Device, partition: Partition) -> dict[str, str | None]:
+def access_commands(device: Device, partition: Partition) -> dict[str, str | bool | None]:
     """Return the commands that open a partition: in extract's disk, and in a mounted archive.
 
     `mount` is the first one if it mounts a file system. None where there is no way.
@@ -7432,21 +7421,22 @@ def access_commands(device: Device, partition: Partition) -> dict[str, str | Non
     file_system = partition.file_system
     disk, part = disk_file_name(device), partition_file_name(device, partition)
     extracted, mounted = quoted(disk), quoted(f"{MOUNT_EXAMPLE}/{disk}")
-    if partition.mountable:
-        # A journal must not be replayed, as nothing can be written.
-        options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
-        place = f",offset={partition.start},sizelimit={partition.size}"
-        extracted = f"mount -o {options}{place} {extracted} /mnt"
-        mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
-        return {"mount": extracted, "extracted": extracted, "mounted": mounted}
     command = OPEN_COMMANDS.get(file_system)
-    # A disk without a table is opened as a whole.
-    number = f"p{partition.number}" if partition.number else ""
-    return {
-        "mount": None,
-        "extracted": command and command.format(file=extracted, part=number),
-        "mounted": command and command.format(file=mounted, part=number),
-    }
+    if command or file_system in ("", "swap"):
+        # A disk without a table is opened as a whole.
+        number = f"p{partition.number}" if partition.number else ""
+        return {
+            "mountable": False,
+            "mount": None,
+            "extracted": command and command.format(file=extracted, part=number),
+            "mounted": command and command.format(file=mounted, part=number),
+        }
+    # A journal must not be replayed, as nothing can be written.
+    options = ",".join(filter(None, ("ro", JOURNAL_OPTIONS.get(file_system), "loop")))
+    place = f",offset={partition.start},sizelimit={partition.size}"
+    extracted = f"mount -o {options}{place} {extracted} /mnt"
+    mounted = f"mount -o {options} {quoted(f'{MOUNT_EXAMPLE}/{part}')} /mnt/disk"
+    return {"mountable": True, "mount": extracted, "extracted": extracted, "mounted": mounted}
 
 
 def print_device(device: Mapping[str, Any]) -> None:
