@@ -4626,14 +4626,8 @@ class Partition(NamedTuple):
     file_system: str
 
 
-class Table(NamedTuple):
-    """A disk's partition table: its kind, its partitions, and its faults."""
-
-    kind: str
-    partitions: Sequence[Partition]
-    faults: Sequence[str]
-
-
+# A disk's partition table: its kind, its partitions, and its faults
+Table = tuple[str, Sequence[Partition], Sequence[str]]
 Read = Callable[[int, int], bytes]  # offset, size in bytes
 
 
@@ -4709,7 +4703,7 @@ def read_mbr(read: Read, size: int, entries: Sequence[tuple[int, ...]]) -> Table
                 f"the extended chain leads to {table * 512}: in a circle, behind the end, or on "
                 f"and on"
             )
-    return Table("MBR", partitions, faults)
+    return "MBR", partitions, faults
 
 
 def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
@@ -4721,16 +4715,16 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
         header
     )
     if not GPT_HEADER.size <= header_size <= sector:
-        return Table("GPT", [], [f"header size {header_size} is out of range"])
+        return "GPT", [], [f"header size {header_size} is out of range"]
     data = read(sector, header_size)
     # The CRC is that of the header with its own field zeroed.
     if binascii.crc32(data[:16] + bytes(4) + data[20:]) != crc:
-        return Table("GPT", [], ["the header's CRC does not match"])
+        return "GPT", [], ["the header's CRC does not match"]
     if not 0 < count <= GPT_MAX_ENTRIES or not GPT_ENTRY.size <= entry_size <= 4096:
-        return Table("GPT", [], [f"{count} entries of {entry_size} bytes are out of range"])
+        return "GPT", [], [f"{count} entries of {entry_size} bytes are out of range"]
     table = read(entries_lba * sector, count * entry_size) if entries_lba * sector < size else b""
     if len(table) < count * entry_size or binascii.crc32(table) != entries_crc:
-        return Table("GPT", [], ["the entries' CRC does not match"])
+        return "GPT", [], ["the entries' CRC does not match"]
     partitions = []
     faults = []
     for number in range(1, count + 1):
@@ -4747,11 +4741,13 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
         label = name.decode("utf-16-le", "replace").partition("\0")[0]
         type_name = GPT_TYPES.get(guid, guid)
         partitions.append(recognise(read, number, start, end - start, type_name, label))
-    return Table("GPT", partitions, faults)
+    return "GPT", partitions, faults
 
 
-def read_table(read: Read, size: int) -> Table:
-    """Return the partition table of a disk of size bytes; raises nothing for what is in it."""
+def read_table(contents: Contents, device: Device) -> Table:
+    """Return the partition table of a disk; raises nothing for what is in it."""
+    read = functools.partial(contents.read_range, device.dev_id)
+    size = device.size
     start = read(0, 512)
     # A GPT comes first: its disk has a protective MBR as well. Nothing says how large sectors are.
     for sector in (512, 4096):
@@ -4765,7 +4761,7 @@ def read_table(read: Read, size: int) -> Table:
         statuses, kinds, _, _ = zip(*entries)
         if any(kinds) and set(statuses) <= {0, 0x80}:  # else it is only boot code
             return read_mbr(read, size, entries)
-    return Table("none", [whole] if whole.file_system else [], [])
+    return "none", [whole] if whole.file_system else [], []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5244,8 +5240,8 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
         size = contents.index.devices[device.dev_id].disk_size
         files.append(MountedDisk(disk_file_name(device), contents, device, 0, size))
         if not device.is_vmstate:
-            read = functools.partial(contents.read_range, device.dev_id)
-            for part in read_table(read, size).partitions:
+            _, found, _ = read_table(contents, device)
+            for part in found:
                 if part.number:  # 0 is the whole disk, which is there already
                     name = partition_file_name(device, part)
                     partitions.append(MountedDisk(name, contents, device, part.start, part.size))
@@ -7347,8 +7343,7 @@ def cmd_list(args: Namespace) -> int:
                 contents.check_base(progress)
             for device in contents.header.devices if args.partitions else ():
                 if not device.is_vmstate:  # RAM has no partition table
-                    read = functools.partial(contents.read_range, device.dev_id)
-                    tables[device.dev_id] = read_table(read, device.size)
+                    tables[device.dev_id] = read_table(contents, device)
         header = contents.header if contents else read_header(source, whole=False)
         found = describe(source, header, contents if args.scan else None, tables)
         # Before anything is printed: half an old and half a new archive is neither.
@@ -7376,11 +7371,10 @@ def describe(
             index = contents.index.devices[device.dev_id]
             item.update(stored=index.stored_size, zero=index.zero_size, ascending=index.ascending)
         if device.dev_id in tables:
-            table = tables[device.dev_id]
-            item.update(table=table.kind, faults=table.faults)
+            item["table"], partitions, item["faults"] = tables[device.dev_id]
             item["partitions"] = [
                 {**partition._asdict(), **access_commands(device, partition)}
-                for partition in table.partitions
+                for partition in partitions
             ]
     result = {
         "uuid": format_uuid(header.uuid),
