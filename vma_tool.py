@@ -1368,12 +1368,12 @@ class Cleanup:
 
 
 @contextmanager
-def signals_blocked() -> Iterator[None]:
+def signals_blocked(signals: Collection[signal.Signals] = ENDING_SIGNALS) -> Iterator[None]:
     """Let signals wait: a few steps follow that must not be cut in two."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -5094,10 +5094,10 @@ def parse_map(lines: Iterable[str]) -> Map:
 FUSE_VERSION = (7, 31)
 FUSE_ROOT_ID = 1
 FUSE_LOOKUP, FUSE_FORGET, FUSE_GETATTR, FUSE_OPEN, FUSE_READ = 1, 2, 3, 14, 15
-FUSE_STATFS, FUSE_RELEASE, FUSE_INIT, FUSE_OPENDIR, FUSE_READDIR = 17, 18, 26, 27, 28
-FUSE_RELEASEDIR, FUSE_INTERRUPT, FUSE_DESTROY, FUSE_BATCH_FORGET, FUSE_LSEEK = 29, 36, 38, 42, 46
-FUSE_ASYNC_READ, FUSE_PARALLEL_DIROPS, FUSE_MAX_PAGES = 1 << 0, 1 << 18, 1 << 22
-FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR = 1 << 1, 1 << 3
+FUSE_STATFS, FUSE_INIT, FUSE_OPENDIR, FUSE_READDIR, FUSE_INTERRUPT = 17, 26, 27, 28, 36
+FUSE_BATCH_FORGET, FUSE_LSEEK = 42, 46
+FUSE_ASYNC_READ, FUSE_MAX_PAGES = 1 << 0, 1 << 22
+FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR = 1 << 1, 1 << 3  # the second one only counts for directories
 # len, opcode, unique, nodeid, uid, gid, pid; then what the opcode needs
 FUSE_IN_HEADER = struct.Struct("=IIQQIII4x")
 FUSE_OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
@@ -5123,9 +5123,8 @@ FUSE_READ_AHEAD = 4 << 20
 FUSE_THREADS = 4
 FUSE_VALID = 1 << 30  # seconds for which the kernel may remember what never changes
 
-MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 MNT_DETACH = 2
-# Options of `mount -o`, and their flags. The first three hold anyway.
+# Options of `mount -o`, and their flags
 MOUNT_OPTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "allow_other": 0}
 BUSY_SECONDS = 2.0  # a loop device lets go of its file a moment after its own unmount
 STILL_IN_USE = "still in use: detached from the directory, and served until it is released"
@@ -5270,17 +5269,17 @@ class FuseServer:
         self.mode = mode
         self.ctime = ctime
         self.log = log
-        self.handlers: dict[int, Callable[[int, memoryview, memoryview], Reply]] = {
+        self._mine = threading.local()  # each thread's buffer for what is read
+        self.handlers: dict[int, Callable[[int, memoryview], Reply]] = {
             FUSE_INIT: self._init,
             FUSE_LOOKUP: self._lookup,
             FUSE_GETATTR: self._get_attributes,
             FUSE_OPEN: self._open,
-            FUSE_OPENDIR: self._open_directory,
+            FUSE_OPENDIR: self._open,
             FUSE_READ: self._read,
             FUSE_READDIR: self._read_directory,
             FUSE_LSEEK: self._seek,
             FUSE_STATFS: self._get_status,
-            **dict.fromkeys((FUSE_RELEASE, FUSE_RELEASEDIR, FUSE_DESTROY), lambda *_: ()),
             # The kernel wants no answer to these. What FUSE_INTERRUPT cuts short ends soon anyway.
             **dict.fromkeys((FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT), lambda *_: None),
         }
@@ -5288,7 +5287,6 @@ class FuseServer:
     def serve(self) -> None:
         """Answer requests until the directory is unmounted; several threads do so at once."""
         request = memoryview(bytearray(FUSE_REQUEST_SIZE))
-        buffer = new_buffer(FUSE_MAX_READ + 2 * CLUSTER_SIZE)
         while True:
             try:
                 size = os.readv(self.fd, [request])
@@ -5299,15 +5297,15 @@ class FuseServer:
                 if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
                     self.log(f"/dev/fuse: {system_message(error)}")
                 return
-            self._answer(request[:size], buffer)
+            self._answer(request[:size])
 
-    def _answer(self, request: memoryview, buffer: memoryview) -> None:
+    def _answer(self, request: memoryview) -> None:
         _, opcode, unique, node, *_ = FUSE_IN_HEADER.unpack_from(request)
         handler = self.handlers.get(opcode)
         try:
-            # What is not here, the kernel does without, and mostly never asks for again.
-            body = request[FUSE_IN_HEADER.size :]
-            reply = handler(node, body, buffer) if handler else errno.ENOSYS
+            # What is not here, the kernel does without. Of FUSE_RELEASE and FUSE_DESTROY, it drops
+            # the answer.
+            reply = handler(node, request[FUSE_IN_HEADER.size :]) if handler else errno.ENOSYS
             if reply is not None:
                 self._send(unique, reply)
         except Exception as error:  # noqa: BLE001 - or the request would stay without an answer
@@ -5326,12 +5324,12 @@ class FuseServer:
             if failure.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
 
-    def _init(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _init(self, node: int, body: memoryview) -> Reply:
         major, _, _, flags = FUSE_INIT_IN.unpack_from(body)
         if major < FUSE_VERSION[0]:
             return errno.EPROTO
         # Without FUSE_MAX_PAGES (before Linux 4.20), reads are of 128 KiB at most.
-        flags &= FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES
+        flags &= FUSE_ASYNC_READ | FUSE_MAX_PAGES
         background = 16, 12  # requests for which nobody waits, such as reading ahead
         pages = FUSE_MAX_READ // os.sysconf("SC_PAGE_SIZE")
         return [
@@ -5352,37 +5350,36 @@ class FuseServer:
         owner = os.getuid(), os.getgid()
         return FUSE_ATTR.pack(node, size, blocks, *times, kind, links, *owner, CLUSTER_SIZE)
 
-    def _get_attributes(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _get_attributes(self, node: int, body: memoryview) -> Reply:
         return [FUSE_ATTR_OUT.pack(FUSE_VALID) + self._attributes(node)]
 
-    def _lookup(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _lookup(self, node: int, body: memoryview) -> Reply:
         found = self.nodes.get(bytes(body).partition(b"\0")[0])
         if found is None or node != FUSE_ROOT_ID:
             return errno.ENOENT
         return [FUSE_ENTRY_OUT.pack(found, 0, FUSE_VALID, FUSE_VALID) + self._attributes(found)]
 
-    def _open(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _open(self, node: int, body: memoryview) -> Reply:
         (flags,) = FUSE_OPEN_IN.unpack_from(body)
         if flags & os.O_ACCMODE != os.O_RDONLY:  # root may have remounted the directory
             return errno.EROFS
-        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE)]
-
-    def _open_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
         return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR)]
 
-    def _read(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _read(self, node: int, body: memoryview) -> Reply:
         offset, size = FUSE_READ_IN.unpack_from(body)
         file = self.files[node]
         size = min(size, file.size - offset)  # the kernel reads whole pages, also behind the end
-        return [file.read(offset, size, buffer)] if size > 0 else []
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer = new_buffer(FUSE_MAX_READ + 2 * CLUSTER_SIZE)
+        return [file.read(offset, size, self._mine.buffer)] if size > 0 else []
 
-    def _read_directory(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _read_directory(self, node: int, body: memoryview) -> Reply:
         done, size = FUSE_READ_IN.unpack_from(body)  # done: how many were listed already
-        dots = [(FUSE_ROOT_ID, b".", stat.S_IFDIR), (FUSE_ROOT_ID, b"..", stat.S_IFDIR)]
-        files = [(node, name, stat.S_IFREG) for name, node in self.nodes.items()]
+        nodes = [(b".", FUSE_ROOT_ID), (b"..", FUSE_ROOT_ID), *self.nodes.items()]
         # The number of an entry is where the kernel goes on when the next ones did not fit.
         entries = bytearray()
-        for number, (child, name, kind) in enumerate((dots + files)[done:], done + 1):
+        for number, (name, child) in enumerate(nodes[done:], done + 1):
+            kind = stat.S_IFDIR if child == FUSE_ROOT_ID else stat.S_IFREG
             entry = FUSE_DIRENT.pack(child, number, len(name), kind >> 12) + name
             entry += bytes(-len(entry) % 8)
             if len(entries) + len(entry) > size:
@@ -5390,7 +5387,7 @@ class FuseServer:
             entries += entry
         return [entries]
 
-    def _seek(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _seek(self, node: int, body: memoryview) -> Reply:
         offset, whence = FUSE_READ_IN.unpack_from(body)
         file = self.files[node]
         data = whence == os.SEEK_DATA
@@ -5401,7 +5398,7 @@ class FuseServer:
             return errno.ENXIO
         return [FUSE_LSEEK_OUT.pack(found)]
 
-    def _get_status(self, node: int, body: memoryview, buffer: memoryview) -> Reply:
+    def _get_status(self, node: int, body: memoryview) -> Reply:
         blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
         sizes = BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE
         return [FUSE_STATFS_OUT.pack(blocks, 0, 0, len(self.files), 0, *sizes)]
@@ -5410,11 +5407,11 @@ class FuseServer:
 class MountPoint:
     """A directory to mount on: by system calls as root, else by fusermount, which is setuid."""
 
-    def __init__(self, directory: str, source: str, options: Collection[str]) -> None:
+    def __init__(self, directory: str, source: str, options: Iterable[str]) -> None:
         self.path = os.path.realpath(directory)
         self.name = escape(directory)
         self.source = source
-        self.options = options
+        self.options = {"ro", "nosuid", "nodev", *options}
         self.is_root = os.geteuid() == 0
         with os_errors_as(self.name):
             os.scandir(self.path).close()  # a mount whose server has died still answers stat
@@ -5434,31 +5431,23 @@ class MountPoint:
     def _mount_as_root(self) -> int:
         with os_errors_as("/dev/fuse"):
             fd = os.open("/dev/fuse", os.O_RDWR)
-        flags = MS_RDONLY | MS_NOSUID | MS_NODEV
-        for option in self.options:
-            flags |= MOUNT_OPTIONS[option]
+        flags = sum(MOUNT_OPTIONS[option] for option in self.options)
         # The kernel looks at modes and owners only if it is told to.
         data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
         data += ",default_permissions" + ",allow_other" * ("allow_other" in self.options)
-        with ExitStack() as undo, os_errors_as(self.name):
-            undo.callback(os.close, fd)
-            self._call("mount", self.source, self.path, "fuse.vma-tool", flags, data)
-            undo.pop_all()
+        with os_errors_as(self.name):
+            try:
+                self._call("mount", self.source, self.path, "fuse.vma-tool", flags, data)
+            except OSError:
+                os.close(fd)
+                raise
         return fd
 
     def _mount_as_user(self) -> int:
-        import socket
-
         # In an option's value, a comma would begin the next option.
         source = self.source.replace("\\", "\\\\").replace(",", "\\,")
-        options = ["ro", "nosuid", "nodev", "default_permissions", *self.options]
-        options += ["subtype=vma-tool", f"fsname={source}"]
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            comm = theirs.fileno()
-            failure = self._fusermount("-o", ",".join(options), "--", self.path, comm=comm)
-            theirs.close()  # so that there is an end if nothing was sent
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        options = ["default_permissions", "subtype=vma-tool", f"fsname={source}", *self.options]
+        failure, fds = self._fusermount("-o", ",".join(options), "--", self.path)
         if not fds:
             raise VmaError(failure or "fusermount gave no descriptor of /dev/fuse")
         os.set_inheritable(fds[0], False)  # or `leave_caller` would close it
@@ -5478,7 +5467,7 @@ class MountPoint:
         """Unmount; return False if it is in use."""
         if not self.is_root:
             # Only its message says why it failed. What is still mounted then is in use.
-            failure = self._fusermount("-u", *["-z"] * lazy, "--", self.path)
+            failure, _ = self._fusermount("-u", *["-z"] * lazy, "--", self.path)
             return not failure or not os.path.ismount(self.path)
         try:
             self._call("umount2", self.path, MNT_DETACH * lazy)
@@ -5502,46 +5491,42 @@ class MountPoint:
             raise OSError(code, os.strerror(code))
 
     @staticmethod
-    def _fusermount(*args: str, comm: int | None = None) -> str:
-        """Run fusermount; return the last line of its messages if it failed, else nothing."""
+    def _fusermount(*args: str) -> tuple[str, list[int]]:
+        """Run fusermount; return why it failed, if it did, and the descriptors that it sent."""
         import shutil
+        import socket
         import subprocess
 
         program = shutil.which("fusermount3") or shutil.which("fusermount")
         if program is None:
             raise VmaError("only root mounts without fusermount3 (Debian package: fuse3)")
-        environment = {**os.environ, "LC_ALL": "C"}
-        if comm is not None:
-            environment["_FUSE_COMMFD"] = str(comm)  # the socket on which it sends the descriptor
-        answer = subprocess.run(
-            [program, *args],
-            env=environment,
-            pass_fds=[] if comm is None else [comm],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            check=False,
-        )
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            answer = subprocess.run(
+                [program, *args],
+                env={**os.environ, "LC_ALL": "C", "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+            theirs.close()  # so that there is an end if nothing was sent
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         if not answer.returncode:
-            return ""
+            return "", fds
+        # Of several lines, the last one is the reason.
         message = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return escape(message) or f"{program}: exit status {answer.returncode}"
+        return escape(message) or f"{program}: exit status {answer.returncode}", fds
 
 
-@contextmanager
-def waiting_signals() -> Iterator[set[signal.Signals]]:
-    """Let the signals that end a mount wait for `sigwait`; yields them.
+def awaited_signals() -> set[signal.Signals]:
+    """Return the signals that end a mount, which wait for `sigwait`.
 
     SIGCHLD is among them: it says that the command or a thread has ended, and else does nothing.
     """
     # A signal that the caller ignores (nohup) stays ignored.
     numbers = {n for n in ENDING_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
-    numbers.add(signal.SIGCHLD)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield numbers
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return numbers | {signal.SIGCHLD}
 
 
 def serve(server: FuseServer, point: MountPoint, signals: set[signal.Signals]) -> None:
@@ -7823,7 +7808,7 @@ def cmd_mount(args: Namespace) -> int:
     # It would count as no command, and the archive would stay mounted.
     if args.command == []:
         raise UsageError("no command after --")
-    point = MountPoint(args.directory, escape(args.archive), sorted(set(args.options)))
+    point = MountPoint(args.directory, escape(args.archive), args.options)
     with open_archive(args.archive, args.base) as contents:
         inputs = contents.inputs
         require_any_place(args, inputs, "mount")
@@ -7849,7 +7834,8 @@ def cmd_mount(args: Namespace) -> int:
         mode = (readers.mode_for(os.getgid()) if readers else 0o600) & 0o444
         server = FuseServer(files, mode, contents.header.ctime, log)
         # Before mounting: a signal in between would leave a mount that nobody serves.
-        with waiting_signals() as signals:
+        signals = awaited_signals()
+        with signals_blocked(signals):
             server.fd = point.mount()
             if args.foreground and not args.command:
                 notice(args, f"{point.name}: mounted, until it is unmounted or Ctrl-C")
@@ -7862,23 +7848,21 @@ def mount_and_leave(
     args: Namespace, server: FuseServer, point: MountPoint, signals: set[signal.Signals]
 ) -> int:
     """Let a child process serve; run the command if there is one, and unmount."""
-    with ExitStack() as undo:
-
-        def unmount() -> None:
-            # Else the child serves on for as long as a file is open, perhaps for days.
-            if point.unmount():
-                os.waitpid(child, 0)  # then nothing is in use any more
-            else:
-                print_error(f"{point.name}: {STILL_IN_USE}")
-
-        # Until the child serves, every access would hang.
-        undo.callback(point.unmount)
+    try:
         child = start_server(server, point, signals, keep_stderr=bool(args.command))
-        undo.pop_all()
-        if not args.command:
-            return 0
-        undo.callback(unmount)
+    except BaseException:
+        point.unmount()  # nobody serves: every access would hang
+        raise
+    if not args.command:
+        return 0
+    try:
         return run_command(args.command, signals)
+    finally:
+        # Else the child serves on for as long as a file is open, perhaps for days.
+        if point.unmount():
+            os.waitpid(child, 0)  # then nothing is in use any more
+        else:
+            print_error(f"{point.name}: {STILL_IN_USE}")
 
 
 def cmd_rescue(args: Namespace) -> int:

@@ -1078,12 +1078,11 @@ class Protocol(ToolTest):
         files = vma_tool.mounted_files(contents)
         self.server = vma_tool.FuseServer(files, 0o400, -1, self.said.append)
         self.server.fd = theirs.fileno()
-        self.buffer = memoryview(bytearray(vma_tool.FUSE_MAX_READ + 2 * CLUSTER))
 
     def ask(self, opcode: int, node: int = 1, body: bytes = b"") -> tuple[int, bytes] | None:
         """Return errno and data of the answer."""
         request = struct.pack("=IIQQIIII", 40 + len(body), opcode, 77, node, 0, 0, 0, 0) + body
-        self.server._answer(memoryview(bytearray(request)), self.buffer)
+        self.server._answer(memoryview(bytearray(request)))
         try:
             answer = self.ours.recv(2 << 20)
         except BlockingIOError:
