@@ -4978,19 +4978,26 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
     return Disk(device, source, size, min(allocated, size) or size)
 
 
-def main_section(data: bytes) -> tuple[list[bytes], int]:
-    """Return the lines of a qemu-server.conf, and how many are its main section.
+def put_line(header: Header, line: str, old: bytes = rb"(?!)") -> Header:
+    """Return the header with a line in the main section of qemu-server.conf.
 
-    That ends at the first line that begins with `[`, a snapshot or pending changes. Blank lines
-    before it belong to what follows. The last line of the main section ends with a newline.
+    It stands where the first line was that matches `old`, or at the end; all that match go. The
+    section ends at the first line that begins with `[`, a snapshot or pending changes. Blank lines
+    before it belong to what follows.
     """
-    lines = data.splitlines(keepends=True)
-    end = next((i for i, line in enumerate(lines) if line.startswith(b"[")), len(lines))
+    configs = dict(header.configs)
+    lines = configs[CONFIG_NAME].splitlines(keepends=True)
+    end = next((i for i, each in enumerate(lines) if each.startswith(b"[")), len(lines))
     while end and not lines[end - 1].strip():
         end -= 1
     if end and not lines[end - 1].endswith(b"\n"):
         lines[end - 1] += b"\n"
-    return lines, end
+    place = next((i for i, each in enumerate(lines[:end]) if re.match(old, each)), end)
+    # All old lines go, not only the first: of two, Proxmox takes the last.
+    kept = [each for each in lines[:end] if not re.match(old, each)]
+    kept.insert(place, encode_name(f"{line}\n"))
+    configs[CONFIG_NAME] = b"".join(kept + lines[end:])
+    return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
 def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
@@ -4998,18 +5005,12 @@ def set_options(header: Header, options: Sequence[tuple[str, str]]) -> Header:
 
     They replace the lines of the same keys; everything else is kept.
     """
-    configs = dict(header.configs)
-    if options and CONFIG_NAME not in configs:
+    if options and CONFIG_NAME not in dict(header.configs):
         raise VmaError(f"-u changes {CONFIG_NAME}, which is not there")
     for key, value in options:
-        lines, end = main_section(configs[CONFIG_NAME])
-        old = re.compile(rb"\s*%b\s*:" % re.escape(encode_name(key)))
-        place = next((i for i, line in enumerate(lines[:end]) if old.match(line)), end)
-        # All old lines go, not only the first: of two, Proxmox takes the last.
-        kept = [line for line in lines[:end] if not old.match(line)]
-        kept.insert(place, encode_name(f"{key}: {value}\n"))
-        configs[CONFIG_NAME] = b"".join(kept + lines[end:])
-    return header._replace(configs=tuple(map(Config._make, configs.items())))
+        old = rb"\s*%b\s*:" % re.escape(encode_name(key))
+        header = put_line(header, f"{key}: {value}", old)
+    return header
 
 
 def unmapped_devices(header: Header) -> list[Device]:
@@ -5024,19 +5025,12 @@ def unmapped_devices(header: Header) -> list[Device]:
 
 def add_device_map(header: Header, storage: str) -> Header:
     """Return the header with the missing #qmdump#map lines in qemu-server.conf."""
-    missing = unmapped_devices(header)
-    if not missing:
-        return header
-    configs = dict(header.configs)
-    lines, end = main_section(configs[CONFIG_NAME])
-    # In reverse, as each line is put before those that are there.
-    for name in (device.name for device in reversed(missing)):
+    for device in unmapped_devices(header):
         # drive-scsi0 is scsi0, drive-tpmstate0-backup is tpmstate0
-        key = name.removeprefix("drive-")
+        key = device.name.removeprefix("drive-")
         key = key.removesuffix("-backup") if key.startswith("tpmstate") else key
-        lines.insert(end, encode_name(f"#qmdump#map:{key}:{name}:{storage}:raw:\n"))
-    configs[CONFIG_NAME] = b"".join(lines)
-    return header._replace(configs=tuple(map(Config._make, configs.items())))
+        header = put_line(header, f"#qmdump#map:{key}:{device.name}:{storage}:raw:")
+    return header
 
 
 def require_raw(image_format: str, hint: str) -> None:
@@ -5045,28 +5039,24 @@ def require_raw(image_format: str, hint: str) -> None:
         raise VmaError(f"{what}: {hint}")
 
 
-class Map(NamedTuple):
-    """Where devices are restored to, by name: (path, whether to write zeros), None for nowhere.
-
-    `ignored` are the options of its lines that are not applied.
-    """
-
-    places: dict[str, tuple[str, bool] | None]
-    ignored: list[str]
+# Where devices are restored to, by name: (path, whether to write zeros), None for nowhere
+Places = Mapping[str, Optional[tuple[str, bool]]]
 
 
-def parse_map(lines: Iterable[str]) -> Map:
-    """Parse the lines of a map; raises VmaError.
+def parse_map(lines: Iterable[str]) -> tuple[Places, set[str]]:
+    """Return what the lines of a map say, and their options that are not applied.
 
     A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
+    Raises VmaError.
     """
-    found = Map({}, [])
+    places: dict[str, tuple[str, bool] | None] = {}
+    ignored = set()
     for line in lines:
         text = line.rstrip("\n")
         if text in ("", "done"):
             break
         if text.startswith("skip="):
-            found.places[text.removeprefix("skip=")] = None
+            places[text.removeprefix("skip=")] = None
             continue
         # A path may hold colons: only options that are known are split off.
         rest = text
@@ -5076,14 +5066,14 @@ def parse_map(lines: Iterable[str]) -> Map:
                 hint = "extract the disk, then use qemu-img convert"
                 require_raw(option.removeprefix("format="), hint)
             else:
-                found.ignored.append(option)
+                ignored.add(escape(option))
         name, _, path = rest[2:].partition("=")
         if rest[:2] not in ("0:", "1:") or not name or not path or "\0" in path:
             raise VmaError(
                 f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
             )
-        found.places[name] = path, rest[0] == "1"
-    return found
+        places[name] = path, rest[0] == "1"
+    return places, ignored
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7744,12 +7734,12 @@ def extract_mapped(args: Namespace) -> int:
         print_contents(header)
         # Only now: a FIFO has no map in it before qmrestore has read the lines above.
         with os_errors_as(escape(args.map)), open(args.map, "rb") as lines:
-            plan = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
+            places, ignored = parse_map(line.decode("utf-8", "surrogateescape") for line in lines)
         # qmrestore may ask for throttling or a cache, which do not change what is written.
-        if plan.ignored:
-            options = ", ".join(sorted(set(map(escape, plan.ignored))))
-            notice(args, f"{escape(args.map)}: not applied here: {options}")
-        targets, zeros = open_destinations(args, header, plan, stack, directory)
+        if ignored:
+            text = f"{escape(args.map)}: not applied here: {', '.join(sorted(ignored))}"
+            notice(args, text)
+        targets, zeros = open_destinations(args, header, places, stack, directory)
         write_disks(contents, targets, progress, zeros)
         for target in targets.values():
             finish_writing(target.sync, progress)
@@ -7774,7 +7764,7 @@ def print_contents(header: Header) -> None:
 
 
 def open_destinations(
-    args: Namespace, header: Header, plan: Map, stack: ExitStack, directory: Directory
+    args: Namespace, header: Header, places: Places, stack: ExitStack, directory: Directory
 ) -> tuple[dict[int, Target], set[int]]:
     """Open where a map sends the devices; return that by dev_id, and who gets zeros written."""
     targets: dict[int, Target] = {}
@@ -7784,9 +7774,9 @@ def open_destinations(
         if device.is_vmstate:
             targets[device.dev_id] = directory.create(disk_file_name(device))
             continue
-        if device.name not in plan.places:
+        if device.name not in places:
             raise VmaError(f"{escape(args.map)}: no line for device {quote(device.name)}")
-        place = plan.places[device.name]
+        place = places[device.name]
         if place is None:  # the map leaves it out
             continue
         path, write_zeros = place
