@@ -4643,7 +4643,7 @@ def recognise(
     read: Read, number: int, start: int, size: int, type_name: str, label: str
 ) -> Partition:
     """Return a partition with the file system that its first bytes show."""
-    data = read(start, min(size, SUPERBLOCK_SIZE)) if size > 0 else b""
+    data = read(start, min(size, SUPERBLOCK_SIZE))
     file_system = ""
     for name, offset, magic, label_offset, label_size in FILE_SYSTEMS:
         if data.startswith(magic, offset):
@@ -4711,18 +4711,17 @@ def read_gpt(read: Read, size: int, sector: int, header: bytes) -> Table:
     import binascii
     import uuid
 
-    _, _, header_size, crc, *_, entries_lba, count, entry_size, entries_crc = GPT_HEADER.unpack(
-        header
+    _, _, header_size, crc, *_, entries_lba, count, entry_size, entries_crc = (
+        GPT_HEADER.unpack_from(header)
     )
     if not GPT_HEADER.size <= header_size <= sector:
         return "GPT", [], [f"header size {header_size} is out of range"]
-    data = read(sector, header_size)
     # The CRC is that of the header with its own field zeroed.
-    if binascii.crc32(data[:16] + bytes(4) + data[20:]) != crc:
+    if binascii.crc32(header[:16] + bytes(4) + header[20:header_size]) != crc:
         return "GPT", [], ["the header's CRC does not match"]
     if not 0 < count <= GPT_MAX_ENTRIES or not GPT_ENTRY.size <= entry_size <= 4096:
         return "GPT", [], [f"{count} entries of {entry_size} bytes are out of range"]
-    table = read(entries_lba * sector, count * entry_size) if entries_lba * sector < size else b""
+    table = read(entries_lba * sector, count * entry_size)
     if len(table) < count * entry_size or binascii.crc32(table) != entries_crc:
         return "GPT", [], ["the entries' CRC does not match"]
     partitions = []
@@ -4751,8 +4750,8 @@ def read_table(contents: Contents, device: Device) -> Table:
     start = read(0, 512)
     # A GPT comes first: its disk has a protective MBR as well. Nothing says how large sectors are.
     for sector in (512, 4096):
-        header = read(sector, GPT_HEADER.size)
-        if header.startswith(GPT_MAGIC) and len(header) == GPT_HEADER.size:
+        header = read(sector, sector)
+        if header.startswith(GPT_MAGIC) and len(header) >= GPT_HEADER.size:
             return read_gpt(read, size, sector, header)
     # A file system's own boot sector may end like an MBR: NTFS and FAT have one.
     whole = recognise(read, 0, 0, size, "", "")
@@ -4884,7 +4883,7 @@ def read_described(directory: str) -> Packing:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VmaError(f"{where}: not what unpack writes: {escape(repr(error))}") from error
     ids = [device.dev_id for device in devices]
-    if len(set(ids)) < len(ids) or not set(ids) <= set(DEV_IDS):
+    if len(set(ids) & set(DEV_IDS)) < len(ids):
         raise VmaError(f"{where}: a dev_id is there twice, or not from 1 to 254")
     if not -(1 << 63) <= ctime < 1 << 63 or not all(0 < d.size < 1 << 63 for d in devices):
         raise VmaError(f"{where}: a size or the ctime is out of range")
@@ -4895,7 +4894,8 @@ def read_described(directory: str) -> Packing:
                 f"{SECTOR_SIZE}"
             )
     # Names are checked before they are opened: vma.json may come from anywhere.
-    require_names(Header(b"", ctime, tuple(Config(name, b"") for name in names), devices))
+    header = Header(CANONICAL_UUID, ctime, tuple(Config(name, b"") for name in names), devices)
+    require_names(header)
     known = [DESCRIPTION_NAME, *names, *(device.name for device in devices)]
     refuse_twice(where, known)
     # A file that was added must not be left out silently: it may be the disk that matters.
@@ -4907,7 +4907,7 @@ def read_described(directory: str) -> Packing:
         )
     paths = {name: os.path.join(directory, name_on_disk(name)) for name in known}
     configs = tuple(Config(name, read_small(paths[name])) for name in names)
-    return Header(CANONICAL_UUID, ctime, configs, devices), paths
+    return header._replace(configs=configs), paths
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
@@ -5083,9 +5083,6 @@ def parse_map(lines: Iterable[str]) -> tuple[Places, set[str]]:
 
 FUSE_VERSION = (7, 31)
 FUSE_ROOT_ID = 1
-FUSE_LOOKUP, FUSE_FORGET, FUSE_GETATTR, FUSE_OPEN, FUSE_READ = 1, 2, 3, 14, 15
-FUSE_STATFS, FUSE_INIT, FUSE_OPENDIR, FUSE_READDIR, FUSE_INTERRUPT = 17, 26, 27, 28, 36
-FUSE_BATCH_FORGET, FUSE_LSEEK = 42, 46
 FUSE_ASYNC_READ, FUSE_MAX_PAGES = 1 << 0, 1 << 22
 FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR = 1 << 1, 1 << 3  # the second one only counts for directories
 # len, opcode, unique, nodeid, uid, gid, pid; then what the opcode needs
@@ -5260,18 +5257,21 @@ class FuseServer:
         self.ctime = ctime
         self.log = log
         self._mine = threading.local()  # each thread's buffer for what is read
+        # By opcode. What is not here, the kernel does without; of FUSE_RELEASE and FUSE_DESTROY, it
+        # drops the answer.
         self.handlers: dict[int, Callable[[int, memoryview], Reply]] = {
-            FUSE_INIT: self._init,
-            FUSE_LOOKUP: self._lookup,
-            FUSE_GETATTR: self._get_attributes,
-            FUSE_OPEN: self._open,
-            FUSE_OPENDIR: self._open,
-            FUSE_READ: self._read,
-            FUSE_READDIR: self._read_directory,
-            FUSE_LSEEK: self._seek,
-            FUSE_STATFS: self._get_status,
-            # The kernel wants no answer to these. What FUSE_INTERRUPT cuts short ends soon anyway.
-            **dict.fromkeys((FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT), lambda *_: None),
+            1: self._lookup,  # FUSE_LOOKUP
+            3: self._get_attributes,  # FUSE_GETATTR
+            14: self._open,  # FUSE_OPEN
+            15: self._read,  # FUSE_READ
+            17: self._get_status,  # FUSE_STATFS
+            26: self._init,  # FUSE_INIT
+            27: self._open,  # FUSE_OPENDIR
+            28: self._read_directory,  # FUSE_READDIR
+            46: self._seek,  # FUSE_LSEEK
+            # The kernel wants no answer to FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET. What
+            # the second one cuts short ends soon anyway.
+            **dict.fromkeys((2, 36, 42), lambda *_: None),
         }
 
     def serve(self) -> None:
@@ -5383,10 +5383,11 @@ class FuseServer:
         data = whence == os.SEEK_DATA
         if not data and whence != os.SEEK_HOLE:
             return errno.EINVAL
-        found = file.seek(offset, data) if offset < file.size else file.size
-        if offset >= file.size or (data and found == file.size):
-            return errno.ENXIO
-        return [FUSE_LSEEK_OUT.pack(found)]
+        if offset < file.size:
+            found = file.seek(offset, data)
+            if found < file.size or not data:
+                return [FUSE_LSEEK_OUT.pack(found)]
+        return errno.ENXIO
 
     def _get_status(self, node: int, body: memoryview) -> Reply:
         blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
@@ -5406,10 +5407,6 @@ class MountPoint:
         with os_errors_as(self.name):
             os.scandir(self.path).close()  # a mount whose server has died still answers stat
 
-    def mount(self) -> int:
-        """Mount; return the descriptor of /dev/fuse through which the requests come."""
-        return self._mount_as_root() if self.is_root else self._mount_as_user()
-
     def set_read_ahead(self) -> None:
         """Make the kernel read ahead more than 128 KiB, when the mount is ready."""
         with suppress(OSError):  # only root may
@@ -5418,7 +5415,10 @@ class MountPoint:
             with open(name, "w", encoding="ascii") as file:
                 file.write(str(FUSE_READ_AHEAD >> 10))
 
-    def _mount_as_root(self) -> int:
+    def mount(self) -> int:
+        """Mount; return the descriptor of /dev/fuse through which the requests come."""
+        if not self.is_root:
+            return self._mount_as_user()
         with os_errors_as("/dev/fuse"):
             fd = os.open("/dev/fuse", os.O_RDWR)
         flags = sum(MOUNT_OPTIONS[option] for option in self.options)
