@@ -5124,7 +5124,7 @@ class MountedFile:
     """A config as a file of the mount. Sizes and offsets are bytes in the file."""
 
     def __init__(self, name: str, size: int, data: bytes = b"") -> None:
-        self.name = encode_name(name)
+        self.name = name
         self.size = size
         self.data = data
 
@@ -5232,13 +5232,15 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
                     name = partition_file_name(device, part)
                     partitions.append(MountedDisk(name, contents, device, part.start, part.size))
     names = [file.name for file in files]
-    refuse_twice(contents.source.name, list(map(os.fsdecode, names)))
-    # A disk may be called like another one's partition, and is the one that extract writes.
-    free = [p for p in partitions if p.name not in names and len(p.name) <= NAME_MAX_SIZE]
-    return files + free
+    refuse_twice(contents.source.name, names)
+    for file in partitions:
+        # A disk may be called like another one's partition, and is the one that extract writes.
+        if file.name not in names and len(encode_name(file.name)) <= NAME_MAX_SIZE:
+            files.append(file)
+    return files
 
 
-Reply = Union[Sequence[Buffer], int, None]  # data, an errno, or no answer
+Reply = Union[Buffer, int, None]  # data, an errno, or no answer
 
 
 class FuseServer:
@@ -5252,7 +5254,7 @@ class FuseServer:
     ) -> None:
         self.fd = -1
         self.files = dict(enumerate(files, FUSE_ROOT_ID + 1))
-        self.nodes = {file.name: node for node, file in self.files.items()}
+        self.nodes = {encode_name(file.name): node for node, file in self.files.items()}
         self.mode = mode
         self.ctime = ctime
         self.log = log
@@ -5293,22 +5295,20 @@ class FuseServer:
         _, opcode, unique, node, *_ = FUSE_IN_HEADER.unpack_from(request)
         handler = self.handlers.get(opcode)
         try:
-            # What is not here, the kernel does without. Of FUSE_RELEASE and FUSE_DESTROY, it drops
-            # the answer.
             reply = handler(node, request[FUSE_IN_HEADER.size :]) if handler else errno.ENOSYS
             if reply is not None:
                 self._send(unique, reply)
         except Exception as error:  # noqa: BLE001 - or the request would stay without an answer
-            name = os.fsdecode(self.files[node].name) if node in self.files else "directory"
+            name = self.files[node].name if node in self.files else "directory"
             known = isinstance(error, (VmaError, OSError))
             self.log(f"{escape(name)}: {error if known else repr(error)}")
             self._send(unique, errno.EIO)
 
-    def _send(self, unique: int, reply: Sequence[Buffer] | int) -> None:
-        error, data = (-reply, ()) if isinstance(reply, int) else (0, reply)
-        size = FUSE_OUT_HEADER.size + sum(map(len, data))
+    def _send(self, unique: int, reply: Buffer | int) -> None:
+        error, data = (-reply, b"") if isinstance(reply, int) else (0, reply)
+        size = FUSE_OUT_HEADER.size + len(data)
         try:
-            os.writev(self.fd, [FUSE_OUT_HEADER.pack(size, error, unique), *data])
+            os.writev(self.fd, [FUSE_OUT_HEADER.pack(size, error, unique), data])
         except OSError as failure:
             # The program that asked was killed, or the directory was unmounted.
             if failure.errno not in (errno.ENOENT, errno.ENODEV):
@@ -5322,11 +5322,9 @@ class FuseServer:
         flags &= FUSE_ASYNC_READ | FUSE_MAX_PAGES
         background = 16, 12  # requests for which nobody waits, such as reading ahead
         pages = FUSE_MAX_READ // os.sysconf("SC_PAGE_SIZE")
-        return [
-            FUSE_INIT_OUT.pack(
-                *FUSE_VERSION, FUSE_READ_AHEAD, flags, *background, BLOCK_SIZE, 1, pages
-            )
-        ]
+        return FUSE_INIT_OUT.pack(
+            *FUSE_VERSION, FUSE_READ_AHEAD, flags, *background, BLOCK_SIZE, 1, pages
+        )
 
     def _attributes(self, node: int) -> bytes:
         # Who may read the files may enter the directory.
@@ -5341,19 +5339,19 @@ class FuseServer:
         return FUSE_ATTR.pack(node, size, blocks, *times, kind, links, *owner, CLUSTER_SIZE)
 
     def _get_attributes(self, node: int, body: memoryview) -> Reply:
-        return [FUSE_ATTR_OUT.pack(FUSE_VALID) + self._attributes(node)]
+        return FUSE_ATTR_OUT.pack(FUSE_VALID) + self._attributes(node)
 
     def _lookup(self, node: int, body: memoryview) -> Reply:
         found = self.nodes.get(bytes(body).partition(b"\0")[0])
         if found is None or node != FUSE_ROOT_ID:
             return errno.ENOENT
-        return [FUSE_ENTRY_OUT.pack(found, 0, FUSE_VALID, FUSE_VALID) + self._attributes(found)]
+        return FUSE_ENTRY_OUT.pack(found, 0, FUSE_VALID, FUSE_VALID) + self._attributes(found)
 
     def _open(self, node: int, body: memoryview) -> Reply:
         (flags,) = FUSE_OPEN_IN.unpack_from(body)
         if flags & os.O_ACCMODE != os.O_RDONLY:  # root may have remounted the directory
             return errno.EROFS
-        return [FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR)]
+        return FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR)
 
     def _read(self, node: int, body: memoryview) -> Reply:
         offset, size = FUSE_READ_IN.unpack_from(body)
@@ -5361,7 +5359,7 @@ class FuseServer:
         size = min(size, file.size - offset)  # the kernel reads whole pages, also behind the end
         if not hasattr(self._mine, "buffer"):
             self._mine.buffer = new_buffer(FUSE_MAX_READ + 2 * CLUSTER_SIZE)
-        return [file.read(offset, size, self._mine.buffer)] if size > 0 else []
+        return file.read(offset, size, self._mine.buffer) if size > 0 else b""
 
     def _read_directory(self, node: int, body: memoryview) -> Reply:
         done, size = FUSE_READ_IN.unpack_from(body)  # done: how many were listed already
@@ -5375,7 +5373,7 @@ class FuseServer:
             if len(entries) + len(entry) > size:
                 break
             entries += entry
-        return [entries]
+        return entries
 
     def _seek(self, node: int, body: memoryview) -> Reply:
         offset, whence = FUSE_READ_IN.unpack_from(body)
@@ -5386,13 +5384,13 @@ class FuseServer:
         if offset < file.size:
             found = file.seek(offset, data)
             if found < file.size or not data:
-                return [FUSE_LSEEK_OUT.pack(found)]
+                return FUSE_LSEEK_OUT.pack(found)
         return errno.ENXIO
 
     def _get_status(self, node: int, body: memoryview) -> Reply:
         blocks = sum(-(-file.size // BLOCK_SIZE) for file in self.files.values())
         sizes = BLOCK_SIZE, NAME_MAX_SIZE, BLOCK_SIZE
-        return [FUSE_STATFS_OUT.pack(blocks, 0, 0, len(self.files), 0, *sizes)]
+        return FUSE_STATFS_OUT.pack(blocks, 0, 0, len(self.files), 0, *sizes)
 
 
 class MountPoint:
