@@ -3457,34 +3457,24 @@ def load(
     return contents
 
 
-class Disk(NamedTuple):
-    """A device to pack, and the file that it is read from.
-
-    `size` is the file's in bytes, `data_size` the part of it that is no hole, as far as known.
-    """
-
-    device: Device
-    source: FileInput
-    size: int
-    data_size: int
-
-
 class Disks(Producer):
     """Raw disks: blocks of zeros are found, and count as not stored."""
 
-    def __init__(self, header: Header, disks: Iterable[Disk]) -> None:
+    def __init__(self, header: Header, disks: Iterable[tuple[Device, FileInput]]) -> None:
         self.header = header
-        self.disks = {disk.device.dev_id: disk for disk in disks}
+        self.disks = {device.dev_id: source for device, source in disks}
 
     def plans(self, count: int, chosen: Collection[int] | None = None) -> Iterator[Plan]:
         for device in canonical_order(self.header.devices, chosen):
-            disk = self.disks[device.dev_id]
-            ranges = iter_data(disk)
+            source = self.disks[device.dev_id]
+            ranges = iter_data(source)
             data = next(ranges, None)
-            cluster_count = -(-disk.size // CLUSTER_SIZE)  # a vmstate may have more than its device
+            # A vmstate may have more than its device.
+            cluster_count = -(-source.size // CLUSTER_SIZE)
             for first in range(0, cluster_count, count):
                 clusters = min(count, cluster_count - first)
-                start, end = first * CLUSTER_SIZE, min((first + clusters) * CLUSTER_SIZE, disk.size)
+                start = first * CLUSTER_SIZE
+                end = min(start + clusters * CLUSTER_SIZE, source.size)
                 where = []
                 while data and data[0] < end:
                     where.append((max(data[0], start), min(data[1], end)))
@@ -3501,7 +3491,7 @@ class Disks(Producer):
         base = first * CLUSTER_SIZE
         spans = []
         for start, end in where:
-            self.disks[device.dev_id].source.read_at([(start, image[start - base : end - base])])
+            self.disks[device.dev_id].read_at([(start, image[start - base : end - base])])
             # A file may end inside a block, which is filled up with zeros.
             done = min(-(-(end - base) // BLOCK_SIZE) * BLOCK_SIZE, len(image))
             image[end - base : done] = bytes(done - (end - base))
@@ -3510,21 +3500,21 @@ class Disks(Producer):
         return Part(device, first, masks, image if any(masks) else None)
 
 
-def iter_data(disk: Disk) -> Iterator[tuple[int, int]]:
+def iter_data(source: FileInput) -> Iterator[tuple[int, int]]:
     """Yield (start, end) in bytes of the blocks that hold data, as far as the file system tells."""
     end = 0
-    while end < disk.size:
+    while end < source.size:
         start = end
         try:
-            data = os.lseek(disk.source.fd, end, os.SEEK_DATA)
-            hole = os.lseek(disk.source.fd, data, os.SEEK_HOLE)
+            data = os.lseek(source.fd, end, os.SEEK_DATA)
+            hole = os.lseek(source.fd, data, os.SEEK_HOLE)
             # Holes may be smaller than a block; in a block with data they are read as zeros.
             start = data // BLOCK_SIZE * BLOCK_SIZE
-            end = min(-(-hole // BLOCK_SIZE) * BLOCK_SIZE, disk.size)
+            end = min(-(-hole // BLOCK_SIZE) * BLOCK_SIZE, source.size)
         except (AttributeError, OSError) as error:  # AttributeError: a system without SEEK_DATA
             if getattr(error, "errno", None) == errno.ENXIO:
                 return  # a hole up to the end
-            end = disk.size
+            end = source.size
         yield start, end
 
 
@@ -4949,18 +4939,20 @@ def read_undescribed(directory: str) -> Packing:
     return packing_of(configs, {name: devices[name] for name in order})
 
 
-def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
-    """Open the file or block device of a disk; `exact` if device.size must be its size."""
+def open_disk(stack: ExitStack, device: Device, path: str) -> tuple[Device, FileInput]:
+    """Open the file or block device of a disk; device.size must be its size, if it is not 0.
+
+    Return the device with its size, and the file.
+    """
     name = escape(path)
     fd = open_path(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os_errors_as(name):
         file = stack.enter_context(os.fdopen(fd, "rb", buffering=0))
-        state = os.fstat(fd)
-        if not is_disk(state.st_mode):
+        if not is_disk(os.fstat(fd).st_mode):
             raise VmaError(f"{name}: neither a file nor a block device")
         source = FileInput(name, file)
     size = source.size
-    if exact:
+    if device.size:
         # A vmstate restores as long as its clusters.
         padded = device.is_vmstate and size >= device.size and size % CLUSTER_SIZE == 0
         if size != device.size and not padded:
@@ -4973,9 +4965,13 @@ def open_disk(stack: ExitStack, device: Device, path: str, exact: bool) -> Disk:
         raise VmaError(f"{name}: an empty file is no disk")
     if device.cluster_count > MAX_CLUSTERS:
         raise VmaError(f"{name}: {size} bytes are more than the format has cluster numbers for")
-    # For the progress only; a block device has no blocks allocated.
-    allocated = getattr(state, "st_blocks", 0) * SECTOR_SIZE
-    return Disk(device, source, size, min(allocated, size) or size)
+    return device, source
+
+
+def data_size(source: FileInput) -> int:
+    """Return how many bytes of a file are no hole, as far as known: for the progress."""
+    allocated = getattr(source.state, "st_blocks", 0) * SECTOR_SIZE  # of a block device, none
+    return min(allocated, source.size) or source.size
 
 
 def put_line(header: Header, line: str, old: bytes = rb"(?!)") -> Header:
@@ -7953,12 +7949,12 @@ def cmd_pack(args: Namespace) -> int:
         refuse_same([os.path.join(args.directory, name) for name in names], args.output)
         refuse_existing(args.output, args.force)
         header, paths = (read_described if described else read_undescribed)(args.directory)
-    write_packed(args, (set_options(header, args.options), paths), exact=described)
+    write_packed(args, (set_options(header, args.options), paths))
     return 0
 
 
-def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
-    """Write an archive of configs and disks, whose sizes must be `exact`, or are found out."""
+def write_packed(args: Namespace, packing: Packing) -> None:
+    """Write an archive of configs and disks; sizes of 0 are found out."""
     header, paths = packing
     # Everything is checked before OUTPUT is opened.
     require_names(header)
@@ -7967,27 +7963,28 @@ def write_packed(args: Namespace, packing: Packing, exact: bool) -> None:
         header = add_device_map(header, args.map)
     with ExitStack() as stack:
         disks = [
-            open_disk(stack, device, paths[device.name], exact)
+            open_disk(stack, device, paths[device.name])
             for device in canonical_order(header.devices)
         ]
-        for disk in disks:
-            if disk.device.size != disk.size and not exact:
-                text = f"{disk.source.name}: {disk.size} bytes, rounded up to {disk.device.size}"
+        for device, source in disks:
+            if device.size > source.size:
+                text = f"{source.name}: {source.size} bytes, rounded up to {device.size}"
                 notice(args, f"{text}, as disks have whole sectors")
         # Sizes are known only now.
-        header = header._replace(devices=tuple(sorted(disk.device for disk in disks)))
+        header = header._replace(devices=tuple(sorted(device for device, _ in disks)))
         output = stack.enter_context(open_output(args.output, args.force))
         missing = ", ".join(quote(device.name) for device in unmapped_devices(header))
         if missing:
             text = f"{CONFIG_NAME} has no #qmdump#map line for {missing}"
             notice(args, f"{text}: qmrestore needs one, --map STORAGE adds it")
         progress = stack.enter_context(Progress(output.name, args.quiet, args.verbose))
-        total = sum(disk.data_size for disk in disks)  # without holes, as they are not read
-        progress.begin("reading", total, lambda: sum(disk.source.bytes_read for disk in disks))
+        sources = [source for _, source in disks]
+        total = sum(map(data_size, sources))  # without holes, as they are not read
+        progress.begin("reading", total, lambda: sum(source.bytes_read for source in sources))
 
         def last_look() -> None:
-            for disk in disks:
-                disk.source.check_unchanged()
+            for source in sources:
+                source.check_unchanged()
 
         write_archive(args, Disks(header, disks), output, level, progress)
         finish_writing(output.sync, progress)
@@ -8053,7 +8050,7 @@ def cmd_create(args: Namespace) -> int:
     refuse_existing(args.output, args.force)
     # Proxmox's program, too, takes the file's name as the config's.
     configs = [Config(os.path.basename(path), read_small(path)) for path in args.config]
-    write_packed(args, packing_of(configs, paths), exact=False)
+    write_packed(args, packing_of(configs, paths))
     return 0
 
 
