@@ -4983,16 +4983,17 @@ def put_line(header: Header, line: str, old: bytes = rb"(?!)") -> Header:
     """
     configs = dict(header.configs)
     lines = configs[CONFIG_NAME].splitlines(keepends=True)
-    end = next((i for i, each in enumerate(lines) if each.startswith(b"[")), len(lines))
-    while end and not lines[end - 1].strip():
-        end -= 1
-    if end and not lines[end - 1].endswith(b"\n"):
-        lines[end - 1] += b"\n"
-    place = next((i for i, each in enumerate(lines[:end]) if re.match(old, each)), end)
+    main = list(itertools.takewhile(lambda each: not each.startswith(b"["), lines))
+    while main and not main[-1].strip():
+        main.pop()
+    rest = lines[len(main) :]
+    if main and not main[-1].endswith(b"\n"):
+        main[-1] += b"\n"
+    place = next((i for i, each in enumerate(main) if re.match(old, each)), len(main))
     # All old lines go, not only the first: of two, Proxmox takes the last.
-    kept = [each for each in lines[:end] if not re.match(old, each)]
+    kept = [each for each in main if not re.match(old, each)]
     kept.insert(place, encode_name(f"{line}\n"))
-    configs[CONFIG_NAME] = b"".join(kept + lines[end:])
+    configs[CONFIG_NAME] = b"".join(kept + rest)
     return header._replace(configs=tuple(map(Config._make, configs.items())))
 
 
@@ -5036,7 +5037,7 @@ def require_raw(image_format: str, hint: str) -> None:
 
 
 # Where devices are restored to, by name: (path, whether to write zeros), None for nowhere
-Places = Mapping[str, Optional[tuple[str, bool]]]
+Places = dict[str, Optional[tuple[str, bool]]]
 
 
 def parse_map(lines: Iterable[str]) -> tuple[Places, set[str]]:
@@ -5045,7 +5046,7 @@ def parse_map(lines: Iterable[str]) -> tuple[Places, set[str]]:
     A line is `[OPTION=VALUE:]...0|1:NAME=PATH` or `skip=NAME`; `done` or an empty line is the last.
     Raises VmaError.
     """
-    places: dict[str, tuple[str, bool] | None] = {}
+    places: Places = {}
     ignored = set()
     for line in lines:
         text = line.rstrip("\n")
@@ -5109,10 +5110,10 @@ FUSE_VALID = 1 << 30  # seconds for which the kernel may remember what never cha
 MNT_DETACH = 2
 # Options of `mount -o`, and their flags
 MOUNT_OPTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "allow_other": 0}
-BUSY_SECONDS = 2.0  # a loop device lets go of its file a moment after its own unmount
 STILL_IN_USE = "still in use: detached from the directory, and served until it is released"
-MASK_WORD = 0 if sys.byteorder == "little" else 3  # of the four 16-bit words of an index entry
-MASKS_STEP = 1 << 12  # clusters whose masks are looked at in one go
+# Every fourth 16-bit word of an index is a mask; in big-endian order, read from the end.
+MASK_STEP = 4 if sys.byteorder == "little" else -4
+CLUSTERS_STEP = 1 << 12  # whose masks are looked at in one go
 MOUNT_FRAMES = 64  # decompressed frames that are kept, of 1 MiB
 
 
@@ -5158,12 +5159,9 @@ class MountedDisk(MountedFile):
         if self.base and 0 in entries:
             base = itertools.chain(self.base.slice(first, count), itertools.repeat(0))
             entries = memoryview(array.array("Q", map(operator.or_, entries, base)))
-        # Every fourth 16-bit word of the entries is a mask. In one large number, Python finds and
-        # counts bits in C.
-        masks = array.array("H", entries.cast("B").cast("H")[MASK_WORD::4].tobytes())
-        if sys.byteorder == "big":
-            masks.byteswap()
-        return int.from_bytes(masks.tobytes(), "little")
+        # In one large number, Python finds and counts bits in C.
+        words = entries.cast("B").cast("H")
+        return int.from_bytes(words[::MASK_STEP].tobytes(), sys.byteorder)
 
     @functools.cached_property  # 16 million clusters take a moment
     def allocated(self) -> int:
@@ -5172,9 +5170,9 @@ class MountedDisk(MountedFile):
         count = 0
         while block < end:
             first, skip = divmod(block, CLUSTER_BLOCKS)
-            step = min(MASKS_STEP * CLUSTER_BLOCKS, end - block)
+            step = min(CLUSTERS_STEP * CLUSTER_BLOCKS, end - block)
             # A partition may begin and end in the middle of a cluster.
-            bits = self._masks(first, MASKS_STEP + 1) >> skip & (1 << step) - 1
+            bits = self._masks(first, CLUSTERS_STEP + 1) >> skip & (1 << step) - 1
             count += sum(bits.to_bytes(step // 8 + 1, "little").translate(bit_counts))
             block += step
         return count * BLOCK_SIZE
@@ -5210,7 +5208,7 @@ class MountedDisk(MountedFile):
                 block = first * CLUSTER_BLOCKS + (bits & -bits).bit_length() - 1
                 return min(max(block * BLOCK_SIZE - self.start, offset), self.size)
             first += count
-            count, skip = min(count * 8, MASKS_STEP), 0
+            count, skip = min(count * 8, CLUSTERS_STEP), 0
         return self.size
 
 
@@ -5439,13 +5437,12 @@ class MountPoint:
 
     def unmount(self) -> bool:
         """Unmount; return False if it is in use and was only detached from the directory."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        while not self._unmount(lazy=False):
-            if time.monotonic() > deadline:
-                self._unmount(lazy=True)
-                return False
-            time.sleep(BUSY_SECONDS / 20)
-        return True
+        for _ in range(20):
+            if self._unmount(lazy=False):
+                return True
+            time.sleep(0.1)  # a loop device lets go of its file a moment after its own unmount
+        self._unmount(lazy=True)
+        return False
 
     def _unmount(self, lazy: bool) -> bool:
         """Unmount; return False if it is in use."""
