@@ -4902,8 +4902,10 @@ def read_described(directory: str) -> Packing:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that puts scsi2 before scsi10."""
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
-    return [(not number, int(number or 0), number or text) for number, text in parts]
+    return [
+        (not number, int(number or 0), number or text)
+        for number, text in re.findall(r"([0-9]+)|([^0-9]+)", name)
+    ]
 
 
 def packing_of(configs: Iterable[Config], paths: Mapping[str, str]) -> Packing:
@@ -5064,12 +5066,12 @@ def parse_map(lines: Iterable[str]) -> tuple[Places, set[str]]:
                 require_raw(option.removeprefix("format="), hint)
             else:
                 ignored.add(escape(option))
-        name, _, path = rest[2:].partition("=")
-        if rest[:2] not in ("0:", "1:") or not name or not path or "\0" in path:
+        match = re.fullmatch(r"([01]):([^=]+)=([^\0]+)", rest)
+        if not match:
             raise VmaError(
                 f"map: {quote(text)} is neither [format=raw:]0|1:NAME=PATH nor skip=NAME"
             )
-        places[name] = path, rest[0] == "1"
+        places[match[2]] = match[3], match[1] == "1"
     return places, ignored
 
 
@@ -5234,7 +5236,7 @@ def mounted_files(contents: Contents) -> list[MountedFile]:
     return files
 
 
-Reply = Union[Buffer, int, None]  # data, an errno, or no answer
+Reply = Union[Buffer, int]  # data, or an errno
 
 
 class FuseServer:
@@ -5255,7 +5257,7 @@ class FuseServer:
         self._mine = threading.local()  # each thread's buffer for what is read
         # By opcode. What is not here, the kernel does without; of FUSE_RELEASE and FUSE_DESTROY, it
         # drops the answer.
-        self.handlers: dict[int, Callable[[int, memoryview], Reply]] = {
+        self.handlers = {
             1: self._lookup,  # FUSE_LOOKUP
             3: self._get_attributes,  # FUSE_GETATTR
             14: self._open,  # FUSE_OPEN
@@ -5265,9 +5267,6 @@ class FuseServer:
             27: self._open,  # FUSE_OPENDIR
             28: self._read_directory,  # FUSE_READDIR
             46: self._seek,  # FUSE_LSEEK
-            # The kernel wants no answer to FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET. What
-            # the second one cuts short ends soon anyway.
-            **dict.fromkeys((2, 36, 42), lambda *_: None),
         }
 
     def serve(self) -> None:
@@ -5287,18 +5286,21 @@ class FuseServer:
 
     def _answer(self, request: memoryview) -> None:
         _, opcode, unique, node, *_ = FUSE_IN_HEADER.unpack_from(request)
+        # The kernel wants no answer to FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET. What the
+        # second one cuts short ends soon anyway.
+        if opcode in (2, 36, 42):
+            return
         handler = self.handlers.get(opcode)
         try:
             reply = handler(node, request[FUSE_IN_HEADER.size :]) if handler else errno.ENOSYS
-            if reply is not None:
-                self._send(unique, reply)
+            self._send(unique, reply)
         except Exception as error:  # noqa: BLE001 - or the request would stay without an answer
             name = self.files[node].name if node in self.files else "directory"
             known = isinstance(error, (VmaError, OSError))
             self.log(f"{escape(name)}: {error if known else repr(error)}")
             self._send(unique, errno.EIO)
 
-    def _send(self, unique: int, reply: Buffer | int) -> None:
+    def _send(self, unique: int, reply: Reply) -> None:
         error, data = (-reply, b"") if isinstance(reply, int) else (0, reply)
         size = FUSE_OUT_HEADER.size + len(data)
         try:
