@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unittest
 
+from tests import parallel
 from tests.parallel import Parallel
 
 
@@ -64,6 +65,12 @@ class ParallelTest(unittest.TestCase):
         self.assertIn("number=1", bad["failing_in_part"][0])
         self.assertIn("ValueError: an error", bad["wrong"][0])
         self.assertEqual(skipped, {"skipped": ["a reason"]})
+
+    def test_run_inside_a_run(self) -> None:
+        """As these tests are: the outer run's classes are those that come next in this process."""
+        before = list(parallel._classes)
+        outcomes(Examples("succeeding"))
+        self.assertEqual(parallel._classes, before)
 
     def test_process_that_ends(self) -> None:
         ran, bad, _ = outcomes(EndedExamples("ended"))
