@@ -5152,7 +5152,8 @@ class MountedDisk(MountedFile):
         super().__init__(name, size)
         self.contents = contents
         self.index = contents.index.devices[device.dev_id]
-        self.base = contents.base_indexes.get(device.dev_id)  # has the clusters that are missing in index
+        # Has the clusters that are missing in index.
+        self.base = contents.base_indexes.get(device.dev_id)
         self.start = start
 
     def _masks(self, first: int, count: int) -> int:

@@ -38,7 +38,6 @@ class Parallel(unittest.TestSuite):
         del debug
         classes = by_class(self)
         compiled_tool()  # once, for all
-        before = list(_classes)  # of the run that this one may be a test of
         context = multiprocessing.get_context("fork")
         before = _classes[:]  # not empty in a process of another one, which has more to run
         with ProcessPoolExecutor(PROCESSES, context) as pool:
