@@ -358,10 +358,20 @@ class ChangeTime(CheckedTest):
     """
 
     def changed_while(self, args: list[Argument], counter: str, path: Path) -> Answer[bytes]:
-        """Run the tool; when it is in the middle, change a file and put its mtime back."""
+        """Run the tool; when it is in the middle, change a file and put its mtime back.
+
+        verify is so fast that on a busy machine it may be done when it is stopped: five attempts.
+        """
+        for _ in range(5 if args[0] == "verify" else 1):
+            answer = self.changed_once(args, counter, path)
+            if answer.returncode:
+                break
+        return answer
+
+    def changed_once(self, args: list[Argument], counter: str, path: Path) -> Answer[bytes]:
         child = self.start(*args)
         if not child.stop_after(counter, 64 * MIB):
-            self.fail(f"it ended too soon: {child.answer()}")
+            return child.answer()
         before = path.stat()
         if path.suffix == ".vma":
             change_payload(path)
