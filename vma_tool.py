@@ -986,9 +986,10 @@ class Zstd:
             function.restype = result
             function.argtypes = arguments
         self.library = library
-        # Idle contexts. There are never more than threads that worked at the same time, so none is
-        # ever freed.
-        self._compressors: list[Any] = []
+        # Idle contexts, the compressing ones with their output buffers: a new one for each frame
+        # takes a tenth longer. There are never more than threads that worked at the same time, so
+        # none is ever freed.
+        self._compressors: list[tuple[Any, bytearray]] = []
         self._decompressors: list[Any] = []
 
     @staticmethod
@@ -1016,18 +1017,21 @@ class Zstd:
     def compress(self, data: Buffer, level: int) -> bytes:
         """Return data as one frame, with its content size and a checksum."""
         library = self.library
+        bound = library.ZSTD_compressBound(len(data))
         try:
-            context = self._compressors.pop()
+            context, buffer = self._compressors.pop()
         except IndexError:
-            context = self._created(library.ZSTD_createCCtx())
+            context, buffer = self._created(library.ZSTD_createCCtx()), bytearray()
+        if len(buffer) < bound:
+            buffer = bytearray(bound)
         # Each time, as an idle context may have worked at another level.
         for parameter, value in zip(self.PARAMETERS, (level, 1)):
             self._checked(library.ZSTD_CCtx_setParameter(context, parameter, value))
-        buffer = bytearray(library.ZSTD_compressBound(len(data)))
         target, source = address_of(buffer), address_of(data)
         size = library.ZSTD_compress2(context, target, len(buffer), source, len(data))
-        self._compressors.append(context)
-        return bytes(memoryview(buffer)[: self._checked(size)])
+        frame = bytes(memoryview(buffer)[: self._checked(size)])
+        self._compressors.append((context, buffer))
+        return frame
 
     def decompress_into(self, frame: Buffer, view: memoryview) -> None:
         """Decompress one frame that fills view exactly; raises FormatError."""
