@@ -1113,6 +1113,7 @@ class ModuleZstd(Zstd):
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self._idle: dict[int, list[Any]] = {}  # compressors by level
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1123,9 +1124,17 @@ class ModuleZstd(Zstd):
             raise FormatError(str(error).rpartition(": ")[2].lower()) from None
 
     def compress(self, data: Buffer, level: int) -> bytes:
-        names = self.module.CompressionParameter
-        options = {names.compression_level: level, names.checksum_flag: 1}
-        frame: bytes = self.module.compress(data, options=options)
+        # A new compressor would have to allocate its tables for each frame. Threads share the idle
+        # ones without a lock, as a list's `pop` and `append` are atomic.
+        idle = self._idle.setdefault(level, [])
+        try:
+            compressor = idle.pop()
+        except IndexError:
+            names = self.module.CompressionParameter
+            options = {names.compression_level: level, names.checksum_flag: 1}
+            compressor = self.module.ZstdCompressor(options=options)
+        frame: bytes = compressor.compress(data, compressor.FLUSH_FRAME)
+        idle.append(compressor)
         return frame
 
     def _decompress(self, frame: Buffer, view: memoryview) -> int:
