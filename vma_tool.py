@@ -2117,11 +2117,11 @@ def open_raw(
         except OSError:
             if not (seekable and damaged):
                 raise  # else rescue reads this place again, and goes on after it
-        undo.pop_all()
         if isinstance(raw, PipeReader):
             raw.start = start
-            return raw, start, None, 0
-        return raw, start, state, size_of(fd)
+        result = (raw, start, state, size_of(fd)) if seekable else (raw, start, None, 0)
+        undo.pop_all()
+        return result
 
 
 def open_codec(name: str, codec: Codec, raw: io.FileIO, seekable: bool) -> Input:
