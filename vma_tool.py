@@ -3608,13 +3608,17 @@ def in_batches(
     # A batch has one buffer, so one item with data. Most of a disk has none: handed over one by
     # one, those items would cost more than their work.
     batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if has_data(item) or len(batch) == MAX_PARTS:
-            yield batch
-            progress.tick()
-            batch = []
-    yield batch
+    try:
+        for item in items:
+            batch.append(item)
+            if has_data(item) or len(batch) == MAX_PARTS:
+                yield batch
+                progress.tick()
+                batch = []
+        yield batch
+    finally:
+        if isinstance(items, Generator):
+            items.close()  # after an error its caller may hold it for long, and files with it
 
 
 class Call:
