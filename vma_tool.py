@@ -9,11 +9,11 @@ archive into the canonical layout, so that restic, borg or ZFS store only what c
     header    fixed uuid; configs in their order, then device names by dev_id;
               zero-filled to a multiple of --align
     extents   one device after the other by dev_id, vmstate last; each device begins a new extent;
-              every cluster, ascending; as many an extent as fill a multiple of --align (<= 58);
-              zero blocks are stored until each payload is a multiple of --align
+              every cluster, ascending, 8 an extent; in an extent that stores blocks, zero
+              blocks are stored until its payload is a multiple of --align, or all are stored
 
 The layout depends on the archive's ctime, configs, devices, stored blocks and --align, on nothing
-else. `lay_out_header` and `lay_out_extent` decide it.
+else. `lay_out_header` and `lay_out_extents` decide it.
 
 Exit status: 0 success, 1 a failed operation, 2 wrong usage, 3 a bad archive or archives that
 differ, 128 + N ended by signal N (130: Ctrl-C, 141: the reader of standard output went away).
@@ -52,7 +52,7 @@ from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, Type
 if sys.version_info < (3, 9):  # noqa: UP036 - says so in one line where Python 3.8 starts this
     sys.exit(f"vma-tool: needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 # ---------------------------------------------------------------------------------------------
 # Errors, text, progress
@@ -336,11 +336,14 @@ CONFIG_NAME_MAX_SIZE = 248
 
 # spec, "VMA Extent Header": magic, reserved1, block_count, uuid, md5sum, blockinfo[59].
 # A blockinfo is mask << 48 | reserved << 40 | dev_id << 32 | cluster_num.
-EXTENT = struct.Struct(">4sHH16s16s59Q")
+EXTENT = struct.Struct(">4sHH16s16s472s")
 EXTENT_MAGIC = b"VMAE"
-EXTENT_BLOCK_COUNT = slice(6, 8)
 EXTENT_MD5 = slice(24, 40)
+MD5_SIZE = 16
+EXTENT_INFOS_OFFSET = 40
 EXTENT_SLOTS = 59
+SLOT_SIZE = 8
+SLOT_DEV_ID = 3  # which byte of a slot
 EXTENT_HEADER_SIZE = 512
 EXTENT_MAX_BLOCKS = EXTENT_SLOTS * CLUSTER_BLOCKS
 
@@ -410,23 +413,33 @@ class Header(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """An extent header: its offset in the archive, and blockinfo as 59 64-bit numbers.
+    """An extent: its offset in the archive, and blockinfo of the used slots as 64-bit numbers.
 
-    `md5` covers the whole header, so it identifies it.
+    `md5` covers the whole header, so it identifies it. A run of extents that store nothing may be
+    one of these: then `blockinfo` has the slots of all, as many of each, and `md5` all their MD5s.
     """
 
     offset: int
     block_count: int
-    blockinfo: tuple[int, ...]
+    blockinfo: Sequence[int]
     md5: bytes
 
     @property
+    def header_count(self) -> int:
+        return len(self.md5) // MD5_SIZE
+
+    @property
     def payload_offset(self) -> int:
-        return self.offset + EXTENT_HEADER_SIZE
+        return self.offset + EXTENT_HEADER_SIZE * (len(self.md5) // MD5_SIZE)
 
     @property
     def payload_size(self) -> int:
         return self.block_count * BLOCK_SIZE
+
+    def header_offset(self, info: int) -> int:
+        """Return the offset of the header that has this blockinfo."""
+        slot_count = len(self.blockinfo) // self.header_count
+        return self.offset + self.blockinfo.index(info) // slot_count * EXTENT_HEADER_SIZE
 
 
 class Slot(NamedTuple):
@@ -648,8 +661,7 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
 
     Raises FormatError; `Index.add`, which knows the devices, checks blockinfo.
     """
-    fields = EXTENT.unpack(data)
-    magic, reserved, block_count, extent_uuid, digest = fields[:5]
+    magic, reserved, block_count, extent_uuid, digest, slots = EXTENT.unpack(data)
     # The MD5 comes before the other fields, so that a damaged uuid is no extent of another archive.
     if magic != EXTENT_MAGIC:
         raise FormatError(f"no extent here: magic {magic!r}, expected {EXTENT_MAGIC!r}", offset)
@@ -659,15 +671,72 @@ def parse_extent(data: bytes, offset: int, uuid: bytes) -> Extent:
         raise FormatError(f"extent of another archive: uuid {format_uuid(extent_uuid)}", offset)
     if reserved:
         raise FormatError(f"extent header: reserved field is {reserved}, expected 0", offset)
-    return Extent(offset, block_count, fields[5:], digest)
+    return Extent(offset, block_count, parse_slots(slots), digest)
 
 
-def pack_extent(uuid: bytes, block_count: int, blockinfo: Sequence[int]) -> bytes:
-    """Return an extent header with up to 59 blockinfos; the other slots are empty."""
-    unused = (0,) * (EXTENT_SLOTS - len(blockinfo))
-    data = EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, bytes(16), *blockinfo, *unused)
-    digest = md5_without(data, EXTENT_MD5)
-    return b"".join((data[: EXTENT_MD5.start], digest, data[EXTENT_MD5.stop :]))
+def parse_slots(slots: bytes) -> tuple[int, ...]:
+    """Return blockinfo of the used ones of an extent header's 59 slots."""
+    dev_ids = slots[SLOT_DEV_ID::SLOT_SIZE].rstrip(b"\0")  # 0 is an empty slot
+    infos = struct.unpack_from(f">{len(dev_ids)}Q", slots)
+    if 0 in dev_ids:  # nobody writes empty slots in front of used ones, but it is allowed
+        infos = tuple(info for info in infos if info >> 32 & 0xFF)
+    return infos
+
+
+def pack_extent(
+    uuid: bytes, block_count: int, blockinfo: Sequence[int], unused: bytes = bytes(SLOT_SIZE)
+) -> bytes:
+    """Return an extent header with up to 59 blockinfos; the other slots are as `unused`."""
+    slots = struct.pack(f">{len(blockinfo)}Q", *blockinfo)
+    slots += unused * (EXTENT_SLOTS - len(blockinfo))
+    fields = EXTENT_MAGIC, 0, block_count, uuid
+    zeroed = EXTENT.pack(*fields, bytes(MD5_SIZE), slots)
+    return EXTENT.pack(*fields, hashlib.md5(zeroed, usedforsecurity=False).digest(), slots)
+
+
+def continue_headers(header: bytes, count: int) -> bytearray:
+    """Return the `count` extent headers that follow one if clusters go on and nothing is stored.
+
+    Each is like the first, which stores nothing and holds consecutive clusters of one device, with
+    the next cluster numbers.
+    """
+    infos = parse_slots(header[EXTENT_INFOS_OFFSET:])
+    data = bytearray(header) * count
+    with memoryview(data) as view, view.cast("Q") as numbers:
+        # Of all headers one slot at a time: so 1 TiB of zeros takes seconds.
+        size = EXTENT_HEADER_SIZE // SLOT_SIZE
+        for slot, info in enumerate(infos, EXTENT_INFOS_OFFSET // SLOT_SIZE):
+            first = info + len(infos)
+            column = array.array("Q", range(first, first + len(infos) * count, len(infos)))
+            if sys.byteorder == "little":
+                column.byteswap()
+            numbers[slot::size] = memoryview(column)
+        slot = EXTENT_MD5.start // SLOT_SIZE
+        for half in (0, 1):
+            numbers[slot + half :: size] = memoryview(array.array("Q", bytes(SLOT_SIZE * count)))
+        headers = (
+            view[i : i + EXTENT_HEADER_SIZE] for i in range(0, len(data), EXTENT_HEADER_SIZE)
+        )
+        digests = b"".join(hashlib.md5(each, usedforsecurity=False).digest() for each in headers)
+        for half in (0, 1):
+            numbers[slot + half :: size] = memoryview(digests).cast("Q")[half::2]
+    return data
+
+
+def different_header(one: Buffer, other: Buffer) -> int:
+    """Return the number of the first extent header that differs; how many there are if none."""
+    if one != other:
+        for number, start in enumerate(range(0, len(other), EXTENT_HEADER_SIZE)):
+            end = start + EXTENT_HEADER_SIZE
+            if one[start:end] != other[start:end]:
+                return number
+    return len(other) // EXTENT_HEADER_SIZE
+
+
+def header_digests(headers: Buffer) -> bytes:
+    """Return the MD5s of extent headers, one after the other."""
+    starts = range(EXTENT_MD5.start, len(headers), EXTENT_HEADER_SIZE)
+    return b"".join(headers[start : start + MD5_SIZE] for start in starts)
 
 
 @functools.cache  # there are no more than 65,536 masks
@@ -680,12 +749,10 @@ def iter_slots(extent: Extent) -> Iterator[Slot]:
     """Yield the used slots of an extent, in its order."""
     start = 0
     for info in extent.blockinfo:
-        dev_id = info >> 32 & 0xFF
-        if dev_id:
-            mask = info >> 48
-            size = mask_size(mask)
-            yield Slot(dev_id, info & 0xFFFFFFFF, mask, start, size)
-            start += size
+        mask = info >> 48
+        size = mask_size(mask)
+        yield Slot(info >> 32 & 0xFF, info & 0xFFFFFFFF, mask, start, size)
+        start += size
 
 
 def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
@@ -705,9 +772,15 @@ def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
 
 
 CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
-CANONICAL_MAX_CLUSTERS = 58  # an extent, as Proxmox's own writer has it
+# restic ends a chunk in a window of 64 zero bytes, but not before 512 KiB. The empty slots of a
+# header with 8 clusters are such a window, and 512 KiB lie between two of them: so each chunk is an
+# extent, at a fixed place of the disk. See the README, "Why the order and the layout matter".
+CANONICAL_CLUSTERS = 8  # an extent
+# Of an extent that stores nothing: a long run of such headers must not end chunks. No reader looks
+# at a slot of dev_id 0.
+FILLED_SLOT = bytes.fromhex("FFFFFF00FFFFFFFF")
 ALIGNS = {name: parse_size(name) for name in ("4K", "64K", "128K", "256K", "512K", "1M")}
-DEFAULT_ALIGN = "128K"
+DEFAULT_ALIGN = "512K"
 
 
 def canonical_order(
@@ -719,9 +792,14 @@ def canonical_order(
 
 
 def clusters_per_extent(align: int) -> int:
-    """Return the largest number of clusters whose whole payload is a multiple of align bytes."""
-    unit = max(align // CLUSTER_SIZE, 1)
-    return CANONICAL_MAX_CLUSTERS // unit * unit
+    """Return how many clusters a canonical extent has, but for the last one of a device."""
+    return max(CANONICAL_CLUSTERS, align // CLUSTER_SIZE)
+
+
+def clusters_per_part(align: int) -> int:
+    """Return how many clusters are read and written together: those of whole extents."""
+    count = clusters_per_extent(align)
+    return EXTENT_SLOTS // count * count
 
 
 def lay_out_header(header: Header, align: int) -> bytearray:
@@ -733,33 +811,79 @@ def lay_out_header(header: Header, align: int) -> bytearray:
 
 
 def fill_up(device: Device, first: int, masks: Sequence[int], align: int) -> list[int]:
-    """Set mask bits from the extent's end until its payload is a multiple of align bytes."""
+    """Return the masks of canonical extents' clusters: some zero blocks are stored, too.
+
+    In each extent that stores a block, from its end, until the payload is a multiple of align
+    bytes, or all blocks of the device are stored.
+    """
     filled = list(masks)
-    # Zero blocks that come and go then move the next extents by whole blocks of the storage only.
-    # The blocks are added at the end, where they move none of this extent.
     # Proxmox restores only what a vmstate stores: a zero block more would change it.
-    wanted = 0 if device.is_vmstate else -sum(map(mask_size, masks)) % align
-    for i in reversed(range(len(filled))):
-        while wanted and (zeros := device.block_mask(first + i) & ~filled[i]):
-            filled[i] |= 1 << zeros.bit_length() - 1
-            wanted -= BLOCK_SIZE
+    if device.is_vmstate or not any(masks):
+        return filled
+    count = clusters_per_extent(align)
+    for start in range(0, len(masks), count):
+        extent = masks[start : start + count]
+        # Zero blocks that come and go then leave the header as it is, or move what follows by
+        # whole blocks of the storage. Added at the end, they move none of this extent.
+        wanted = -sum(map(mask_size, extent)) % align
+        i = start + len(extent)
+        while wanted and i > start:
+            i -= 1
+            zeros = device.block_mask(first + i) & ~filled[i]
+            while mask_size(zeros) > wanted:
+                zeros &= zeros - 1  # without its lowest bit
+            filled[i] |= zeros
+            wanted -= mask_size(zeros)
     return filled
 
 
-def lay_out_extent(
-    device: Device, first: int, masks: Sequence[int], align: int
-) -> tuple[bytes, Sequence[int]]:
-    """Return the header of the extent that holds these clusters, and their masks in it.
+def pack_extents(
+    dev_id: int, first: int, masks: Sequence[int], cluster_count: int
+) -> Iterator[tuple[bytes, Sequence[int]]]:
+    """Yield headers of canonical extents that hold these clusters, and their masks.
 
-    Where its masks have more bits than the given ones, zero blocks are stored.
+    Each of an extent that stores blocks, and those of a run of extents that store none together.
     """
-    info = device.dev_id << 32 | first
-    if not any(masks):
-        return pack_extent(CANONICAL_UUID, 0, range(info, info + len(masks))), masks
-    masks = fill_up(device, first, masks, align)
-    block_count = sum(map(mask_size, masks)) // BLOCK_SIZE
-    infos = [mask << 48 | info + i for i, mask in enumerate(masks)]
-    return pack_extent(CANONICAL_UUID, block_count, infos), masks
+    groups = (masks[i : i + cluster_count] for i in range(0, len(masks), cluster_count))
+    for stores, extents in itertools.groupby(groups, any):
+        if stores:
+            for extent in extents:
+                info = dev_id << 32 | first
+                infos = [mask << 48 | i for i, mask in enumerate(extent, info)]
+                block_count = sum(map(mask_size, extent)) // BLOCK_SIZE
+                yield pack_extent(CANONICAL_UUID, block_count, infos), extent
+                first += len(extent)
+        else:
+            count = sum(map(len, extents))
+            yield pack_empty_extents(dev_id << 32 | first, count, cluster_count), [0] * count
+            first += count
+
+
+def pack_empty_extents(info: int, count: int, cluster_count: int) -> bytes:
+    """Return headers of canonical extents with `count` clusters that store nothing.
+
+    The first cluster is info, dev_id << 32 | cluster_num.
+    """
+    whole, rest = divmod(count, cluster_count)
+    end = info + count
+    data: list[Buffer] = []
+    if whole:
+        header = pack_extent(CANONICAL_UUID, 0, range(info, info + cluster_count), FILLED_SLOT)
+        data += [header, continue_headers(header, whole - 1)]
+    if rest:
+        data.append(pack_extent(CANONICAL_UUID, 0, range(end - rest, end), FILLED_SLOT))
+    return b"".join(data)
+
+
+def lay_out_extents(
+    device: Device, first: int, masks: Sequence[int], align: int
+) -> Iterator[tuple[bytes, Sequence[int]]]:
+    """Yield headers of the extents that hold these clusters, and their masks in them.
+
+    As `pack_extents` does. Where masks have more bits than the given ones, zero blocks are stored.
+    """
+    filled = fill_up(device, first, masks, align)
+    return pack_extents(device.dev_id, first, filled, clusters_per_extent(align))
 
 
 DIFFERENCE_CONFIG = "vma-tool.json"  # the first config of a difference
@@ -872,7 +996,9 @@ SEEK_ENTRY_SIZE = 8  # Compressed_Size, Decompressed_Size
 FRAME_MAX_SIZE = 8 << 20  # what a frame may hold if it is read at any place
 PIECE_SIZE = 1 << 20  # at most so much goes into a frame of ours
 PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
-RUN_EXTENTS = 128  # extents that store nothing, whose headers share a frame
+RUN_EXTENTS = 1024  # extents that store nothing, whose headers share a frame
+# RFC 3.1.1: a single segment, no checksum, a content of 256 + 256 bytes; then the last block, raw
+STORED_HEADER = bytes.fromhex("28B52FFD 60 0001 011000")  # in front of an extent header
 COMPRESSION_LEVELS = range(1, 23)
 DEFAULT_LEVEL = 3  # vzdump's
 
@@ -1238,10 +1364,27 @@ def payload_pieces(masks: Sequence[int]) -> list[int]:
 
 
 class ArchiveIndex(NamedTuple):
-    """Contents of an index: each device's entries as in DeviceIndex, by dev_id."""
+    """Contents of an index: each device's entries as in DeviceIndex, by dev_id.
+
+    `partial` has the first cluster of each extent that stores some blocks, but not all.
+    """
 
     cluster_count: int  # of a whole extent
     entries: dict[int, array.array[int]]
+    partial: dict[int, array.array[int]]
+
+
+def repeated_entries(
+    base: int, extent_count: int, extent_step: int, cluster_count: int, cluster_step: int
+) -> array.array[int]:
+    """Return the entries of extents that are all alike; from one to the next they grow by steps."""
+    entries = array.array("Q", bytes(8 * extent_count * cluster_count))
+    with memoryview(entries) as view:
+        for i in range(cluster_count):  # of all extents one cluster at a time
+            first = base + i * cluster_step
+            column = array.array("Q", range(first, first + extent_count * extent_step, extent_step))
+            view[i::cluster_count] = memoryview(column)
+    return entries
 
 
 def lay_out_frames(
@@ -1251,39 +1394,54 @@ def lay_out_frames(
 
     The masks are those of each device by dev_id, in canonical order.
     """
-    zeros = memoryview(array.array("H", bytes(2 * cluster_count)))
-    full = memoryview(array.array("H", [FULL_MASK] * cluster_count))
-    full_pieces = payload_pieces(full)
-    step = CLUSTER_SIZE << 16  # from one entry to the next, if all blocks are stored
+    # Nearly all extents store nothing (group 1) or everything (group 2): those go many at once.
+    size, most = 2 * cluster_count, RUN_EXTENTS
+    pattern = rb"(?s)((?:\0{%d}){1,%d})|((?:\xff{%d}){1,%d})|.{1,%d}"
+    groups = re.compile(pattern % (size, most, size, most, size))
+    full_pieces = payload_pieces([FULL_MASK] * cluster_count)
+    empty_step = EXTENT_HEADER_SIZE << 16  # from an entry to that of the next extent
+    full_step = empty_step + (CLUSTER_SIZE * cluster_count << 16)
     sizes = header_pieces(header_size)
     offset = header_size
     run = 0  # bytes of headers that share a frame
-    index = ArchiveIndex(cluster_count, {})
+    index = ArchiveIndex(cluster_count, {}, {})
     for dev_id, disk_masks in masks.items():
         entries = index.entries[dev_id] = array.array("Q")
-        for start in range(0, len(disk_masks), cluster_count):
-            chunk = disk_masks[start : start + cluster_count]
-            offset += EXTENT_HEADER_SIZE
-            base = offset << 16
-            stores = chunk != zeros and any(chunk)  # a device's last extent may be shorter
-            if run and (stores or start % (RUN_EXTENTS * cluster_count) == 0):
+        partial = index.partial[dev_id] = array.array("Q")
+        for found in groups.finditer(disk_masks.cast("B")):
+            first, end = found.start() // 2, found.end() // 2
+            chunk = disk_masks[first:end]
+            count = -(-len(chunk) // cluster_count)  # of extents
+            base = offset + EXTENT_HEADER_SIZE << 16
+            if found.lastindex == 1 or not any(chunk):  # a device's last extent may be shorter
+                clusters = min(cluster_count, len(chunk))
+                entries += repeated_entries(base, count, empty_step, clusters, 0)
+                offset += EXTENT_HEADER_SIZE * count
+                number = first // cluster_count  # of the extent among its device's
+                while count:
+                    if run and number % RUN_EXTENTS == 0:
+                        sizes.append(run)
+                        run = 0
+                    step = min(count, RUN_EXTENTS - number % RUN_EXTENTS)
+                    run += EXTENT_HEADER_SIZE * step
+                    number += step
+                    count -= step
+                continue
+            if run:
                 sizes.append(run)
                 run = 0
-            # Nearly all extents store nothing or everything: those go fast.
-            if not stores:
-                run += EXTENT_HEADER_SIZE
-                entries.extend(array.array("Q", (base,)) * len(chunk))
+            if found.lastindex == 2:
+                step = CLUSTER_SIZE << 16
+                entries += repeated_entries(base | FULL_MASK, count, full_step, cluster_count, step)
+                sizes += [EXTENT_HEADER_SIZE, *full_pieces] * count
+                offset += count * full_step >> 16
                 continue
-            if chunk == full:
-                pieces = full_pieces
-                base |= FULL_MASK
-                entries.extend(array.array("Q", range(base, base + step * cluster_count, step)))
-            else:
-                pieces = payload_pieces(chunk)
-                places = itertools.accumulate(map(mask_size, chunk), initial=offset)
-                entries.extend(array.array("Q", [at << 16 | m for at, m in zip(places, chunk)]))
+            partial.append(first)
+            pieces = payload_pieces(chunk)
+            places = itertools.accumulate(map(mask_size, chunk), initial=base >> 16)
+            entries.extend(at << 16 | mask for at, mask in zip(places, chunk))
             sizes += [EXTENT_HEADER_SIZE, *pieces]
-            offset += sum(pieces)
+            offset += EXTENT_HEADER_SIZE + sum(pieces)
     if run or not masks:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
     return index, array.array("Q", itertools.accumulate(sizes, initial=0))
@@ -1291,11 +1449,10 @@ def lay_out_frames(
 
 def index_archive(
     header_size: int, devices: Sequence[Device], masks: array.array[int], table: SeekTable
-) -> list[ArchiveIndex]:
-    """Return the indexes that fit; devices are in canonical order.
+) -> ArchiveIndex:
+    """Return the index of an archive; devices are in canonical order.
 
-    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise. Rarely
-    two indexes fit: they differ in extents that store nothing.
+    Frames that are cut as the masks demand prove all offsets; raises FormatError otherwise.
     """
     disks = {}
     end = 0
@@ -1311,16 +1468,16 @@ def index_archive(
         last = device.cluster_count - 1
         if not device.is_vmstate and disks[device.dev_id][last] & ~device.block_mask(last):
             raise FormatError(f"the index has blocks behind the end of {device.title}")
-    found = []
-    # The smallest align for each number of clusters that a whole extent may have: 48, 56, 58.
-    for align in (1 << 20, 256 << 10, 4 << 10):
+    # An extent has 8 clusters or, if the header's size is a multiple of 1 MiB, may have 16.
+    for align in (ALIGNS["4K"], ALIGNS["1M"]):
         if header_size % align == 0:
             index, offsets = lay_out_frames(header_size, disks, clusters_per_extent(align))
             if offsets == table.offsets:
-                found.append(index)
-    if not found:
-        raise FormatError("the index and the seek table contradict each other")
-    return found
+                return index
+    raise FormatError(
+        "its frames are not cut as its index says, as in archives of vma-tool 2; optimize makes "
+        "it readable at any place"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1470,6 +1627,7 @@ class Input:
         self.file = file
         self.offset = 0
         self._scratch = memoryview(b"")
+        self._peeked = memoryview(b"")  # read already
 
     def __enter__(self) -> Input:
         return self
@@ -1489,13 +1647,23 @@ class Input:
 
     def readinto(self, view: memoryview) -> int:
         """Fill view with the next bytes; return how many there were before the end."""
-        count = 0
+        count = min(len(self._peeked), len(view))
+        view[:count] = self._peeked[:count]
+        self._peeked = self._peeked[count:]
         with os_errors_as(f"{self.name}: offset 0x{self.offset:x}"):
             # A pipe gives as much as is in it, not as much as is asked for.
             while count < len(view) and (got := self.file.readinto(view[count:])):
                 count += got
         self.offset += count
         return count
+
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes, which are still to be read; fewer than size only at the end."""
+        data = self.read(size)
+        self.offset -= len(data)
+        if self.size is None:  # it cannot be read again
+            self._peeked = memoryview(data + self._peeked)
+        return data
 
     def skip(self, size: int) -> int:
         """Pass over the next bytes; return how many there were before the end."""
@@ -1576,13 +1744,14 @@ def size_of(fd: int) -> int:
 class FileInput(Input):
     """A plain file or block device of `size` bytes, which can also be read at any place.
 
-    `bytes_read` counts everything that was read. `read_all` makes `skip` read as well.
+    `bytes_read` counts everything that was read. With `read_all`, `skip` reads as well.
     """
 
     size: int
     raw: io.FileIO
     state: os.stat_result
     read_all = False
+    _null: io.FileIO | None = None  # what `skip` reads goes there
 
     def __init__(self, name: str, file: io.FileIO) -> None:
         super().__init__(name, file)
@@ -1628,15 +1797,24 @@ class FileInput(Input):
         """Pass over bytes that the kernel reads, and does not copy; return how many it could."""
         done = 0
         # Where it cannot, or meets an error, `read` goes on from there, and says which one.
-        with suppress(AttributeError, OSError), open(os.devnull, "wb", buffering=0) as null:
-            if stat.S_ISCHR(os.fstat(null.fileno()).st_mode):  # on a broken host, it is a file
-                while done < size and (
-                    count := os.sendfile(null.fileno(), self.fd, self.offset, size - done)
-                ):
-                    done += count
-                    self.offset += count
-                    self.bytes_read += count
+        with suppress(AttributeError, OSError):
+            if self._null is None:
+                self._null = io.FileIO(os.devnull, "wb")
+            null = self._null.fileno()
+            # On a broken host, it is a file.
+            while done < size and stat.S_ISCHR(os.fstat(null).st_mode):
+                count = os.sendfile(null, self.fd, self.offset, size - done)
+                if not count:
+                    break
+                done += count
+                self.offset += count
+                self.bytes_read += count
         return done
+
+    def close(self, failed: bool = False) -> None:
+        super().close(failed)
+        if self._null is not None:
+            self._null.close()
 
     def read_at(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each view from its offset, neighbours with one read; safe in several threads.
@@ -1646,9 +1824,13 @@ class FileInput(Input):
         views: list[memoryview] = []
         start = end = 0
         for offset, view in sorted(wanted, key=operator.itemgetter(0)):
-            if offset != end:
+            # What lies between the payloads of two extents is read with them, and dropped.
+            gap = offset - end
+            if not 0 <= gap <= EXTENT_HEADER_SIZE or not views:
                 self._fill(views, start)
                 views, start = [], offset
+            elif gap:
+                views.append(memoryview(bytearray(gap)))
             views.append(view)
             end = offset + len(view)
         self._fill(views, start)
@@ -1728,23 +1910,11 @@ class FramesInput(FileInput):
         self.offset = 0
         if header.uuid != CANONICAL_UUID:
             raise FormatError("the archive is not canonical")
-        # 128 extents share a frame, but their MD5s, 16 bytes each, do not compress.
-        masks = parse_index(self.zstd, data, 4 * self.raw_size)
+        # Of each extent, of up to 16 clusters, there is an MD5 of 16 bytes, which is random.
+        masks = parse_index(self.zstd, data, self.raw_size)
         devices = canonical_order(header.devices)
-        found = index_archive(header_size, devices, masks, self.table)
-        self.index = found[0] if len(found) == 1 else next(filter(self._fits, found), found[0])
+        self.index = index_archive(header_size, devices, masks, self.table)
         self._devices = {device.dev_id: device for device in devices}
-
-    def _fits(self, index: ArchiveIndex) -> bool:
-        """Say whether each device's first extent has as many clusters as an index says."""
-        # Headers of extents that store nothing share frames, so the seek table does not tell.
-        for entries in filter(None, index.entries.values()):
-            data = bytearray(EXTENT_HEADER_SIZE)
-            self.read_at([((entries[0] >> 16) - EXTENT_HEADER_SIZE, memoryview(data))])
-            slots = EXTENT_SLOTS - EXTENT.unpack(data)[5:].count(0)
-            if slots != min(index.cluster_count, len(entries)):
-                return False
-        return True
 
     read = Input.read  # without a window: frames are kept anyway
 
@@ -1806,7 +1976,7 @@ class FramesInput(FileInput):
 
     def _place(self, start: int, end: int) -> str:
         """Return device and clusters, as far as known, of a frame that holds start to end."""
-        cluster_count, by_device = self.index or ArchiveIndex(0, {})
+        cluster_count, by_device, _ = self.index or ArchiveIndex(0, {}, {})
         for dev_id, entries in by_device.items():
             first = bisect.bisect_left(entries, start << 16)
             stop = bisect.bisect_left(entries, end << 16)
@@ -2698,10 +2868,12 @@ def read_header(source: Input, whole: bool = True) -> Header:
 def read_extents(source: Input, header: Header) -> Iterator[Extent]:
     """Yield each extent header, with the source at its payload.
 
-    What is not read of the payload is skipped. Raises FormatError, also for bytes behind the last
-    extent. `Index.add` checks what an extent says of the clusters.
+    What is not read of the payload is skipped. A run of extents that store nothing may come as one.
+    Raises FormatError, also for bytes behind the last extent. `Index.add` checks what an extent
+    says of the clusters.
     """
     with in_archive(source.name):
+        expected, ahead = 0, 1  # what continues a run, and how many headers to compare at once
         while data := source.read(EXTENT_HEADER_SIZE):
             offset = source.offset - len(data)
             if len(data) < EXTENT_HEADER_SIZE:
@@ -2710,6 +2882,12 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                     offset,
                 )
             extent = parse_extent(data, offset, header.uuid)
+            if not extent.block_count and extent.blockinfo:
+                # Most of a disk is like this: after a few, many are compared and not parsed.
+                ahead = min(2 * ahead, RUN_EXTENTS) if extent.blockinfo[0] == expected else 1
+                if ahead >= 8:
+                    extent = read_run(source, data, extent, ahead)
+                expected = extent.blockinfo[-1] + 1
             end = extent.payload_offset + extent.payload_size
             # In a file, an extent that is cut is never yielded. A stream shows it by its end.
             if source.size is None or end <= source.size:
@@ -2722,6 +2900,22 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                     f"{extent.payload_size}",
                     offset,
                 )
+
+
+def read_run(source: Input, header: bytes, extent: Extent, count: int) -> Extent:
+    """Return an extent that stores nothing, and up to count that continue it, as one."""
+    first, slots = extent.blockinfo[0], len(extent.blockinfo)
+    if extent.blockinfo != tuple(range(first, first + slots)):
+        return extent
+    found = source.peek(EXTENT_HEADER_SIZE * count)
+    count = len(found) // EXTENT_HEADER_SIZE
+    # What is as expected needs no parsing; the first header that is not ends the run.
+    expected = continue_headers(header, count)
+    count = different_header(found, expected)
+    del expected[EXTENT_HEADER_SIZE * count :]
+    source.skip(len(expected))
+    infos = range(first, first + slots * (1 + count))
+    return extent._replace(blockinfo=infos, md5=extent.md5 + header_digests(expected))
 
 
 def lazy_numbers(device: Device, count: int, kind: str) -> Any:
@@ -2749,7 +2943,7 @@ class DeviceIndex:
     """Where the clusters of one device are, 8 bytes a cluster.
 
     `entries[cluster_num]` is offset << 16 | mask; the offset is that of its first stored block in
-    the archive, in bytes, also where none is stored. An entry is 0 for a cluster not seen yet.
+    the archive, in bytes, or of what follows its header. An entry is 0 for a cluster not seen yet.
     """
 
     # Plain numbers: an object for each cluster would cost many times the memory. The 48 bits of an
@@ -2799,7 +2993,6 @@ class Index:
         self.digest = hashlib.sha256()
         self.extent_count = 0
         self.devices: dict[int, DeviceIndex] = {}
-        self._slots = self._most_slots = 0  # used ones of the last extent, and of the fullest
         self.difference: Difference | None = None  # clusters may be missing
         with in_archive(self.name):
             if header.magic == DIFFERENCE_MAGIC:
@@ -2823,10 +3016,8 @@ class Index:
 
     def add(self, extent: Extent) -> None:
         """Enter the clusters of an extent; raises FormatError where they cannot be right."""
-        self.extent_count += 1
+        self.extent_count += extent.header_count
         self.digest.update(extent.md5)
-        self._slots = EXTENT_SLOTS - extent.blockinfo.count(0)
-        self._most_slots = max(self._most_slots, self._slots)
         if not extent.block_count and self._add_zeros(extent):
             return
         # This loop runs once a cluster, 16 million times for 1 TiB: it looks a device up only where
@@ -2835,8 +3026,6 @@ class Index:
         current = 0  # dev_id of index
         for info in extent.blockinfo:
             dev_id = info >> 32 & 0xFF
-            if not dev_id:
-                continue
             if dev_id != current:
                 if dev_id not in self.devices:
                     message = f"cluster of device {dev_id}, which the header does not have"
@@ -2848,7 +3037,7 @@ class Index:
             cluster_num = info & 0xFFFFFFFF
             mask = info >> 48
             if cluster_num >= last or entries[cluster_num]:  # any other one can only be right
-                self._check(extent, index, cluster_num, mask)
+                self._check(extent, index, info)
             entries[cluster_num] = position << 16 | mask
             if cluster_num != index.seen:
                 index.ascending = False
@@ -2869,15 +3058,13 @@ class Index:
         """
         # With mask 0, a blockinfo is dev_id << 32 | cluster_num: those of a device compare and
         # subtract like cluster numbers, and all others are far behind the device's last one.
-        count = self._slots
-        infos = extent.blockinfo[:count]
+        infos = extent.blockinfo
+        count = len(infos)
         if not count:
             return True
-        if 0 in infos:  # nobody writes empty slots in front of used ones, but it is allowed
-            infos = tuple(info for info in extent.blockinfo if info)
         # Extents that were optimized are in order. In those of a live backup, readers that finish
         # at random shuffle the clusters.
-        in_order = infos == tuple(range(infos[0], infos[0] + count))
+        in_order = isinstance(infos, range) or infos == tuple(range(infos[0], infos[0] + count))
         base = (infos[0] if in_order else min(infos)) >> 32 << 32
         index = self.devices.get(base >> 32)
         last = infos[-1] if in_order else max(infos)
@@ -2900,8 +3087,9 @@ class Index:
         index.seen += count
         return True
 
-    def _check(self, extent: Extent, index: DeviceIndex, cluster_num: int, mask: int) -> None:
+    def _check(self, extent: Extent, index: DeviceIndex, info: int) -> None:
         """Raise FormatError if this cluster may not come here; make room for one of a vmstate."""
+        cluster_num, mask = info & 0xFFFFFFFF, info >> 48
         if index.device.is_vmstate:
             if cluster_num == index.seen:
                 index.entries.append(0)
@@ -2916,7 +3104,8 @@ class Index:
             fault = f"has mask 0x{mask:04x}, the device ends behind 0x{inside:04x}"
         else:
             return
-        self._fail(f"{index.device.title}: cluster {cluster_num} {fault}", extent.offset)
+        offset = extent.header_offset(info)
+        self._fail(f"{index.device.title}: cluster {cluster_num} {fault}", offset)
 
     def _fail(self, message: str, offset: int | None = None) -> NoReturn:
         raise FormatError(message, offset, self.name)
@@ -2933,10 +3122,6 @@ class Index:
             index.stored_size = end - start - EXTENT_HEADER_SIZE * count  # all that is no header
             end = start
             self.extent_count += count
-            most = min(len(entries), archive.cluster_count)
-            self._most_slots = max(self._most_slots, most)
-            if not self._slots and entries:  # the archive's last extent
-                self._slots = (len(entries) - 1) % archive.cluster_count + 1
         self.finish()
 
     def finish(self) -> None:
@@ -2948,12 +3133,9 @@ class Index:
             if self.digest.hexdigest() != self.difference.extents:
                 self._fail("the difference is cut short, or its extents were changed")
             return
-        # Proxmox restores a vmstate of any number of clusters, whatever its size. But an archive
-        # that was cut between two extents ends with a full one, and must not pass.
-        cut = self._slots in (self._most_slots, *map(clusters_per_extent, ALIGNS.values()))
         for index in self.devices.values():
             count = index.device.cluster_count
-            if index.seen < count and (cut or not index.seen or not index.device.is_vmstate):
+            if index.seen < count:  # a vmstate may have more than its size
                 # Of a vmstate, there are entries only of the clusters that came.
                 first = next((i for i, e in enumerate(index.entries) if not e), index.seen)
                 self._fail(
@@ -2971,7 +3153,8 @@ BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
 BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
 DEFAULT_MEMORY = 256 << 20
 HELD_OVERHEAD = 200  # bytes of memory that a held cluster costs beside its blocks
-COMPARED_CLUSTERS = 14  # of each archive at once
+PART_CLUSTERS = clusters_per_part(CLUSTER_SIZE)
+COMPARED_CLUSTERS = 16  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 
@@ -3270,15 +3453,16 @@ class IndexedContents(Contents):
     def __init__(self, source: FramesInput, index: ArchiveIndex) -> None:
         super().__init__(source)
         self.cluster_count = index.cluster_count
+        self.partial = index.partial
         self.index.adopt(index, source.size)
-        # Whether each extent's header was read. A byte each is little: 1 TiB has 290,000 of them.
+        # Whether each extent's header was read, a byte each.
         self._checked = {
             dev_id: bytearray(-(-len(index.entries) // self.cluster_count))
             for dev_id, index in self.index.devices.items()
         }
 
     def extents(self) -> Iterator[Extent]:
-        """Yield the extents not read yet; raises FormatError if one is not as the index says."""
+        """Yield all extents; raises FormatError if one not read yet is not as the index says."""
         for device in canonical_order(self.header.devices):
             yield from self._check(device, 0, len(self.index.devices[device.dev_id].entries))
 
@@ -3295,63 +3479,72 @@ class IndexedContents(Contents):
     def extents_digest(self) -> bytes:
         digest = hashlib.sha256()
         for device in canonical_order(self.header.devices):
-            for number in range(len(self._checked[device.dev_id])):
-                digest.update(self._extent(device, number).md5)
+            for extent, _ in self._extents_of(device, 0, len(self._checked[device.dev_id])):
+                digest.update(extent.md5)
         return digest.digest()
 
     def _check(self, device: Device, first: int, count: int) -> Iterator[Extent]:
-        """Read and yield the extents of a device's clusters, but those that were read before."""
+        """Read and yield the extents of a device's clusters, unless all were read before."""
         checked = self._checked[device.dev_id]
-        end = first + count
-        for number in range(first // self.cluster_count, -(-end // self.cluster_count)):
-            if checked[number]:
-                continue
-            extent = self._extent(device, number)
-            found = bytearray(EXTENT_HEADER_SIZE)
+        start, end = first // self.cluster_count, -(-(first + count) // self.cluster_count)
+        if 0 not in checked[start:end]:
+            return
+        for extent, headers in self._extents_of(device, start, end):
+            found = bytearray(len(headers))
             self.source.read_at([(extent.offset, memoryview(found))])
-            # The MD5 covers all of it, so that those of the parts need not be compared.
-            if found[EXTENT_MD5] != extent.md5 or md5_without(found, EXTENT_MD5) != extent.md5:
-                one, last = (extent.blockinfo[i] & 0xFFFFFFFF for i in (0, -1))
-                raise SeekableError(
-                    f"{device.title}: clusters {one} to {last}: the extent header and the index "
-                    "contradict each other; without the index: zstd -dc FILE | vma-tool COMMAND -",
-                    extent.offset,
-                    self.source.name,
-                )
-            checked[number] = True
+            if found != headers:
+                self._fail(device, extent, different_header(found, headers))
             # Nothing is read there, but the progress of headers counts offsets.
             self.source.offset = extent.payload_offset + extent.payload_size
             yield extent
+        checked[start:end] = b"" * (end - start)
 
-    def _extent(self, device: Device, number: int) -> Extent:
-        """Return one of a device's extents, counted from 0, as the index has it."""
-        first = number * self.cluster_count
-        entries = self.index.devices[device.dev_id].slice(first, self.cluster_count)
-        payload_offset, last = entries[0] >> 16, entries[-1]
-        info = device.dev_id << 32 | first
-        blockinfo: Sequence[int] = range(info, info + len(entries))
-        size = (last >> 16) + mask_size(last & FULL_MASK) - payload_offset
-        if size:
-            blockinfo = [(e & FULL_MASK) << 48 | i for e, i in zip(entries, blockinfo)]
-        data = pack_extent(CANONICAL_UUID, size // BLOCK_SIZE, blockinfo)
-        offset = payload_offset - EXTENT_HEADER_SIZE
-        return Extent(offset, size // BLOCK_SIZE, tuple(blockinfo), data[EXTENT_MD5])
+    def _fail(self, device: Device, extent: Extent, number: int) -> NoReturn:
+        """Raise the error for one header of an extent, or of several, that is not as it must be."""
+        first = (extent.blockinfo[0] & 0xFFFFFFFF) + number * self.cluster_count
+        last = min(first + self.cluster_count - 1, extent.blockinfo[-1] & 0xFFFFFFFF)
+        raise SeekableError(
+            f"{device.title}: clusters {first} to {last}: the extent header and the index "
+            "contradict each other; without the index: zstd -dc FILE | vma-tool COMMAND -",
+            extent.offset + number * EXTENT_HEADER_SIZE,
+            self.source.name,
+        )
+
+    def _extents_of(self, device: Device, start: int, end: int) -> Iterator[tuple[Extent, bytes]]:
+        """Yield some of a device's extents, counted from 0, as the index has them, and headers.
+
+        Extents of a run that store nothing come as one.
+        """
+        index = self.index.devices[device.dev_id]
+        step = RUN_EXTENTS  # at once: memory does not grow with the device
+        for number in range(start, end, step):
+            first = number * self.cluster_count
+            entries = index.slice(first, min(step, end - number) * self.cluster_count)
+            masks = [entry & FULL_MASK for entry in entries]
+            position = 0
+            for headers, stored in pack_extents(device.dev_id, first, masks, self.cluster_count):
+                info = device.dev_id << 32 | first + position
+                infos: Sequence[int] = range(info, info + len(stored))
+                block_count = sum(map(mask_size, stored)) // BLOCK_SIZE
+                if block_count:
+                    infos = [mask << 48 | info for info, mask in zip(infos, stored)]
+                offset = (entries[position] >> 16) - EXTENT_HEADER_SIZE
+                yield Extent(offset, block_count, infos, header_digests(headers)), headers
+                position += len(stored)
 
     def is_canonical(self, align: int) -> bool:
         """Say whether the extents are laid out as optimize does with this align."""
         count = clusters_per_extent(align)
-        for index in self.index.devices.values():
-            # Extents and their headers follow from the index, so it is enough to look at that.
-            for first in range(0, len(index.entries), count):
-                entries = index.slice(first, count)
-                if entries[-1] == entries[0] and not entries[0] & FULL_MASK:
-                    continue  # stores nothing, and nothing is filled up
-                masks = [entry & FULL_MASK for entry in entries]
-                if fill_up(index.device, first, masks, align) != masks:
-                    return False
+        for dev_id, index in self.index.devices.items():
             # A device that fits into one extent either way does not tell the two sizes apart.
             if len(index.entries) > min(count, self.cluster_count) < max(count, self.cluster_count):
                 return False
+            # Extents and their headers follow from the index. In an extent that stores nothing or
+            # all, nothing can be filled up.
+            for first in self.partial[dev_id]:
+                masks = [entry & FULL_MASK for entry in index.slice(first, count)]
+                if fill_up(index.device, first, masks, align) != masks:
+                    return False
         return True
 
 
@@ -3563,7 +3756,7 @@ class Consumer:
     """
 
     parallel = False
-    cluster_count = CANONICAL_MAX_CLUSTERS
+    cluster_count = PART_CLUSTERS
 
     def prepare(self, part: Part) -> Any:
         return part
@@ -3765,6 +3958,19 @@ def new_buffer(size: int) -> memoryview:
 # Uses of parts: canonical archive, disks, digest, comparison
 
 
+class Written(NamedTuple):
+    """An extent to write, or several of a run that store nothing.
+
+    `data` are what follows the header: blocks, or the frames of header and blocks, if it stores
+    any.
+    """
+
+    headers: bytes
+    dev_id: int
+    masks: Sequence[int]  # of the used slots
+    data: Sequence[Any]
+
+
 class CanonicalWriter(Consumer):
     """Writes parts of `cluster_count` clusters as a canonical archive.
 
@@ -3775,7 +3981,7 @@ class CanonicalWriter(Consumer):
 
     def __init__(self, align: int, target: Target) -> None:
         self.align = align
-        self.cluster_count = clusters_per_extent(align)
+        self.cluster_count = clusters_per_part(align)
         self.target = target
         self.digest = hashlib.sha256()
         self.header_md5 = b""
@@ -3787,7 +3993,7 @@ class CanonicalWriter(Consumer):
         self._write_header(data)
         if not header.devices and header.magic == HEADER_MAGIC:
             # As Proxmox writes an archive that has only configs: one extent that uses no slot.
-            self.deliver([self.prepare(Part(Device(0, "", 0), 0, (), None))])
+            self.deliver([[Written(pack_extent(CANONICAL_UUID, 0, ()), 0, (), ())]])
 
     def move(self, header: Header, target: Target, written: Iterable[Buffer]) -> None:
         """Write the header to another target, the extents that were written behind it; finish."""
@@ -3799,38 +4005,45 @@ class CanonicalWriter(Consumer):
     def _write_header(self, header: bytes) -> None:
         self.target.append([header])
 
-    def prepare(self, part: Part) -> Any:
-        header, masks = lay_out_extent(part.device, part.first, part.masks, self.align)
-        return self.assemble(part, header, masks, range(len(masks)))
+    def prepare(self, part: Part) -> list[Written]:
+        extents = []
+        end = 0
+        for headers, masks in lay_out_extents(part.device, part.first, part.masks, self.align):
+            start, end = end, end + len(masks)
+            clusters = part.clusters(start, end)
+            extents.append(self.assemble(clusters, headers, masks, range(len(masks))))
+        return extents
 
     def assemble(
-        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
-    ) -> Any:
-        """Return an extent to deliver: of the part's clusters those in slots, with these masks."""
-        return [header, *part.filled(masks)]
+        self, part: Part, headers: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> Written:
+        """Return an extent to deliver: of the part's clusters those in slots, with these masks.
 
-    def deliver(self, prepared: Sequence[Any]) -> None:
-        for extent in prepared:
-            self.digest.update(extent[0][EXTENT_MD5])
+        Or several that store nothing.
+        """
+        blocks = part.filled(masks) if any(masks) else ()
+        return Written(headers, part.device.dev_id, [masks[slot] for slot in slots], blocks)
+
+    def deliver(self, prepared: Sequence[Sequence[Written]]) -> None:
+        output: list[Buffer] = []
+        for extent in itertools.chain.from_iterable(prepared):
+            self.digest.update(header_digests(extent.headers))
+            output += [extent.headers, *extent.data]
         # A batch goes out with one call, in the order of the archive.
-        self.target.append(list(itertools.chain.from_iterable(prepared)))
+        self.target.append(output)
 
 
 def check_written(writer: CanonicalWriter, written: Input) -> None:
     """Raise VmaError unless the archive on the disk has the header and extents as written."""
-    # What was laid out had all clusters, so that extents need no parsing if they are as laid out:
-    # the MD5 of each tells that it is whole, and the digest of these that it is the right one.
+    # What was laid out had all clusters, so it is enough that the extents are the same.
     digest = hashlib.sha256()
     header_md5 = b""
     with suppress(FormatError):  # what is wrong with it does not matter
-        header_md5 = read_header(written, whole=False).md5
-    whole = True
-    while whole and (data := written.read(EXTENT_HEADER_SIZE)):
-        whole = md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
-        digest.update(data[EXTENT_MD5])
-        size = int.from_bytes(data[EXTENT_BLOCK_COUNT], "big") * BLOCK_SIZE
-        whole = whole and written.skip(size) == size
-    if not whole or (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+        header = read_header(written, whole=False)
+        header_md5 = header.md5
+        for extent in read_extents(written, header):
+            digest.update(extent.md5)
+    if (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
@@ -3846,8 +4059,8 @@ class CompressedWriter(CanonicalWriter):
         self.level = level
         self._sizes = array.array("I")  # of the frames, compressed and not, in turn
         self._masks = array.array("H")
-        self._run: list[bytes] = []  # headers that will share a frame
-        self._last = (0, 0)  # extent: its dev_id, and its number among its device's
+        self._run = bytearray()  # headers that will share a frame
+        self._dev_id = self._number = 0  # of the next extent: its number among its device's
 
     def _write_header(self, header: bytes) -> None:
         extents, self._sizes = self._sizes, array.array("I")
@@ -3858,33 +4071,34 @@ class CompressedWriter(CanonicalWriter):
         self._sizes += extents  # those of a difference are there already
 
     def assemble(
-        self, part: Part, header: bytes, masks: Sequence[int], slots: Sequence[int]
-    ) -> tuple[Any, ...]:
+        self, part: Part, headers: bytes, masks: Sequence[int], slots: Sequence[int]
+    ) -> Written:
         pieces = []
         if any(masks):
-            # The header changes with every mask, but not the frames of the blocks that stay.
-            pieces.append(self._compress([header]))
+            # Not compressed, the header ends a chunk of restic's as in the plain archive.
+            pieces.append((STORED_HEADER + headers, EXTENT_HEADER_SIZE))
             for number in range(0, len(slots), PIECE_CLUSTERS):
                 group = slots[number : number + PIECE_CLUSTERS]
                 first, end = group[0], group[-1] + 1
                 views = part.clusters(first, end).filled(masks[first:end])
                 if views:
                     pieces.append(self._compress(views))
-        return header, [masks[slot] for slot in slots], part.device.dev_id, pieces
+        return Written(headers, part.device.dev_id, [masks[slot] for slot in slots], pieces)
 
-    def deliver(self, prepared: Sequence[Any]) -> None:
+    def deliver(self, prepared: Sequence[Sequence[Written]]) -> None:
         output = []
-        for header, masks, dev_id, pieces in prepared:
-            self.digest.update(header[EXTENT_MD5])
-            self._masks.extend(masks)
-            number = self._last[1] + 1 if dev_id == self._last[0] else 0
-            self._last = dev_id, number
-            # Runs end at fixed places of a disk, so that a change reaches no further than the next.
-            if pieces or number % RUN_EXTENTS == 0:
+        for extent in itertools.chain.from_iterable(prepared):
+            self.digest.update(header_digests(extent.headers))
+            self._masks.extend(extent.masks)
+            if extent.dev_id != self._dev_id:
                 output += self._end_run()
-            if not pieces:
-                self._run.append(header)
-            output += map(self._add, pieces)
+                self._dev_id, self._number = extent.dev_id, 0
+            if extent.data:
+                output += self._end_run()
+                self._number += 1
+            else:
+                output += self._add_run(extent.headers)
+            output += map(self._add, extent.data)
         self.target.append(output)
 
     def move(self, header: Header, target: Target, written: Iterable[Buffer]) -> None:
@@ -3905,9 +4119,20 @@ class CompressedWriter(CanonicalWriter):
         self._sizes.extend((len(piece[0]), piece[1]))
         return piece[0]
 
+    def _add_run(self, headers: bytes) -> Iterator[bytes]:
+        """Keep headers of extents that store nothing; yield the frame of a run that is full."""
+        # Runs end at fixed places of a disk, so that a change reaches no further than the next.
+        while headers:
+            if self._number % RUN_EXTENTS == 0:
+                yield from self._end_run()
+            size = (RUN_EXTENTS - self._number % RUN_EXTENTS) * EXTENT_HEADER_SIZE
+            self._run += headers[:size]
+            self._number += len(headers[:size]) // EXTENT_HEADER_SIZE
+            headers = headers[size:]
+
     def _end_run(self) -> list[bytes]:
-        run, self._run = self._run, []
-        return [self._add(self._compress(run))] if run else []
+        run, self._run = self._run, bytearray()
+        return [self._add(self._compress([run]))] if run else []
 
 
 def canonical_writer(align: int, target: Target, level: int) -> CanonicalWriter:
@@ -3945,11 +4170,11 @@ def is_canonical(contents: Contents, align: int) -> bool:
     digest = hashlib.sha256()
     for device in canonical_order(header.devices):
         index = contents.index.devices[device.dev_id]
-        count = clusters_per_extent(align)
+        count = clusters_per_extent(align) * RUN_EXTENTS
         for first in range(0, len(index.entries), count):
             masks = [entry & FULL_MASK for entry in index.slice(first, count)]
-            extent, _ = lay_out_extent(device, first, device.clip(first, masks), align)
-            digest.update(extent[EXTENT_MD5])
+            for headers, _ in lay_out_extents(device, first, device.clip(first, masks), align):
+                digest.update(header_digests(headers))
     if not header.devices:
         digest.update(pack_extent(CANONICAL_UUID, 0, ())[EXTENT_MD5])
     return digest.digest() == contents.index.digest.digest() and has_zero_tails(contents)
@@ -4005,7 +4230,7 @@ def write_disks(
     indexes = contents.index.devices
     files = [(t, indexes[dev_id]) for dev_id, t in targets.items() if isinstance(t, PartialFile)]
     for file, index in files:
-        file.truncate(index.device.size)  # what is too large for the file system fails here
+        file.truncate(index.disk_size)  # what is too large for the file system fails here
     writer = DiskWriter(targets, zeros)
     if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         # Disks can be written at any place: no cluster waits for its turn in memory.
@@ -4189,6 +4414,7 @@ def differing_clusters(
 # a first config, vma-tool.json; of its extents, the clusters that come from the base are left out.
 
 DIFFERENCE_ALIGN = ALIGNS["4K"]
+DIFFERENCE_CLUSTERS = 58  # an extent has at most, as one of Proxmox's
 WAITING_SIZE = 64 << 20  # of a difference that is kept in memory
 
 
@@ -4323,7 +4549,7 @@ class DifferenceWriter:
             return [[each[number] for each in found if each[number]] for number in range(3)]
 
         pairs = pair_plans(
-            self.both, CANONICAL_MAX_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
+            self.both, DIFFERENCE_CLUSTERS, lambda d: (d.is_vmstate, d.dev_id, d.name)
         )
         batches = in_batches(filter(matters, pairs), pair_has_data, progress)
         deliver = [each.deliver for each in (*self.digests, self.writer)]
@@ -4336,7 +4562,7 @@ class DifferenceWriter:
             for digest, part in zip(self.digests, (base, new))
         ]
         extent = lay_out_difference(base, new) if new else None
-        return [*prepared, self.writer.assemble(*extent) if extent else None]
+        return [*prepared, [self.writer.assemble(*extent)] if extent else None]
 
     def finish(self, names: Sequence[str], output: Target) -> None:
         """Write the difference; names are those of the two archives."""
@@ -6077,14 +6303,12 @@ class DecodedSalvage(Salvage):
                 start = max(end - size - PIECE_ROOM, 0)
                 tail = os.pread(fd, end - size - start, start)
                 data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
-                self._masks = parse_index(self._library, data, 4 * end)
+                self._masks = parse_index(self._library, data, end)
 
     def index(self, header: Header) -> ArchiveIndex | None:
         devices = canonical_order(header.devices)
         with suppress(FormatError):
-            found = index_archive(header.size, devices, self._masks, self._table)
-            # Of two that fit, only extent headers that may be lost tell the right one.
-            return found[0] if len(found) == 1 else None
+            return index_archive(header.size, devices, self._masks, self._table)
         return None
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
@@ -6671,7 +6895,6 @@ class Rescue:
         self._uuid = b""
         self._exact = True  # the header is whole: there are no other devices
         self._offset = 0  # where the next extent is expected
-        self._full = False  # the last extent, so that another one may have followed
         self._shifted = False  # bytes are missing or added somewhere
         self._index: ArchiveIndex | None = None
         self._chains: list[Chain] = []
@@ -6792,7 +7015,7 @@ class Rescue:
             # Its frame is lost, but the index has all that was in the header.
             data = indexed_extent(self._index, offset) or data
         extent = parse_extent(data, offset, uuid)
-        infos = [info for info in extent.blockinfo if info >> 32 & 0xFF]
+        infos = extent.blockinfo
         keys = [info & CLUSTER_KEY for info in infos]
         runs = cluster_runs(keys)
         for dev_id, first, count in runs:
@@ -6940,7 +7163,7 @@ class Rescue:
         if len(data) == EXTENT_HEADER_SIZE:
             fields = EXTENT.unpack(data)
             # Its size may still be right. Then extents inside its payload are a guest's.
-            stored = sum(mask_size(info >> 48) for info in fields[5:] if info >> 32 & 0xFF)
+            stored = sum(mask_size(info >> 48) for info in parse_slots(fields[-1]))
             # block_count and the masks say the same: one of them may be right.
             for size in (fields[2] * BLOCK_SIZE, stored):
                 end = offset + EXTENT_HEADER_SIZE + size
@@ -6955,7 +7178,6 @@ class Rescue:
     def _take(self, found: Found, chain: Chain) -> Chain:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
-        self._full = sum(count for _, _, count in found.runs) >= clusters_per_extent(BLOCK_SIZE)
         in_place = self._can_be_marked(found.end)
         # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
@@ -7102,7 +7324,7 @@ class Rescue:
         # Clusters with data count as lost until `_write` enters them.
         if found.extent.block_count:
             for info in found.extent.blockinfo:
-                if info >> 48 and info >> 32 & 0xFF:
+                if info >> 48:
                     self.disks[info >> 32 & 0xFF].entries[info & 0xFFFFFFFF] = 0
 
     def finish(self) -> dict[str, Any]:
@@ -7110,13 +7332,12 @@ class Rescue:
         source = self.window.source
         missing = []
         devices = []
-        damaged = any(chain.flaws for chain in self._chains) or bool(source.flaws)
         for disk in self.disks.values():
             device, count = disk.device, disk.device.cluster_count
-            # Nobody knows how many clusters a vmstate has: fewer than its size needs may be all.
-            if device.is_vmstate and disk.end and not (damaged or self._full):
-                count = disk.end
             size = device.size
+            if device.is_vmstate:  # its size may be any number, also one that nobody believes
+                count = min(count, self.window.end // EXTENT_HEADER_SIZE * EXTENT_SLOTS)
+                size = min(size, count * CLUSTER_SIZE)
             if device.is_vmstate or disk.end > count:
                 # As Proxmox restores it: a vmstate ends with its last cluster.
                 size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
@@ -7201,8 +7422,8 @@ def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
         masks = [entry & FULL_MASK for entry in entries[first : first + index.cluster_count]]
         # Only an extent's first cluster follows a header.
         if masks and entries[first] >> 16 == place >> 16 and first % index.cluster_count == 0:
-            infos = [mask << 48 | dev_id << 32 | first + i for i, mask in enumerate(masks)]
-            return pack_extent(CANONICAL_UUID, sum(map(mask_size, masks)) // BLOCK_SIZE, infos)
+            [(header, _)] = pack_extents(dev_id, first, masks, index.cluster_count)
+            return bytes(header)
     return None
 
 
