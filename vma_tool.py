@@ -308,7 +308,6 @@ SECTOR_SIZE = 512
 Buffer = Union[bytes, bytearray, memoryview]
 ZERO_CLUSTER = bytes(CLUSTER_SIZE)
 ZEROS = memoryview(ZERO_CLUSTER)
-ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 # spec, "VMA Header": magic, version, uuid, ctime, md5sum, blob_buffer_offset, blob_buffer_size,
 # header_size; further on the two tables of blob offsets, and dev_info
@@ -338,6 +337,7 @@ CONFIG_NAME_MAX_SIZE = 248
 # A blockinfo is mask << 48 | reserved << 40 | dev_id << 32 | cluster_num.
 EXTENT = struct.Struct(">4sHH16s16s472s")
 EXTENT_MAGIC = b"VMAE"
+EXTENT_BLOCK_COUNT = slice(6, 8)
 EXTENT_MD5 = slice(24, 40)
 MD5_SIZE = 16
 EXTENT_INFOS_OFFSET = 40
@@ -694,33 +694,30 @@ def pack_extent(
     return EXTENT.pack(*fields, hashlib.md5(zeroed, usedforsecurity=False).digest(), slots)
 
 
-def continue_headers(header: bytes, count: int) -> bytearray:
-    """Return the `count` extent headers that follow one if clusters go on and nothing is stored.
+def continue_headers(header: bytes, info: int, step: int, count: int) -> bytes:
+    """Return `count` headers of extents that store nothing, of `step` consecutive clusters each.
 
-    Each is like the first, which stores nothing and holds consecutive clusters of one device, with
-    the next cluster numbers.
+    They are like `header`, which has so many slots, but begin with the cluster info (as blockinfo).
     """
-    infos = parse_slots(header[EXTENT_INFOS_OFFSET:])
-    data = bytearray(header) * count
-    with memoryview(data) as view, view.cast("Q") as numbers:
-        # Of all headers one slot at a time: so 1 TiB of zeros takes seconds.
-        size = EXTENT_HEADER_SIZE // SLOT_SIZE
-        for slot, info in enumerate(infos, EXTENT_INFOS_OFFSET // SLOT_SIZE):
-            first = info + len(infos)
-            column = array.array("Q", range(first, first + len(infos) * count, len(infos)))
-            if sys.byteorder == "little":
-                column.byteswap()
-            numbers[slot::size] = memoryview(column)
-        slot = EXTENT_MD5.start // SLOT_SIZE
-        for half in (0, 1):
-            numbers[slot + half :: size] = memoryview(array.array("Q", bytes(SLOT_SIZE * count)))
-        headers = (
-            view[i : i + EXTENT_HEADER_SIZE] for i in range(0, len(data), EXTENT_HEADER_SIZE)
-        )
-        digests = b"".join(hashlib.md5(each, usedforsecurity=False).digest() for each in headers)
-        for half in (0, 1):
-            numbers[slot + half :: size] = memoryview(digests).cast("Q")[half::2]
-    return data
+    # A disk of 1 TiB of zeros has two million of them: this makes one in two microseconds.
+    pack = struct.Struct(f">{step}Q").pack
+    start, unused = header[: EXTENT_MD5.start], header[EXTENT_INFOS_OFFSET + SLOT_SIZE * step :]
+    zeroed = start + bytes(MD5_SIZE)
+    headers = []
+    for first in range(info, info + step * count, step):
+        slots = pack(*range(first, first + step)) + unused
+        digest = hashlib.md5(zeroed + slots, usedforsecurity=False).digest()
+        headers += [start, digest, slots]
+    return b"".join(headers)
+
+
+def count_empty(headers: bytes) -> int:
+    """Return how many extent headers at the beginning of some say that they store nothing."""
+    count = len(headers) // EXTENT_HEADER_SIZE
+    for byte in range(EXTENT_BLOCK_COUNT.start, EXTENT_BLOCK_COUNT.stop):
+        column = headers[byte::EXTENT_HEADER_SIZE]
+        count = min(count, len(column) - len(column.lstrip(b"\0")))
+    return count
 
 
 def different_header(one: Buffer, other: Buffer) -> int:
@@ -760,6 +757,8 @@ def block_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
 
     Runs go on from one cluster into the next; offsets are from the start of the first cluster.
     """
+    if masks.count(FULL_MASK) == len(masks):  # as in nearly all extents
+        return [(0, len(masks) * CLUSTER_SIZE)] if masks else []
     # As one number, so that a run does not end where a cluster does; its bits, the lowest first.
     bits = bin(int.from_bytes(struct.pack(f"<{len(masks)}H", *masks), "little"))[:1:-1]
     return [(r.start() * BLOCK_SIZE, r.end() * BLOCK_SIZE) for r in re.finditer("1+", bits)]
@@ -821,15 +820,20 @@ def fill_up(device: Device, first: int, masks: Sequence[int], align: int) -> lis
     if device.is_vmstate or not any(masks):
         return filled
     count = clusters_per_extent(align)
+    inside = [FULL_MASK] * len(masks)
+    if first + len(masks) >= device.cluster_count:
+        inside = [device.block_mask(first + i) for i in range(len(masks))]
     for start in range(0, len(masks), count):
-        extent = masks[start : start + count]
+        end = min(start + count, len(masks))
         # Zero blocks that come and go then leave the header as it is, or move what follows by
         # whole blocks of the storage. Added at the end, they move none of this extent.
-        wanted = -sum(map(mask_size, extent)) % align
-        i = start + len(extent)
-        while wanted and i > start:
-            i -= 1
-            zeros = device.block_mask(first + i) & ~filled[i]
+        size = sum(map(mask_size, masks[start:end]))
+        wanted = -size % align
+        if wanted and size + wanted >= sum(map(mask_size, inside[start:end])):
+            filled[start:end] = inside[start:end]  # as always, if an extent is no larger than align
+            continue
+        for i in reversed(range(start, end) if wanted else ()):
+            zeros = inside[i] & ~masks[i]
             while mask_size(zeros) > wanted:
                 zeros &= zeros - 1  # without its lowest bit
             filled[i] |= zeros
@@ -859,20 +863,22 @@ def pack_extents(
             first += count
 
 
+@functools.lru_cache(maxsize=CLUSTER_BLOCKS)
+def empty_header(slot_count: int) -> bytes:
+    """Return the header of a canonical extent that stores nothing; its cluster numbers are 0."""
+    return pack_extent(CANONICAL_UUID, 0, [1 << 32] * slot_count, FILLED_SLOT)
+
+
 def pack_empty_extents(info: int, count: int, cluster_count: int) -> bytes:
     """Return headers of canonical extents with `count` clusters that store nothing.
 
     The first cluster is info, dev_id << 32 | cluster_num.
     """
     whole, rest = divmod(count, cluster_count)
-    end = info + count
-    data: list[Buffer] = []
-    if whole:
-        header = pack_extent(CANONICAL_UUID, 0, range(info, info + cluster_count), FILLED_SLOT)
-        data += [header, continue_headers(header, whole - 1)]
+    headers = continue_headers(empty_header(cluster_count), info, cluster_count, whole)
     if rest:
-        data.append(pack_extent(CANONICAL_UUID, 0, range(end - rest, end), FILLED_SLOT))
-    return b"".join(data)
+        headers += continue_headers(empty_header(rest), info + count - rest, rest, 1)
+    return headers
 
 
 def lay_out_extents(
@@ -997,6 +1003,7 @@ FRAME_MAX_SIZE = 8 << 20  # what a frame may hold if it is read at any place
 PIECE_SIZE = 1 << 20  # at most so much goes into a frame of ours
 PIECE_CLUSTERS = PIECE_SIZE // CLUSTER_SIZE
 RUN_EXTENTS = 1024  # extents that store nothing, whose headers share a frame
+RUN_SIZE = RUN_EXTENTS * EXTENT_HEADER_SIZE
 # RFC 3.1.1: a single segment, no checksum, a content of 256 + 256 bytes; then the last block, raw
 STORED_HEADER = bytes.fromhex("28B52FFD 60 0001 011000")  # in front of an extent header
 COMPRESSION_LEVELS = range(1, 23)
@@ -1161,6 +1168,10 @@ class Zstd:
 
     def decompress_into(self, frame: Buffer, view: memoryview) -> None:
         """Decompress one frame that fills view exactly; raises FormatError."""
+        stored = frame[len(STORED_HEADER) :]
+        if len(stored) == len(view) and frame[: len(STORED_HEADER)] == STORED_HEADER:
+            view[:] = stored  # every second frame is like this
+            return
         # The library would go on with a second frame that follows, the module would ignore it.
         found = parse_frame(frame)
         if found.size != len(frame):
@@ -1401,7 +1412,8 @@ def lay_out_frames(
     full_pieces = payload_pieces([FULL_MASK] * cluster_count)
     empty_step = EXTENT_HEADER_SIZE << 16  # from an entry to that of the next extent
     full_step = empty_step + (CLUSTER_SIZE * cluster_count << 16)
-    sizes = header_pieces(header_size)
+    sizes = array.array("I", header_pieces(header_size))
+    full_sizes = array.array("I", (EXTENT_HEADER_SIZE, *full_pieces))
     offset = header_size
     run = 0  # bytes of headers that share a frame
     index = ArchiveIndex(cluster_count, {}, {})
@@ -1433,14 +1445,14 @@ def lay_out_frames(
             if found.lastindex == 2:
                 step = CLUSTER_SIZE << 16
                 entries += repeated_entries(base | FULL_MASK, count, full_step, cluster_count, step)
-                sizes += [EXTENT_HEADER_SIZE, *full_pieces] * count
+                sizes += full_sizes * count
                 offset += count * full_step >> 16
                 continue
             partial.append(first)
             pieces = payload_pieces(chunk)
             places = itertools.accumulate(map(mask_size, chunk), initial=base >> 16)
             entries.extend(at << 16 | mask for at, mask in zip(places, chunk))
-            sizes += [EXTENT_HEADER_SIZE, *pieces]
+            sizes.extend((EXTENT_HEADER_SIZE, *pieces))
             offset += EXTENT_HEADER_SIZE + sum(pieces)
     if run or not masks:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
@@ -1724,6 +1736,8 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
 
 def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """Return views without their first count bytes."""
+    if count == sum(map(len, views)):
+        return []
     left = []
     for view in views:
         if count >= len(view):
@@ -1751,7 +1765,6 @@ class FileInput(Input):
     raw: io.FileIO
     state: os.stat_result
     read_all = False
-    _null: io.FileIO | None = None  # what `skip` reads goes there
 
     def __init__(self, name: str, file: io.FileIO) -> None:
         super().__init__(name, file)
@@ -1773,11 +1786,23 @@ class FileInput(Input):
         if not 0 <= at <= len(self._window) - size:  # not all of it is in the window
             # After a skip, nothing is read ahead: what follows may be skipped as well.
             ahead = WINDOW_SIZE if 0 <= at <= len(self._window) else 0
-            start, at = self.offset, 0
-            self._window = super().read(max(size, ahead))
-            self._window_offset = self.offset = start
+            self._window, at = self._read_window(max(size, ahead)), 0
+            self._window_offset = self.offset
         self.offset += size
         return self._window[at : at + size]
+
+    def _read_window(self, size: int) -> bytes:
+        """Return the next bytes, which are still to be read."""
+        if hasattr(os, "pread"):
+            with suppress(OSError):
+                data = os.pread(self.fd, size, self.offset)
+                if len(data) == min(size, self.size - self.offset):
+                    self.bytes_read += len(data)
+                    return data
+        offset = self.offset
+        data = super().read(size)  # this also says what is wrong
+        self.offset = offset
+        return data
 
     def readinto(self, view: memoryview) -> int:
         view = view[: self.size - self.offset]
@@ -1793,19 +1818,25 @@ class FileInput(Input):
         self.offset += size
         return size
 
+    @functools.cached_property
+    def _null(self) -> io.FileIO | None:
+        """The null device, None on a broken host, where it is a file."""
+        file = io.FileIO(os.devnull, "wb")
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+        return None
+
     def _read_in_kernel(self, size: int) -> int:
         """Pass over bytes that the kernel reads, and does not copy; return how many it could."""
         done = 0
         # Where it cannot, or meets an error, `read` goes on from there, and says which one.
         with suppress(AttributeError, OSError):
-            if self._null is None:
-                self._null = io.FileIO(os.devnull, "wb")
-            null = self._null.fileno()
-            # On a broken host, it is a file.
-            while done < size and stat.S_ISCHR(os.fstat(null).st_mode):
-                count = os.sendfile(null, self.fd, self.offset, size - done)
-                if not count:
-                    break
+            while (
+                self._null
+                and done < size
+                and (count := os.sendfile(self._null.fileno(), self.fd, self.offset, size - done))
+            ):
                 done += count
                 self.offset += count
                 self.bytes_read += count
@@ -1813,8 +1844,8 @@ class FileInput(Input):
 
     def close(self, failed: bool = False) -> None:
         super().close(failed)
-        if self._null is not None:
-            self._null.close()
+        if null := self.__dict__.get("_null"):  # opened only if needed
+            null.close()
 
     def read_at(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each view from its offset, neighbours with one read; safe in several threads.
@@ -2343,6 +2374,7 @@ def open_input(path: str, index: bool = True, as_stream: bool = False) -> Iterat
 # Output: pipes, devices, and files that appear under their names when they are complete
 
 WRITE_BEHIND = 4 << 20  # bytes after which the disk is to begin with writing
+HOLE_SIZE = CLUSTER_SIZE  # a shorter run of zeros is written: a hole costs a call
 TEMPORARY_NAME = "vma-tool-{}.partial"  # no `*.vma*`: nothing may take it for an archive
 NAME_MAX_SIZE = 255  # bytes, as file systems have it
 # Errors of file systems without hard links
@@ -2369,7 +2401,7 @@ class Target:
 
     def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Write parts one after the other; on a pipe, offset can only be the current one."""
-        pending = [memoryview(part) for part in parts if len(part)]
+        pending = [memoryview(part) for part in filter(len, parts)]
         start = offset
         try:
             while pending:
@@ -2633,6 +2665,11 @@ class Directory:
         return True
 
 
+def is_zeros(part: Buffer) -> bool:
+    """Say whether this is a view of ZEROS."""
+    return isinstance(part, memoryview) and part.obj is ZERO_CLUSTER
+
+
 class PartialFile(Target):
     """A file of a `Directory` that has not got its name yet."""
 
@@ -2671,6 +2708,26 @@ class PartialFile(Target):
                 os.umask(umask)
                 os.fchmod(fd, mode & ~umask)
             undo.pop_all()
+
+    def append(self, parts: Sequence[Buffer]) -> None:
+        """Write parts after everything that was appended before; runs of ZEROS stay holes.
+
+        `truncate` must make the file as long as `position` at the end, which may be in a hole.
+        """
+        if id(ZEROS) not in map(id, parts):  # a hole has one whole ZEROS at least
+            return super().append(parts)
+        pending: list[Buffer] = []
+        start = self.position
+        for is_hole, run in itertools.groupby(parts, is_zeros):
+            views = list(run)
+            size = sum(map(len, views))
+            if is_hole and size >= HOLE_SIZE:
+                self.write_at(start, pending)
+                pending, start = [], self.position + size
+            else:
+                pending += views
+            self.position += size
+        self.write_at(start, pending)
 
     def truncate(self, size: int) -> None:
         """Make the file size bytes long, without writing what is added."""
@@ -2873,7 +2930,7 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
     says of the clusters.
     """
     with in_archive(source.name):
-        expected, ahead = 0, 1  # what continues a run, and how many headers to compare at once
+        ahead = WINDOW_SIZE  # bytes of headers that are looked at together
         while data := source.read(EXTENT_HEADER_SIZE):
             offset = source.offset - len(data)
             if len(data) < EXTENT_HEADER_SIZE:
@@ -2882,13 +2939,11 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                     offset,
                 )
             extent = parse_extent(data, offset, header.uuid)
-            if not extent.block_count and extent.blockinfo:
-                # Most of a disk is like this: after a few, many are compared and not parsed.
-                ahead = min(2 * ahead, RUN_EXTENTS) if extent.blockinfo[0] == expected else 1
-                if ahead >= 8:
-                    extent = read_run(source, data, extent, ahead)
-                expected = extent.blockinfo[-1] + 1
-            end = extent.payload_offset + extent.payload_size
+            if not extent.block_count and extent.blockinfo:  # as most of a disk
+                extent = read_run(source, data, extent, ahead)
+                is_long = extent.header_count * EXTENT_HEADER_SIZE > ahead
+                ahead = min(2 * ahead, RUN_SIZE) if is_long else WINDOW_SIZE
+            end = source.offset + extent.payload_size
             # In a file, an extent that is cut is never yielded. A stream shows it by its end.
             if source.size is None or end <= source.size:
                 yield extent
@@ -2902,17 +2957,18 @@ def read_extents(source: Input, header: Header) -> Iterator[Extent]:
                 )
 
 
-def read_run(source: Input, header: bytes, extent: Extent, count: int) -> Extent:
-    """Return an extent that stores nothing, and up to count that continue it, as one."""
+def read_run(source: Input, header: bytes, extent: Extent, size: int) -> Extent:
+    """Return an extent that stores nothing, with those in the next bytes that continue it."""
     first, slots = extent.blockinfo[0], len(extent.blockinfo)
     if extent.blockinfo != tuple(range(first, first + slots)):
         return extent
-    found = source.peek(EXTENT_HEADER_SIZE * count)
-    count = len(found) // EXTENT_HEADER_SIZE
+    found = source.peek(size)
+    if found[EXTENT_INFOS_OFFSET:][:SLOT_SIZE] != struct.pack(">Q", first + slots):
+        return extent  # without a look at the others' MD5s
     # What is as expected needs no parsing; the first header that is not ends the run.
-    expected = continue_headers(header, count)
-    count = different_header(found, expected)
-    del expected[EXTENT_HEADER_SIZE * count :]
+    expected = continue_headers(header, first + slots, slots, count_empty(found))
+    count = different_header(found[: len(expected)], expected)
+    expected = expected[: EXTENT_HEADER_SIZE * count]
     source.skip(len(expected))
     infos = range(first, first + slots * (1 + count))
     return extent._replace(blockinfo=infos, md5=extent.md5 + header_digests(expected))
@@ -3018,7 +3074,8 @@ class Index:
         """Enter the clusters of an extent; raises FormatError where they cannot be right."""
         self.extent_count += extent.header_count
         self.digest.update(extent.md5)
-        if not extent.block_count and self._add_zeros(extent):
+        alike = 0, CLUSTER_BLOCKS * len(extent.blockinfo)
+        if extent.block_count in alike and self._add_alike(extent):
             return
         # This loop runs once a cluster, 16 million times for 1 TiB: it looks a device up only where
         # the device changes, and leaves what is rare to `_check`.
@@ -3051,40 +3108,46 @@ class Index:
             message = f"block_count is {extent.block_count}, its masks have {blocks}"
             self._fail(message, extent.offset)
 
-    def _add_zeros(self, extent: Extent) -> bool:
-        """Enter at once an extent of one device that stores no block, as most of a disk's are.
+    def _add_alike(self, extent: Extent) -> bool:
+        """Enter at once an extent of one device that stores no block, or all of its blocks.
 
         Return False, with nothing done, if it is anything else, or wrong.
         """
-        # With mask 0, a blockinfo is dev_id << 32 | cluster_num: those of a device compare and
-        # subtract like cluster numbers, and all others are far behind the device's last one.
+        # With one mask, blockinfos of a device compare and subtract like cluster numbers, and all
+        # others are far from them.
         infos = extent.blockinfo
         count = len(infos)
         if not count:
-            return True
+            return not extent.block_count
         # Extents that were optimized are in order. In those of a live backup, readers that finish
         # at random shuffle the clusters.
         in_order = isinstance(infos, range) or infos == tuple(range(infos[0], infos[0] + count))
         base = (infos[0] if in_order else min(infos)) >> 32 << 32
-        index = self.devices.get(base >> 32)
+        index = self.devices.get(base >> 32 & 0xFF)
         last = infos[-1] if in_order else max(infos)
-        if index is None or last - base >= index.last:  # a stored block, another device, ...
+        if index is None or last - base >= index.last:  # another device, another mask, ...
+            return False
+        mask = base >> 48
+        if mask not in (0, FULL_MASK) or extent.block_count != mask % 2 * CLUSTER_BLOCKS * count:
             return False
         first = infos[0] - base
-        entry = extent.payload_offset << 16  # mask 0
+        entry = extent.payload_offset << 16 | mask
+        step = mask_size(mask) << 16
         if in_order:
             if any(index.slice(first, count)):  # one was seen before
                 return False
-            index.entries[first : first + count] = array.array("Q", [entry]) * count
+            new = range(entry, entry + step * count, step) if mask else [entry]
+            index.entries[first : first + count] = array.array("Q", new) * (1 if mask else count)
         else:
             cluster_nums = [info - base for info in infos]
             entries = index.entries
             if len(set(cluster_nums)) < count or any(map(entries.__getitem__, cluster_nums)):
                 return False
-            for cluster_num in cluster_nums:
-                entries[cluster_num] = entry
+            for number, cluster_num in enumerate(cluster_nums):
+                entries[cluster_num] = entry + step * number
         index.ascending = index.ascending and in_order and first == index.seen
         index.seen += count
+        index.stored_size += mask_size(mask) * count
         return True
 
     def _check(self, extent: Extent, index: DeviceIndex, info: int) -> None:
@@ -3148,7 +3211,7 @@ class Index:
 # Parts: what flows from every producer (archive in a file, archive in a stream, raw disks) to every
 # consumer (canonical archive, disks, digest, comparison)
 
-MAX_PARTS = 1024  # parts without data that are handed on together
+MAX_PARTS = 256  # parts without data that are handed on together
 BUFFER_COUNT = 3  # one that is read into, one that is written, one in between
 BUFFER_SIZE = EXTENT_SLOTS * CLUSTER_SIZE
 DEFAULT_MEMORY = 256 << 20
@@ -3158,13 +3221,18 @@ COMPARED_CLUSTERS = 16  # of each archive at once
 SPILL_SIZE = 4 << 20  # how much goes to the temporary file at once
 
 
+def zero_views(size: int) -> list[memoryview]:
+    """Return views of ZEROS of so many bytes together."""
+    whole, rest = divmod(size, len(ZEROS))
+    return [ZEROS] * whole + [ZEROS[:rest]] if rest else [ZEROS] * whole
+
+
 class Part(NamedTuple):
     """Consecutive clusters of one device, as they lie on its disk.
 
     The masks say which blocks are stored, none behind the device's end. `image` has room for all
     bytes of these clusters, but only the stored blocks are set; it is None if there are none. To
-    clear the rest of each would cost as much as to copy the data: `filled` and `whole` clear what
-    is needed.
+    clear the rest of each would cost as much as to copy the data: `cleared` and `whole` do it.
     """
 
     device: Device
@@ -3190,19 +3258,39 @@ class Part(NamedTuple):
         return Part(self.device, self.first + start, self.masks[start:end], image)
 
     def filled(self, masks: Sequence[int]) -> list[memoryview]:
-        """Return the blocks in masks that have all stored blocks, and more as zeros."""
+        """Return the blocks in masks, which have all stored blocks; others are views of ZEROS."""
         if self.image is None:
             return []
-        # Where nothing was read, the image still holds what was in the buffer before.
-        for base, stored, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks, masks):
-            for start, size in block_runs(mask ^ stored) if mask != stored else ():
-                self.image[base + start : base + start + size] = ZEROS[:size]
-        return [self.image[start:end] for start, end in block_spans(masks)]
+        if masks == self.masks:
+            return [self.image[start:end] for start, end in block_spans(masks)]
+        views = []
+        stored = block_spans(self.masks)
+        number = 0
+        for start, end in block_spans(masks):
+            position = start
+            while number < len(stored) and stored[number][0] < end:
+                first, last = stored[number]
+                views += zero_views(first - position)
+                views.append(self.image[first:last])
+                position = last
+                number += 1
+            views += zero_views(end - position)
+        return views
+
+    def cleared(self) -> memoryview | None:
+        """Return the image with zeros in all blocks that are not stored."""
+        image = self.image
+        if image is not None:
+            # Where nothing was read, it still holds what was in the buffer before.
+            for base, mask in zip(itertools.count(0, CLUSTER_SIZE), self.masks):
+                for start, size in block_runs(mask ^ FULL_MASK) if mask != FULL_MASK else ():
+                    image[base + start : base + start + size] = ZEROS[:size]
+        return image
 
     def whole(self) -> memoryview | None:
         """Return all bytes up to the device's end, None if they are all zeros."""
-        views = self.filled([FULL_MASK] * len(self.masks))
-        return views[0][: self.size] if views else None
+        image = self.cleared()
+        return None if image is None else image[: self.size]
 
     def disk_bytes(self) -> list[Buffer]:
         """Return all bytes up to the device's end, zeros and all."""
@@ -3214,8 +3302,8 @@ class Part(NamedTuple):
 
     def cluster(self, number: int) -> memoryview:
         """Return all bytes of a cluster, counted from the part's first one."""
-        views = self.clusters(number, number + 1).filled([FULL_MASK])
-        return views[0] if views else ZEROS
+        image = self.clusters(number, number + 1).cleared()
+        return ZEROS if image is None else image
 
 
 class Plan(NamedTuple):
@@ -3729,20 +3817,26 @@ def find_data(image: memoryview, spans: Iterable[tuple[int, int]], count: int) -
 
     Looks only at spans, (start, end) in bytes, multiples of a block; the rest is zeros.
     """
+
+    def are_zeros(first: int, end: int) -> bool:
+        view = image[first * BLOCK_SIZE : end * BLOCK_SIZE]
+        return bytearray(len(view)) == view  # a memoryview compares byte by byte
+
     # A digit for each block: int() makes masks of them faster than a loop over bits does.
     flags = bytearray(b"0") * (count * CLUSTER_BLOCKS)
     for start, end in spans:
-        for offset in range(start, end, CLUSTER_SIZE):
-            group = image[offset : min(offset + CLUSTER_SIZE, end)]
-            # A block that does not begin with a zero byte needs no second look.
-            firsts = bytes(group[::BLOCK_SIZE])
-            if not any(firsts) and bytes(group) == ZERO_CLUSTER[: len(group)]:
+        # A block that does not begin with a zero byte needs no second look.
+        firsts = bytes(image[start:end:BLOCK_SIZE])
+        block = start // BLOCK_SIZE
+        flags[block : block + len(firsts)] = b"1" * len(firsts)
+        for found in re.finditer(b"\0{1,%d}" % CLUSTER_BLOCKS, firsts):
+            first, last = block + found.start(), block + found.end()
+            if are_zeros(first, last):
+                flags[first:last] = b"0" * (last - first)
                 continue
-            first = offset // BLOCK_SIZE
-            flags[first : first + len(firsts)] = b"1" * len(firsts)
-            for block, byte in enumerate(firsts if 0 in firsts else b"", first):
-                if not byte and bytes(image[block * BLOCK_SIZE :][:BLOCK_SIZE]) == ZERO_BLOCK:
-                    flags[block] = ord("0")
+            for number in range(first, last):
+                if are_zeros(number, number + 1):
+                    flags[number] = ord("0")
     return [
         int(flags[i : i + CLUSTER_BLOCKS][::-1], 2) for i in range(0, len(flags), CLUSTER_BLOCKS)
     ]
@@ -3985,6 +4079,7 @@ class CanonicalWriter(Consumer):
         self.target = target
         self.digest = hashlib.sha256()
         self.header_md5 = b""
+        self.headers = hashlib.sha256()  # all bytes of the extents' headers
 
     def begin(self, header: Header) -> None:
         """Write the header."""
@@ -4028,6 +4123,7 @@ class CanonicalWriter(Consumer):
         output: list[Buffer] = []
         for extent in itertools.chain.from_iterable(prepared):
             self.digest.update(header_digests(extent.headers))
+            self.headers.update(extent.headers)
             output += [extent.headers, *extent.data]
         # A batch goes out with one call, in the order of the archive.
         self.target.append(output)
@@ -4035,15 +4131,25 @@ class CanonicalWriter(Consumer):
 
 def check_written(writer: CanonicalWriter, written: Input) -> None:
     """Raise VmaError unless the archive on the disk has the header and extents as written."""
-    # What was laid out had all clusters, so it is enough that the extents are the same.
+    # What was laid out had all clusters, so it is enough that each byte of a header is the same.
     digest = hashlib.sha256()
     header_md5 = b""
     with suppress(FormatError):  # what is wrong with it does not matter
-        header = read_header(written, whole=False)
-        header_md5 = header.md5
-        for extent in read_extents(written, header):
-            digest.update(extent.md5)
-    if (header_md5, digest.digest()) != (writer.header_md5, writer.digest.digest()):
+        header_md5 = read_header(written, whole=False).md5
+    size = EXTENT_HEADER_SIZE
+    while data := written.peek(size):
+        empty = count_empty(data)
+        headers = data[: EXTENT_HEADER_SIZE * (empty + 1)]
+        digest.update(headers)
+        # Behind the headers of extents that store nothing there may be one of an extent that does.
+        block_count = int.from_bytes(
+            headers[EXTENT_HEADER_SIZE * empty :][EXTENT_BLOCK_COUNT], "big"
+        )
+        skipped = len(headers) + block_count * BLOCK_SIZE
+        if written.skip(skipped) < skipped:
+            break
+        size = EXTENT_HEADER_SIZE if block_count else min(max(2 * size, WINDOW_SIZE), RUN_SIZE)
+    if (header_md5, digest.digest()) != (writer.header_md5, writer.headers.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 
@@ -4089,6 +4195,7 @@ class CompressedWriter(CanonicalWriter):
         output = []
         for extent in itertools.chain.from_iterable(prepared):
             self.digest.update(header_digests(extent.headers))
+            self.headers.update(extent.headers)
             self._masks.extend(extent.masks)
             if extent.dev_id != self._dev_id:
                 output += self._end_run()
@@ -4200,9 +4307,18 @@ def has_zero_tails(contents: Contents) -> bool:
 class DiskWriter(Consumer):
     """Writes parts to their places on disks, by dev_id; zeros only where they are asked for."""
 
-    def __init__(self, targets: Mapping[int, Target], zeros: Collection[int] = ()) -> None:
+    def __init__(
+        self, header: Header, targets: Mapping[int, Target], zeros: Collection[int] = ()
+    ) -> None:
+        # optimize stores blocks of zeros: they are looked for, and stay holes.
+        self.finds_zeros = header.uuid == CANONICAL_UUID
         self.targets = targets
         self.zeros = zeros
+
+    def prepare(self, part: Part) -> Part:
+        if not self.finds_zeros or part.image is None or part.device.dev_id in self.zeros:
+            return part
+        return part._replace(masks=data_masks(part))
 
     def deliver(self, prepared: Sequence[Part]) -> None:
         for part in prepared:
@@ -4231,11 +4347,15 @@ def write_disks(
     files = [(t, indexes[dev_id]) for dev_id, t in targets.items() if isinstance(t, PartialFile)]
     for file, index in files:
         file.truncate(index.disk_size)  # what is too large for the file system fails here
-    writer = DiskWriter(targets, zeros)
+    writer = DiskWriter(contents.header, targets, zeros)
     if isinstance(contents, Stream) and all(target.seekable for target in targets.values()):
         # Disks can be written at any place: no cluster waits for its turn in memory.
         extents = (e for e in ticking(contents.extents(), progress) if e.block_count or zeros)
-        pump(extents, contents.read_extent, lambda parts, _: [parts], [writer.deliver], False)
+
+        def prepare(parts: list[Part], _: memoryview) -> list[list[Part]]:
+            return [[writer.prepare(part) for part in parts]]
+
+        pump(extents, contents.read_extent, prepare, [writer.deliver], False)
     else:
         copy_parts(contents, writer, progress, set(targets))
     for file, index in files:
