@@ -4561,7 +4561,7 @@ class ContentDigest(Consumer):
         masks = data_masks(part)
         numbers = [number for number, mask in enumerate(masks, part.first) if mask]
         # Whole clusters, so that it does not matter which of their zeros are stored.
-        views = part.filled([FULL_MASK if mask else 0 for mask in masks])
+        views = part._replace(masks=masks).filled([FULL_MASK if mask else 0 for mask in masks])
         return part.device.dev_id, views, struct.pack(f">{len(numbers)}Q", *numbers)
 
     def deliver(self, prepared: Sequence[tuple[int, list[memoryview], bytes]]) -> None:
