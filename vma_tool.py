@@ -1487,8 +1487,8 @@ def index_archive(
             if offsets == table.offsets:
                 return index
     raise FormatError(
-        "its frames are not cut as its index says, as in archives of vma-tool 2; optimize makes "
-        "it readable at any place"
+        "its frames are not cut as its index says, as in archives of vma-tool 2: optimize makes "
+        "it readable at any place again"
     )
 
 
@@ -7712,6 +7712,7 @@ def describe(
         "compressed_size": source.raw_size or None if source.compression else None,
         "seekable": source.size is not None,
         "frames": len(source.table.offsets) - 1 if isinstance(source, FramesInput) else None,
+        "note": source.note or None,
     }
     if difference:
         result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
@@ -7779,6 +7780,8 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
             frames = f"{found['frames']} frames" if found["frames"] else "read as a stream"
             size = format_size(found["compressed_size"] or 0)
             print(f"stored   {found['compression']}, {frames}, {size}")
+            if found["note"]:
+                print(f"         {escape(found['note'])}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
     for device in found["devices"]:

@@ -227,6 +227,15 @@ class Place:
         """Write an archive of a disk with 8 MiB of data for each TiB."""
         return self.make(name, "in-order", size, size >> 17)
 
+    def optimize(self, source: Source, name: str) -> Path:
+        """Write what the tool makes of an archive; with --before, what that one makes as well."""
+        path = self.work / name
+        run(self.tool("optimize", "-q", source.path, path), self.work)
+        if self.options.before:
+            theirs = self.before.parent / name
+            run([self.python, self.before, "optimize", "-q", source.path, theirs], self.work)
+        return path
+
     def clear(self) -> None:
         """Remove what the last command wrote, down to the disk."""
         if self.out.exists():
@@ -239,8 +248,18 @@ class Place:
         return run(command.argv, self.work)
 
     def by_other_version(self, row: Row) -> Row:
-        """Return a row that compares the command with the same one by the tool of --before."""
-        argv = [self.before if word == self.script else word for word in row.command.argv]
+        """Return a row that compares the command with the same one by the tool of --before.
+
+        Each reads what it has optimized itself, as their layouts may differ.
+        """
+
+        def other(word: str | Path) -> str | Path:
+            if word == self.script:
+                return self.before
+            theirs = self.before.parent / Path(word).name
+            return theirs if isinstance(word, Path) and theirs.exists() else word
+
+        argv = [other(word) for word in row.command.argv]
         return row._replace(reference=Command("before", argv), goal="1.05")
 
     def compare(self, row: Row) -> tuple[list[Run], list[Run]]:
@@ -287,6 +306,11 @@ def speed_rows(place: Place) -> Iterator[Row]:
     yield Row(Command("verify", verify, memory), cat, "1.1 + start")
     verify = place.tool("verify", "-q", "--quick", live.path)
     yield Row(Command("verify --quick", verify, memory), cat)
+    optimized = place.optimize(live, "optimized.vma")
+    extract = place.tool("extract", "-q", optimized, out / "disks")
+    yield Row(Command("extract, optimized", extract, memory), cp)
+    verify = place.tool("verify", "-q", optimized)
+    yield Row(Command("verify, optimized", verify, memory), Command("cat", ["cat", optimized]))
 
     if shutil.which("vma"):
         config, image = disks / "qemu-server.conf", f"drive-scsi0={disks / 'drive-scsi0'}"
@@ -297,6 +321,7 @@ def speed_rows(place: Place) -> Iterator[Row]:
 
     shutil.rmtree(disks)
     live.path.unlink()
+    optimized.unlink()
     random = place.make_disk("random")
     optimize = place.tool("optimize", "-q", random.path, out / "new.vma")
     command = Command("optimize, random order", optimize, random.memory())
@@ -369,9 +394,9 @@ def compressed_rows(place: Place) -> Iterator[Row]:
     """Compare with the program zstd, on files as a guest has them."""
     plain = make_files(place, "files")
     out, memory = place.out, plain.memory()
-    frame, seekable = place.work / "frame.vma.zst", place.work / "seekable.vma.zst"
+    frame = place.work / "frame.vma.zst"
     run(["zstd", "-q", "-3", plain.path, "-o", frame], place.work)
-    run(place.tool("optimize", "-q", plain.path, seekable), place.work)
+    seekable = place.optimize(plain, "seekable.vma.zst")
     target = out / "new.vma.zst"
     yield Row(
         Command(
@@ -399,8 +424,7 @@ def compressed_rows(place: Place) -> Iterator[Row]:
         "0.65",
     )
     zeros = place.make_zeros("zeros", place.options.zeros)
-    zeros_seekable = place.work / "zeros.vma.zst"
-    run(place.tool("optimize", "-q", zeros.path, zeros_seekable), place.work)
+    zeros_seekable = place.optimize(zeros, "zeros.vma.zst")
     for words in (["verify", "-q", "--quick"], ["list", "--scan"]):
         for what, source, archive in (
             ("files", plain, seekable),
