@@ -7,7 +7,7 @@ it writes archives for benchmarks without holding them in memory.
 
     archive = three_disks(random.Random(1))
     data = build(archive, live_order(archive, random.Random(2)))
-    canonical(archive, 131072)      # what optimize has to make of it
+    canonical(archive, 524288)      # what optimize has to make of it
     parse(data).archive             # the disks and configs again
 """
 
@@ -33,6 +33,7 @@ HEADER = 12288
 SLOTS = 59
 VMSTATE = b"vmstate"
 CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
+DEFAULT_ALIGN = "512K"
 
 ALIGNS = {
     "4K": 4096,
@@ -324,13 +325,20 @@ def header_bytes(archive: Archive, header_size: int | None = None) -> bytes:
 
 
 def extent_bytes(
-    uuid: bytes, blockinfos: Sequence[tuple[int, int, int]], payload: Sequence[bytes]
+    uuid: bytes,
+    blockinfos: Sequence[tuple[int, int, int]],
+    payload: Sequence[bytes],
+    unused: bytes = bytes(8),
 ) -> bytes:
-    """Return an extent; `blockinfos` are (mask, dev_id, cluster_num), `payload` its blocks."""
+    """Return an extent; `blockinfos` are (mask, dev_id, cluster_num), `payload` its blocks.
+
+    `unused` is what the slots behind them hold: any eight bytes whose dev_id, the fourth, is 0.
+    """
     extent = bytearray(EXTENT_HEADER)
     extent[0:24] = struct.pack(">4sHH16s", b"VMAE", 0, len(payload), uuid)
     for slot, blockinfo in enumerate(blockinfos):
         struct.pack_into(">HxBI", extent, 40 + 8 * slot, *blockinfo)
+    extent[40 + 8 * len(blockinfos) :] = unused * (SLOTS - len(blockinfos))
     extent[24:40] = hashlib.md5(extent).digest()
     return bytes(extent) + b"".join(payload)
 
@@ -401,7 +409,18 @@ def incompressible() -> bytes:
 # ---- the canonical layout, as an oracle ---------------------------------------------------------
 
 
-def canonical(archive: Archive, align: int = 131072, stored: Masks | None = None) -> bytes:
+# The slots that no cluster uses, in an extent that stores no block and has clusters.
+UNUSED = b"\xff\xff\xff\x00\xff\xff\xff\xff"
+
+
+def clusters_per_extent(align: int) -> int:
+    """Return how many clusters each extent of a device has but its last."""
+    return 16 if align == ALIGNS["1M"] else 8
+
+
+def canonical(
+    archive: Archive, align: int = ALIGNS[DEFAULT_ALIGN], stored: Masks | None = None
+) -> bytes:
     """Return the bytes that optimize and pack must write.
 
     `stored` are the masks of the source, where they hold more than the blocks with data. Blocks
@@ -414,10 +433,10 @@ def canonical(archive: Archive, align: int = 131072, stored: Masks | None = None
     header_size = -(-(HEADER + blob_size) // align) * align
     out = [header_bytes(target, header_size)]
 
-    clusters_per_extent = max(n for n in range(1, 59) if n * CLUSTER % align == 0)
+    count = clusters_per_extent(align)
     for device in sorted(archive.devices, key=lambda device: (device.is_vmstate, device.dev_id)):
-        for first in range(0, device.cluster_count, clusters_per_extent):
-            end = min(first + clusters_per_extent, device.cluster_count)
+        for first in range(0, device.cluster_count, count):
+            end = min(first + count, device.cluster_count)
             keep = {
                 cluster_num * 16 + bit
                 for cluster_num in range(first, end)
@@ -436,7 +455,8 @@ def canonical(archive: Archive, align: int = 131072, stored: Masks | None = None
                 mask = sum(1 << bit for bit in range(16) if cluster_num * 16 + bit in keep)
                 blockinfos.append((mask, device.dev_id, cluster_num))
             payload = [device.block(number) for number in sorted(keep)]
-            out.append(extent_bytes(CANONICAL_UUID, blockinfos, payload))
+            unused = bytes(8) if keep else UNUSED
+            out.append(extent_bytes(CANONICAL_UUID, blockinfos, payload, unused))
     if not archive.devices:
         out.append(extent_bytes(CANONICAL_UUID, [], []))
     return b"".join(out)

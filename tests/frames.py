@@ -1,7 +1,8 @@
 """Build and read the compressed canonical archive with nothing but struct.
 
 The tests' own idea of it: it never imports vma_tool, and it can make frames without a zstd library:
-of raw blocks, which every decoder reads, with neither compression nor checksum.
+of raw blocks, which every decoder reads, with neither compression nor checksum. The header of an
+extent that stores blocks is in such a frame in every archive.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from tests.archives import (
+    ALIGNS,
     BLOCK,
     CANONICAL_UUID,
     CLUSTER,
+    DEFAULT_ALIGN,
     EXTENT_HEADER,
     Archive,
     Device,
+    clusters_per_extent,
     extent_bytes,
     extent_offsets,
     header_bytes,
@@ -24,6 +28,7 @@ from tests.archives import (
 )
 
 PIECE = 1 << 20
+RUN = 1024  # extents that store nothing, whose headers share a frame at most
 BLOCK_MAX = 128 << 10  # bytes in a block of a zstd frame
 ZSTD_MAGIC = 0xFD2FB528
 INDEX_MAGIC = 0x184D2A5D
@@ -49,6 +54,15 @@ def raw_frame(data: bytes) -> bytes:
     return frame
 
 
+def header_frame(data: bytes) -> bytes:
+    """Return the frame of the header of an extent that stores blocks: 522 bytes, as it is.
+
+    It has a content size of two bytes, which stands for 256 more, and no checksum.
+    """
+    frame = struct.pack("<IBH", ZSTD_MAGIC, 0b01100000, len(data) - 256)
+    return frame + struct.pack("<I", len(data) << 3 | 1)[:3] + data
+
+
 def repeated_frame(byte: int, size: int) -> bytes:
     """Return a zstd frame of one byte, repeated: a few bytes for each block."""
     blocks = [min(BLOCK_MAX, size - start) for start in range(0, size, BLOCK_MAX)]
@@ -59,21 +73,18 @@ def repeated_frame(byte: int, size: int) -> bytes:
 
 def repeated_archive(size: int) -> bytes:
     """Return a compressed archive of a disk of size bytes, all of them 0xFF, in little memory."""
-    align, count = 131072, 58  # of the layout's default: clusters in an extent
+    align = ALIGNS[DEFAULT_ALIGN]
+    count = clusters_per_extent(align)
     archive = Archive([Device(1, "drive-scsi0", b"", size)], [], uuid=CANONICAL_UUID)
     header = header_bytes(archive, align)
     made, sizes = [raw_frame(header)], [len(header)]
     clusters = size // CLUSTER
-    payload = {n: repeated_frame(0xFF, n * CLUSTER) for n in range(1, 17)}
+    payload = {n: repeated_frame(0xFF, n * CLUSTER) for n in range(1, count + 1)}
     for first in range(0, clusters, count):
         infos = [(0xFFFF, 1, number) for number in range(first, min(first + count, clusters))]
         blocks = [b""] * (16 * len(infos))
-        made.append(raw_frame(extent_bytes(CANONICAL_UUID, infos, blocks)))
-        sizes.append(EXTENT_HEADER)
-        for start in range(0, len(infos), 16):
-            part = min(16, len(infos) - start)
-            made.append(payload[part])
-            sizes.append(part * CLUSTER)
+        made += [header_frame(extent_bytes(CANONICAL_UUID, infos, blocks)), payload[len(infos)]]
+        sizes += [EXTENT_HEADER, len(infos) * CLUSTER]
     return join(Seekable(made, sizes, repeated_frame(0xFF, 2 * clusters)))
 
 
@@ -81,39 +92,56 @@ def skippable(magic: int, data: bytes) -> bytes:
     return struct.pack("<II", magic, len(data)) + data
 
 
+class Piece(NamedTuple):
+    """What a frame holds; `stored`: the header of an extent with data, which stays as it is."""
+
+    data: bytes
+    stored: bool
+
+
 def cuts(plain: bytes) -> Iterator[int]:
     """Yield the lengths of the pieces that a plain canonical archive is cut into."""
+    yield from (len(piece.data) for piece in pieces(plain))
+
+
+def pieces(plain: bytes) -> Iterator[Piece]:
+    """Yield the pieces of a plain canonical archive, or of a difference, which has longer extents.
+
+    The headers of consecutive extents that store nothing are one piece, as long as they are of one
+    device and the number of each among its device's, divided by 1,024, is the same.
+    """
+    start = 0
+    for size, stored in _cuts(plain):
+        yield Piece(plain[start : start + size], stored)
+        start += size
+
+
+def _cuts(plain: bytes) -> Iterator[tuple[int, bool]]:
     (header_size,) = struct.unpack_from(">I", plain, 56)
-    yield from (min(PIECE, header_size - start) for start in range(0, header_size, PIECE))
+    for start in range(0, header_size, PIECE):
+        yield min(PIECE, header_size - start), False
     run, run_place, seen = 0, (0, 0), dict.fromkeys(range(256), 0)
     for offset in extent_offsets(plain):
         clusters = slots(plain, offset)
         dev_id = clusters[0].dev_id if clusters else 0
-        place = dev_id, seen[dev_id] // 128
+        place = dev_id, seen[dev_id] // RUN
         seen[dev_id] += 1
-        blocks = [bin(slot.mask).count("1") for slot in clusters]
+        # Of an unused slot, only the dev_id says something.
+        blocks = [bin(slot.mask).count("1") if slot.dev_id else 0 for slot in clusters]
         if run and (any(blocks) or place != run_place):
-            yield run
+            yield run, False
             run = 0
         if any(blocks):
-            yield EXTENT_HEADER
+            yield EXTENT_HEADER, True
             for first in (0, 16, 32, 48):
                 count = sum(blocks[first : first + 16])
                 if count:
-                    yield count * BLOCK
+                    yield count * BLOCK, False
         else:
             run += EXTENT_HEADER
         run_place = place
     if run:
-        yield run
-
-
-def pieces(plain: bytes) -> Iterator[bytes]:
-    """Yield the pieces of a plain canonical archive."""
-    start = 0
-    for size in cuts(plain):
-        yield plain[start : start + size]
-        start += size
+        yield run, False
 
 
 def masks(plain: bytes) -> bytes:
@@ -129,9 +157,13 @@ def seek_table(frames: Sequence[bytes], sizes: Sequence[int], descriptor: int = 
 
 
 def compress(plain: bytes, frame: Callable[[bytes], bytes] = raw_frame) -> bytes:
-    """Return the compressed form of a plain canonical archive, each piece made by `frame`."""
+    """Return the compressed form of a plain canonical archive.
+
+    `frame` makes each frame but those of headers that stay as they are.
+    """
     parts = list(pieces(plain))
-    return join(Seekable([frame(part) for part in parts], [*map(len, parts)], frame(masks(plain))))
+    made = [header_frame(part.data) if part.stored else frame(part.data) for part in parts]
+    return join(Seekable(made, [len(part.data) for part in parts], frame(masks(plain))))
 
 
 def join(archive: Seekable) -> bytes:
