@@ -202,7 +202,7 @@ class Parts(ApiTest):
             archive = archives.parse(golden(name)).archive
             want = {device.dev_id: sha256(device.data) for device in archive.devices}
             order = [d.dev_id for d in sorted(archive.devices, key=lambda d: d.is_vmstate)]
-            for count in (1, 16, 58):
+            for count in (1, 8, 16, 48, 56, 58):
                 for contents in self.both(golden(name)):
                     with self.subTest(archive=name, count=count, kind=type(contents).__name__):
                         parts = []

@@ -93,7 +93,7 @@ class Create(ToolTest):
             ["new.vma", *options, *disks],
             [*options, "new.vma", *disks],
             ["new.vma", *disks[:2], *options, *specs[1:]],
-            [*disks, *options, "--align=128k", "new.vma"],
+            [*disks, *options, "--align=512k", "new.vma"],
         ):
             with self.subTest(args=args):
                 self.output.unlink(missing_ok=True)

@@ -79,7 +79,7 @@ class Day(NamedTuple):
                 masks[device.dev_id, number] = stored[device.dev_id, number]
         return masks
 
-    def optimized(self, align: int = 131072) -> bytes:
+    def optimized(self, align: int = 524288) -> bytes:
         return archives.canonical(self.archive, align, self.masks)
 
 

@@ -38,7 +38,7 @@ from tests.support import (
     snapshot,
 )
 
-CANONICAL = manifest()["live-order"]["optimized_sha256"]["128K"]
+CANONICAL = manifest()["live-order"]["optimized_sha256"]["512K"]
 
 
 class Status(CheckedTest):

@@ -186,10 +186,23 @@ class ExtentCodec(unittest.TestCase):
                 numbers = [mask << 48 | dev_id << 32 | num for mask, dev_id, num in infos]
                 self.assertEqual(vma_tool.pack_extent(UUID, blocks, numbers), data)
                 extent = vma_tool.parse_extent(data, 0x3200, UUID)
-                self.assertEqual(extent.blockinfo, (*numbers, *[0] * (59 - len(numbers))))
+                self.assertEqual(extent.blockinfo, tuple(filter(None, numbers)))
                 self.assertEqual((extent.offset, extent.block_count), (0x3200, blocks))
                 self.assertEqual((extent.payload_offset, extent.md5), (0x3400, data[24:40]))
                 self.assertEqual(extent.payload_size, blocks * BLOCK)
+
+    def test_unused_slots(self) -> None:
+        """Of a slot whose dev_id is 0 nothing counts, wherever it stands."""
+        infos = [(0x8001, 1, 6), (0xFFFF, 0, 7), (1, 2, 8)]
+        for unused in (bytes(8), archives.UNUSED, b"\x00\x01\xff\x00\x00\x00\x00\x00"):
+            with self.subTest(unused=unused.hex()):
+                data = archives.extent_bytes(UUID, infos, [bytes(BLOCK)] * 3, unused)[:512]
+                extent = vma_tool.parse_extent(data, 0, UUID)
+                self.assertEqual(extent.block_count, 3)
+                self.assertEqual(
+                    [(s.mask, s.dev_id, s.cluster_num) for s in vma_tool.iter_slots(extent)],
+                    [infos[0], infos[2]],
+                )
 
     def test_reserved_byte_of_a_blockinfo(self) -> None:
         """Proxmox's program does not look at the byte between mask and dev_id."""
@@ -365,9 +378,9 @@ class CanonicalNumbers(unittest.TestCase):
     """The numbers of the canonical layout."""
 
     def test_aligns(self) -> None:
-        """Clusters an extent: the most, up to 58, that are a multiple of the alignment."""
+        """Clusters an extent: 512 KiB, or as many as a larger alignment needs."""
         found = {name: vma_tool.clusters_per_extent(n) for name, n in vma_tool.ALIGNS.items()}
-        want = {"4K": 58, "64K": 58, "128K": 58, "256K": 56, "512K": 56, "1M": 48}
+        want = {"4K": 8, "64K": 8, "128K": 8, "256K": 8, "512K": 8, "1M": 16}
         self.assertEqual(found, want)
         self.assertEqual(vma_tool.ALIGNS, archives.ALIGNS)
 
@@ -376,6 +389,7 @@ class CanonicalNumbers(unittest.TestCase):
         disk = Device(1, "drive-scsi0", 3 * CLUSTER)
         odd = disk._replace(size=2 * CLUSTER + 2 * BLOCK + 1)
         long = disk._replace(size=60 * CLUSTER + 1)
+        short = disk._replace(size=8 * CLUSTER + 2 * BLOCK + 1)
         vmstate = Device(1, "vmstate", 1)
         for what, device, first, masks, unit, filled in (
             ("no block", disk, 0, [0, 0, 0], 32, [0, 0, 0]),
@@ -384,21 +398,28 @@ class CanonicalNumbers(unittest.TestCase):
             ("31 more", disk, 0, [1, 0, 0], 32, [1, 0xFFFE, 0xFFFF]),
             ("one more", disk, 0, [0x7FFF, 0, 0], 16, [0x7FFF, 0, 0x8000]),
             ("14 more", disk, 0, [0x8001, 0, 0], 16, [0x8001, 0, 0xFFFC]),
-            ("the last is full", disk, 1, [1, 0xFFFF], 32, [0xFFFF, 0xFFFF]),
-            ("between blocks", disk, 1, [0, 0x5555], 16, [0, 0xFFFF]),
+            ("the last is full", disk, 0, [0, 1, 0xFFFF], 32, [0, 0xFFFF, 0xFFFF]),
+            ("between blocks", disk, 0, [0, 0, 0x5555], 16, [0, 0, 0xFFFF]),
             ("an odd end", odd, 0, [1, 0, 0], 32, [0xFFF1, 0xFFFF, 0x0007]),
-            ("no more blocks", odd, 2, [1], 32, [0x0007]),
-            ("a later extent", long, 58, [1, 1, 0], 16, [1, 0xFFF9, 1]),
-            ("all of 1M", disk, 0, [1, 0, 0], 256, [0xFFFF] * 3),
+            ("no more blocks", short, 8, [1], 32, [0x0007]),
+            ("a later extent", long, 56, [1, 0, 0, 1, 0], 16, [1, 0, 0, 0xFFF9, 1]),
+            ("all of 512K", long, 0, [0, 0, 0, 2, 0, 0, 0, 0], 128, [0xFFFF] * 8),
+            ("all of 1M", long, 16, [0] * 15 + [0x8000], 256, [0xFFFF] * 16),
+            ("fewer than 512K", disk, 0, [1, 0, 0], 128, [0xFFFF] * 3),
+            ("fewer than 1M", disk, 0, [1, 0, 0], 256, [0xFFFF] * 3),
             ("a vmstate stays as it is", vmstate, 7, [1], 16, [1]),
         ):
             with self.subTest(what):
                 found = vma_tool.fill_up(device, first, masks, unit * BLOCK)
                 self.assertEqual([hex(m) for m in found], [hex(m) for m in filled])
                 blocks = sum(bin(mask).count("1") for mask in filled)
-                data, laid_out = vma_tool.lay_out_extent(device, first, masks, unit * BLOCK)
-                self.assertEqual(laid_out, filled)
-                self.assertEqual(vma_tool.parse_extent(data, 0, data[8:24]).block_count, blocks)
+                infos = [(mask, 1, number) for number, mask in enumerate(filled, first)]
+                unused = bytes(8) if blocks else archives.UNUSED
+                payload = [b""] * blocks
+                want = archives.extent_bytes(vma_tool.CANONICAL_UUID, infos, payload, unused)
+                laid_out = list(vma_tool.lay_out_extents(device, first, masks, unit * BLOCK))
+                self.assertEqual(b"".join(data for data, _ in laid_out), want)
+                self.assertEqual([m for _, stored in laid_out for m in stored], filled)
 
     def test_header_is_rounded_up(self) -> None:
         """The header is a multiple of the alignment, however little is over."""

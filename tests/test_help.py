@@ -73,7 +73,7 @@ class Help(ToolTest):
                 for entry in entries[1:]:
                     self.assertRegex(entry, r"(?s)^-\S.*?(  +|\n +)\S")
         for command in ("create", "pack", "optimize"):
-            self.assertRegex(options_of(command), r"(?s)--align.*default 128K")
+            self.assertRegex(options_of(command), r"(?s)--align.*default 512K")
         self.assertRegex(options_of("optimize"), r"(?s)--memory.*default 256M")
 
     def test_examples_are_valid(self) -> None:

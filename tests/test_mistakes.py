@@ -28,7 +28,7 @@ from tests.support import (
     snapshot,
 )
 
-WANT = manifest()["live-order"]["optimized_sha256"]["128K"]
+WANT = manifest()["live-order"]["optimized_sha256"]["512K"]
 
 
 @contextlib.contextmanager

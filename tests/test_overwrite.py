@@ -40,7 +40,7 @@ from tests.support import (
 )
 
 OLDER = b"yesterday's backup"
-CANONICAL = manifest()["live-order"]["optimized_sha256"]["128K"]
+CANONICAL = manifest()["live-order"]["optimized_sha256"]["512K"]
 SLACK = 4 * MIB  # how much larger than the disk a device may be
 DISK = 8 * MIB
 

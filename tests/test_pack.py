@@ -296,7 +296,7 @@ class WithoutDescription(PackTest):
         self.assertLessEqual(start, parsed.archive.ctime)
         self.assertLessEqual(parsed.archive.ctime, int(time.time()))
         self.assertEqual(
-            sha256(self.output), sha256(archives.canonical(parsed.archive, 131072, parsed.masks))
+            sha256(self.output), sha256(archives.canonical(parsed.archive, stored=parsed.masks))
         )
 
     def test_natural_order(self) -> None:

@@ -57,12 +57,12 @@ class StandardInput(ProcessTest):
         for name, want in manifest().items():
             with self.subTest(archive=name):
                 self.ok("optimize", "--force", "-", output, input=golden(name))
-                self.assertEqual(sha256(output), want["optimized_sha256"]["128K"])
+                self.assertEqual(sha256(output), want["optimized_sha256"]["512K"])
                 self.assertEqual(os.listdir(self.directory), ["out.vma"])
 
     def test_other_streams(self) -> None:
         """/dev/stdin and a process substitution do as well as -."""
-        want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        want = manifest()["live-order"]["optimized_sha256"]["512K"]
         data = golden("live-order")
         output = self.directory / "out.vma"
         for command in ("verify", "list", "optimize"):
@@ -79,7 +79,7 @@ class StandardInput(ProcessTest):
 
     def test_file_as_standard_input(self) -> None:
         """A file there is read at any place; one that somebody began to read, in its order."""
-        want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        want = manifest()["live-order"]["optimized_sha256"]["512K"]
         path = self.file("a.vma", b"#!preamble\n" + golden("live-order"))
         for start in (0, 11):
             if not start:
@@ -97,7 +97,7 @@ class StandardInput(ProcessTest):
         path = self.file("a.vma", golden("live-order"))
         with open(path, "rb") as file:
             self.check_ok(run_tool("optimize", "-", path, stdin=file))
-        self.assertEqual(sha256(path), manifest()["live-order"]["optimized_sha256"]["128K"])
+        self.assertEqual(sha256(path), manifest()["live-order"]["optimized_sha256"]["512K"])
 
     def test_one_byte_at_a_time(self) -> None:
         """However short the reads are."""
@@ -116,7 +116,7 @@ class StandardInput(ProcessTest):
     def test_pieces_of_any_size(self) -> None:
         rng = random.Random(2)
         data = golden("interleaved")
-        want = manifest()["interleaved"]["optimized_sha256"]["128K"]
+        want = manifest()["interleaved"]["optimized_sha256"]["512K"]
 
         def pieces() -> Iterator[bytes]:
             at = 0
@@ -169,7 +169,7 @@ class Outputs(ProcessTest):
     def setUp(self) -> None:
         super().setUp()
         self.source = self.file("a.vma", golden("live-order"))
-        self.want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        self.want = manifest()["live-order"]["optimized_sha256"]["512K"]
 
     def test_pack(self) -> None:
         target = self.directory / "dir"
@@ -310,7 +310,7 @@ class Fifos(ProcessTest):
         os.mkfifo(self.fifo)
 
     def test_as_input(self) -> None:
-        want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        want = manifest()["live-order"]["optimized_sha256"]["512K"]
         output = self.directory / "out.vma"
 
         def feed() -> None:
@@ -328,7 +328,7 @@ class Fifos(ProcessTest):
     def test_as_output(self) -> None:
         """The writer waits for a reader; nothing is put in the FIFO's place."""
         disk = manifest()["live-order"]["devices"][1]
-        want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        want = manifest()["live-order"]["optimized_sha256"]["512K"]
         source = self.file("a.vma", golden("live-order"))
         calls: list[tuple[list[Argument], str]] = [
             (["optimize", source, self.fifo], want),

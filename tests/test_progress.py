@@ -101,7 +101,7 @@ class Terminal(ProcessTest):
     def setUp(self) -> None:
         super().setUp()
         self.source = self.file("a.vma", golden("live-order"))
-        self.want = manifest()["live-order"]["optimized_sha256"]["128K"]
+        self.want = manifest()["live-order"]["optimized_sha256"]["512K"]
 
     def test_progress(self) -> None:
         """On a terminal a line shows how far it is, at most ten times a second, and is erased."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.checks import ALL_READ, CheckedTest
 from tests.support import ROOT, TOOL, Answer, Argument, golden, manifest, sha256, skip
 
-CANONICAL = manifest()["live-order"]["optimized_sha256"]["128K"]
+CANONICAL = manifest()["live-order"]["optimized_sha256"]["512K"]
 
 
 def pythons(version: str) -> Iterator[str]:

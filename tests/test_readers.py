@@ -32,7 +32,7 @@ from tests.support import (
     snapshot,
 )
 
-CANONICAL = manifest()["live-order"]["optimized_sha256"]["128K"]
+CANONICAL = manifest()["live-order"]["optimized_sha256"]["512K"]
 DISK_GROUP = 6  # any group that is not the tests' own
 
 

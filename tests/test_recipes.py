@@ -190,7 +190,7 @@ class RecipeTest(ToolTest):
         for device in want["devices"]:
             self.assertEqual(sha256(directory / form.format(device["name"])), device["sha256"])
 
-    def check_optimized(self, path: Path, day: str = "", align: str = "128K") -> None:
+    def check_optimized(self, path: Path, day: str = "", align: str = "512K") -> None:
         want = manifest()[day or self.day]["optimized_sha256"][align]
         self.assertEqual(sha256(path), want)
 
@@ -374,7 +374,7 @@ class Tasks(RecipeTest):
             [zstd, "-dc", self.work / "small.vma.zst"], stdout=subprocess.PIPE
         ) as process:
             self.assertEqual(
-                sha256(process.communicate()[0]), manifest()[self.day]["optimized_sha256"]["128K"]
+                sha256(process.communicate()[0]), manifest()[self.day]["optimized_sha256"]["512K"]
             )
         self.assertEqual((self.work / "new.vmad").read_bytes()[:4], b"\x28\xb5\x2f\xfd")
         self.check_optimized(self.work / "backup.vma")
@@ -504,7 +504,7 @@ class Hook(ScriptTest):
             self.assertIn(b"optimized", answer.stdout)
             self.assertEqual(self.snapshots(), number)
             self.ok("verify", "--against", self.file("day", data), target)
-            self.assertIn("canonical (--align 128K)", self.ok("verify", target))
+            self.assertIn("canonical (--align 512K)", self.ok("verify", target))
             self.script_ok("restic-restore", "100", str(100 + number))
             self.check_disks(self.work / str(100 + number), day=day)
 

@@ -316,7 +316,8 @@ def single_damages(
     stored = {(s.dev_id, s.cluster_num) for s in archives.slots(data, at) if s.dev_id and s.mask}
     before: set[Cluster] = set()
     if i:
-        before = {(s.dev_id, s.cluster_num) for s in archives.slots(data, extents[i - 1]) if s.mask}
+        slots = archives.slots(data, extents[i - 1])
+        before = {(s.dev_id, s.cluster_num) for s in slots if s.dev_id and s.mask}
     none: set[Cluster] = set()
     yield "header", data[: at + 60] + b"\xff\xee\xdd" + data[at + 63 :], here, none
     yield "magic", data[:at] + b"XXXX" + data[at + 4 :], here, none

@@ -267,7 +267,7 @@ class Map(CheckedTest):
         (line,) = self.noticed("pack", target, self.archive)
         for device in manifest()["three-disks"]["devices"]:
             self.assertIn(device["name"], line)
-        want = manifest()["three-disks"]["optimized_sha256"]["128K"]
+        want = manifest()["three-disks"]["optimized_sha256"]["512K"]
         self.assertEqual(sha256(self.archive), want)
         self.noticed("pack", "--force", "--map", "local", target, self.archive, count=0)
         config = call_tool("config", self.archive).stdout.decode()

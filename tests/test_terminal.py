@@ -20,7 +20,7 @@ from typing import Any
 from tests.checks import MIB, CheckedTest, Child, large_archive, one_disk, wait_for
 from tests.support import Answer, Argument, golden, manifest, sha256, skip
 
-CANONICAL = manifest()["live-order"]["optimized_sha256"]["128K"]
+CANONICAL = manifest()["live-order"]["optimized_sha256"]["512K"]
 SHORTENED = re.compile(r"\.\.\.|…")  # what stands for the middle of a name
 
 
