@@ -1793,15 +1793,17 @@ class FileInput(Input):
 
     def _read_window(self, size: int) -> bytes:
         """Return the next bytes, which are still to be read."""
-        if hasattr(os, "pread"):
-            with suppress(OSError):
+        size = min(size, self.size - self.offset)
+        if hasattr(os, "pread"):  # with one call, as nearly always
+            try:
                 data = os.pread(self.fd, size, self.offset)
-                if len(data) == min(size, self.size - self.offset):
-                    self.bytes_read += len(data)
-                    return data
-        offset = self.offset
-        data = super().read(size)  # this also says what is wrong
-        self.offset = offset
+            except OSError as error:
+                raise self._error(self.offset, system_message(error)) from error
+            if len(data) == size:
+                self.bytes_read += size
+                return data
+        data = super().read(size)
+        self.offset -= len(data)
         return data
 
     def readinto(self, view: memoryview) -> int:
@@ -1869,6 +1871,9 @@ class FileInput(Input):
     def position(self) -> int:
         return self.bytes_read
 
+    def _error(self, offset: int, reason: str) -> VmaError:
+        return VmaError(f"{self.name}: offset 0x{offset:x}: {reason}")
+
     def _fill(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill views, one after the other, with the bytes from offset on."""
         while any(map(len, views)):
@@ -1882,10 +1887,9 @@ class FileInput(Input):
                     count = len(data)
                     views[0][:count] = data
             except OSError as error:
-                text = f"{self.name}: offset 0x{offset:x}: {system_message(error)}"
-                raise VmaError(text) from error
+                raise self._error(offset, system_message(error)) from error
             if not count:
-                raise VmaError(f"{self.name}: offset 0x{offset:x}: the file became shorter")
+                raise self._error(offset, "the file became shorter")
             offset += count
             self.bytes_read += count
             # Linux reads up to 2 GiB at once, and only up to a sector that cannot be read.
@@ -6475,6 +6479,10 @@ class DecodedSalvage(Salvage):
                     self._library.decompress_into(data[:size], memoryview(bytearray(plain)))
                 except FormatError as error:
                     fault = error
+            if not fault and data[: len(STORED_HEADER)] == STORED_HEADER:
+                header = bytes(data[len(STORED_HEADER) : size])  # which has no other checksum
+                if md5_without(header, EXTENT_MD5) != header[EXTENT_MD5]:
+                    fault = FormatError("the extent header's MD5 does not match")
             if fault or plain > FRAME_MAX_SIZE:
                 text = self._flaw(fault or "the zstd frame is damaged")
                 lost = self._pass_frame(plain if plain <= FRAME_MAX_SIZE else None)
@@ -7017,6 +7025,7 @@ class Rescue:
         self._offset = 0  # where the next extent is expected
         self._shifted = False  # bytes are missing or added somewhere
         self._index: ArchiveIndex | None = None
+        self._extent_clusters = 0  # of a canonical archive: what a whole extent has, if known
         self._chains: list[Chain] = []
         self._headers: set[bytes] = set()  # MD5s of all extents found
         self._key: Any = ()  # where the extents found end in the canonical order, None if in none
@@ -7031,8 +7040,10 @@ class Rescue:
                     found = self._whole(self._offset, self._uuid)
                     fault = "the extent has clusters that do not exist, or were there before"
                 except FormatError as error:
-                    found = None
                     fault = error.args[0]  # without its offset, which the line has already
+                    found = self._restored(self._offset, self._key)
+                    if found:
+                        chain.note(self._offset, f"{fault}; its neighbours tell what it was")
                 if found and self._fits(found, chain.proven):
                     chain = self._take(found, chain)
                 else:
@@ -7069,6 +7080,8 @@ class Rescue:
             chain = self._begin(header.size, proven=True)
             self._uuid = header.uuid
             self._index = window.source.index(header)
+            if header.size % ALIGNS["1M"]:  # else extents may have 16
+                self._extent_clusters = CANONICAL_CLUSTERS
         except FormatError as error:
             self._exact = False
             start = bytearray(window.peek(0, READ_SIZE))
@@ -7131,9 +7144,17 @@ class Rescue:
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         if len(data) < EXTENT_HEADER_SIZE:
             raise FormatError("no whole extent header")
-        if self._index and overlaps(self.window.source.lost, offset, offset + EXTENT_HEADER_SIZE):
-            # Its frame is lost, but the index has all that was in the header.
-            data = indexed_extent(self._index, offset) or data
+        try:
+            return self._found(data, offset, uuid)
+        except FormatError:
+            # The index, if there is one, has all that was in the header.
+            indexed = indexed_extent(self._index, offset) if self._index else None
+            if indexed is None:
+                raise
+            return self._found(indexed, offset, uuid)
+
+    def _found(self, data: bytes, offset: int, uuid: bytes) -> Found | None:
+        """Return what `_whole` does of a header in data."""
         extent = parse_extent(data, offset, uuid)
         infos = extent.blockinfo
         keys = [info & CLUSTER_KEY for info in infos]
@@ -7155,6 +7176,52 @@ class Rescue:
             last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
             place = (last_device, dev_id, first), (last_device, dev_id, first + count)
         return Found(extent, runs, place)
+
+    def _restored(self, offset: int, key: Any) -> Found | None:
+        """Return the extent at an offset of a canonical archive whose header is lost.
+
+        It begins at key in the canonical order, and stores all of its blocks or none: the next
+        extent is where it must be then. None unless that is certain.
+        """
+        if self._uuid != CANONICAL_UUID or not self._exact or not self._extent_clusters or not key:
+            return None
+        order = canonical_order(disk.device for disk in self.disks.values())
+        starts: list[Any] = [(device.is_vmstate, device.dev_id, 0) for device in order]
+        first = key[2]
+        number = starts.index((*key[:2], 0))
+        if first == order[number].cluster_count and number + 1 < len(order):
+            number, first = number + 1, 0
+        device = order[number]
+        if device.is_vmstate:  # nobody knows how many clusters it has
+            return None
+        end = min(first + self._extent_clusters, device.cluster_count)
+        following = (*starts[number][:2], end)
+        if end == device.cluster_count:
+            following = [*starts, None][number + 1]
+        full = [device.block_mask(cluster_num) for cluster_num in range(first, end)]
+        possible = []
+        for masks in (full, [0] * len(full)):
+            for header, _ in pack_extents(device.dev_id, first, masks, self._extent_clusters):
+                found = self._found(header, offset, self._uuid)
+                if found and self._begins(found.end, following):
+                    possible.append(found)
+        if len(possible) != 1:
+            return None
+        # After a break, the distance says nothing.
+        breaks = self.window.source.breaks
+        is_broken = bisect.bisect_left(breaks, offset) < bisect.bisect_right(
+            breaks, possible[0].end
+        )
+        return None if is_broken else possible[0]
+
+    def _begins(self, offset: int, key: Any) -> bool:
+        """Say whether the extent at an offset begins at key; if that is None, the archive ends."""
+        if key is None:
+            return self.window.ends_at(offset)
+        with suppress(FormatError):
+            found = self._whole(offset, self._uuid)
+            return found is not None and found.keys[:1] == (key,)
+        return False
 
     def _fits(self, found: Found, proven: bool) -> bool:
         """Say whether no cluster was found before: of a proven extent, none in a proven one."""
@@ -7298,7 +7365,9 @@ class Rescue:
     def _take(self, found: Found, chain: Chain) -> Chain:
         """Write the clusters of an extent, as far as they are in place; return the next chain."""
         start, size = found.extent.payload_offset, found.extent.payload_size
-        in_place = self._can_be_marked(found.end)
+        in_place = self._can_be_marked(found.end) or bool(
+            found.keys and self._restored(found.end, found.keys[1])
+        )
         # Before the search, so that nothing in its payload is taken for the same clusters.
         self._claim(found, chain)
         # `peek` stops at breaks after its start, not at one there.
@@ -7712,8 +7781,9 @@ def describe(
         "compressed_size": source.raw_size or None if source.compression else None,
         "seekable": source.size is not None,
         "frames": len(source.table.offsets) - 1 if isinstance(source, FramesInput) else None,
-        "note": source.note or None,
     }
+    if source.note:
+        result["note"] = source.note
     if difference:
         result["difference"] = {"base": difference.base._asdict(), "new": difference.new._asdict()}
     if contents:
@@ -7780,7 +7850,7 @@ def print_listing(archive: str, found: Mapping[str, Any]) -> None:
             frames = f"{found['frames']} frames" if found["frames"] else "read as a stream"
             size = format_size(found["compressed_size"] or 0)
             print(f"stored   {found['compression']}, {frames}, {size}")
-            if found["note"]:
+            if "note" in found:
                 print(f"         {escape(found['note'])}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
