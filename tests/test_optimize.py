@@ -589,5 +589,5 @@ class Advice(ToolTest):
             self.ok("optimize", "-q", source, output)
         end = 0
         for part in begun:
-            self.assertEqual(part.start, end)
+            self.assertIn(part.start - end, range(8 * CLUSTER))  # a hole in an extent
             end = part.stop

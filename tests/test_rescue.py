@@ -545,14 +545,19 @@ class Compressed(RescueTest):
                 changed = damages[what](parts[i], len(parts[i]) // 2)
                 data = b"".join((*parts[:i], changed, *parts[i + 1 :], end))
                 report, target = self.rescue(data, status=3)
-                lost, doubtful = told(report, "lost"), told(report, "doubtful")
-                if i not in headers:
+                lost = told(report, "lost")
+                doubtful = told(report, "doubtful")
+                if i == len(parts) - 1 and what == "a byte gone" and table != "table":
+                    # Here a stream ends early, so what came of its last frame is kept.
                     self.assertEqual(lost | doubtful, owners[i])
+                    self.check_contents(archive, target, lost, doubtful)
+                    continue
+                if i not in headers:
+                    self.assertEqual(lost, owners[i])
                 elif table == "table":
                     self.assertEqual(lost, set())  # the index knows what it said
-                if doubtful:  # of the last frame, which may only be cut, all that it gives is kept
-                    self.assertEqual((table != "table", i), (True, len(parts) - 1))
-                self.check_contents(archive, target, lost, doubtful)
+                self.assertEqual(doubtful, set())
+                self.check_contents(archive, target, lost, set())
 
     def test_random_damage_to_frames(self) -> None:
         archive, _ = some_archive(3)

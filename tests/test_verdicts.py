@@ -10,15 +10,16 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests import archives
-from tests.archives import ALIGNS, BLOCK, CLUSTER, HEADER, Archive, Device
+from tests import archives, frames
+from tests.archives import ALIGNS, BLOCK, CLUSTER, HEADER, MIB, Archive, Device
 from tests.checks import CheckedTest, built
-from tests.support import DATA, call_tool, golden, manifest, sha256
+from tests.support import DATA, FEW, call_tool, golden, manifest, sha256, snapshot
 
 MAX_DEVICE_NAME = 242  # bytes: Proxmox extracts into `tmp-disk-NAME.raw` first
 MAX_CONFIG_NAME = 248
@@ -367,6 +368,113 @@ class Names(CheckedTest):
         (target / f"disk-{name}.raw").write_bytes(b"\x55" * CLUSTER)
         self.fails(1, "pack", target, archive, says=[str(MAX_DEVICE_NAME)])
         self.assertFalse(archive.exists())
+
+
+class ShortVmstate(CheckedTest):
+    """A vmstate with fewer clusters than its size has lost some: every command says so."""
+
+    CLUSTERS = 3
+
+    def lacking(self) -> Iterator[tuple[str, int, bytes]]:
+        """Yield what is wrong, how many clusters the size needs, and an archive that has three."""
+        rng = random.Random(9)
+        disk = Device(1, "drive-scsi0", archives.disk(rng, 2 * CLUSTER))
+        content = archives.disk(rng, self.CLUSTERS * CLUSTER, "full")
+        for size in (3 * CLUSTER + 512, 4 * CLUSTER, 9 * CLUSTER, 1 << 46):
+            archive = Archive([disk, Device(2, "vmstate", content, size)])
+            count = -(-size // CLUSTER)
+            for slots in (1, 2, 3, 5, 58):
+                for name, order in (
+                    ("in order", archives.in_order(archive)),
+                    ("vmstate first", archives.vmstate_first(archive)),
+                    ("interleaved", archives.interleaved(archive)),
+                ):
+                    what = f"size {size}, {slots} slots, {name}"
+                    yield what, count, archives.build(archive, order, slots)
+            canonical = archives.canonical(archive)
+            yield f"size {size}, canonical", count, canonical
+            yield f"size {size}, compressed", count, frames.compress(canonical)
+            gone = Archive([disk, Device(2, "vmstate", b"", size)])
+            yield f"size {size}, all of it gone", count, archives.build(gone)
+
+    def test_every_command(self) -> None:
+        rng = random.Random(10)
+        other = self.file("other.vma", built(Device(1, "drive-scsi0", archives.disk(rng, MIB))))
+        target = self.directory / "new"
+        # Of each command, the archive is PATH; a stream is read by all but the last ones.
+        commands: list[list[Any]] = [
+            ["verify", "PATH"],
+            ["verify", "--quick", "PATH"],
+            ["verify", "--digest", "PATH"],
+            ["verify", "PATH", "--against", other],
+            ["optimize", "PATH", target],
+            ["optimize", "--align", "4K", "--compress", "zstd", "PATH", target],
+            ["extract", "PATH", target],
+            ["unpack", "PATH", target],
+            ["diff", "PATH", other, target],
+            ["diff", other, "PATH", target],
+            ["verify", other, "--against", "PATH"],
+            ["optimize", "PATH"],
+            ["optimize", "--align", "4K", "PATH"],
+        ]
+        for number, (what, count, data) in enumerate(self.lacking()):
+            path = self.file("a.vma", data)
+            before = snapshot(self.directory)
+            found = 0 if "gone" in what else self.CLUSTERS
+            says = [
+                "'vmstate' (dev_id 2)",
+                f"{count - found} of {count} clusters are missing, the first is {found}",
+            ]
+            for args in commands[number % FEW :: FEW]:
+                with self.subTest(what, args=args):
+                    self.fails(3, *(path if arg == "PATH" else arg for arg in args), says=says)
+                    self.assertEqual(snapshot(self.directory), before)
+            for args in commands[number % FEW : 10 : FEW]:
+                with self.subTest(what, args=args, stream=True):
+                    stream = ["-" if arg == "PATH" else arg for arg in args]
+                    answer = call_tool(*stream, input=data)
+                    self.failed(answer, 3, *says)
+                    self.assertEqual(snapshot(self.directory), before)
+
+    def test_rescue(self) -> None:
+        """What is there is restored; of the rest, no more is lost than the file has room for."""
+        for number, (what, count, data) in enumerate(self.lacking()):
+            with self.subTest(what):
+                target = self.directory / f"new{number}"
+                answer = call_tool("rescue", "--json", self.file("a.vma", data), target)
+                self.assertEqual(answer.returncode, 3, answer.stderr)
+                (disk, state) = json.loads(answer.stdout)["devices"]
+                self.assertEqual((disk["lost"], disk["doubtful"]), ([], []))
+                found = 0 if "gone" in what else self.CLUSTERS
+                with open(target / "vmstate.bin", "rb") as file:
+                    content = file.read(16 * CLUSTER)  # of gigabytes, but for these a hole
+                    stored = os.fstat(file.fileno()).st_blocks * 512
+                rng = random.Random(9)
+                archives.disk(rng, 2 * CLUSTER)
+                want = archives.disk(rng, self.CLUSTERS * CLUSTER, "full")[: found * CLUSTER]
+                self.assertEqual(content[: found * CLUSTER], want)
+                self.assertEqual(content[found * CLUSTER :].strip(b"\0"), b"")
+                self.assertLessEqual(stored, (found + 1) * CLUSTER)
+                (lost,) = state["lost"]
+                self.assertEqual(lost[0], found * CLUSTER)
+                self.assertLessEqual(lost[1], (count - found) * CLUSTER)
+                self.assertLessEqual(lost[1] // CLUSTER, len(data) // 8)
+
+    def test_as_many_or_more(self) -> None:
+        """That is right."""
+        content = archives.disk(random.Random(9), self.CLUSTERS * CLUSTER, "sparse")
+        output = self.directory / "o.vma"
+        for size in (512, 2 * CLUSTER + 512, 3 * CLUSTER - 512, 3 * CLUSTER):
+            archive = Archive([Device(2, "vmstate", content, size)])
+            for slots in (1, 2, 58):
+                with self.subTest(size=size, slots=slots):
+                    path = self.file("a.vma", archives.build(archive, slots=slots))
+                    self.ok("verify", path)
+                    self.ok("optimize", "--force", path, output)
+                    self.ok("verify", output)
+                    self.assertEqual(sha256(output), sha256(archives.canonical(archive)))
+                    answer = call_tool("extract", "-d", "vmstate", "-o", "-", path)
+                    self.assertEqual((answer.returncode, answer.stdout), (0, content))
 
 
 class Vmstate(CheckedTest):
