@@ -387,7 +387,7 @@ class Seekable(MountTest):
         path, out = self.compressed()
         whole = (out / "disk-drive-scsi0.raw").read_bytes()
         found = frames.split(path.read_bytes())
-        # Of the last extents: the first ones have the partition table, without which nothing mounts.
+        # Of the last ones: the first have the partition table, without which nothing mounts.
         number = max(reversed(range(len(found.sizes))), key=found.sizes.__getitem__)
         damaged = bytearray(found.frames[number])
         damaged[-6] ^= 0x55

@@ -908,8 +908,8 @@ class Restore(ScriptTest):
         for path in self.work.glob("broken.*"):
             path.unlink()
         data = bytearray(archive.read_bytes())
-        (data_start, *_) = archives.extent_offsets(bytes(data))[1:]
-        data[data_start + 8] ^= 1  # its header: the clusters of that extent are lost
+        for start in archives.extent_offsets(bytes(data))[7:9]:
+            data[start + 8] ^= 1  # two headers in a row: the clusters of these extents are lost
         self.put("a.vma", bytes(data))
         answer = self.script("rescue", archive)
         self.assertEqual(answer.returncode, 0, answer.stderr.decode())

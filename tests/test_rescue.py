@@ -342,14 +342,14 @@ class NestedTest(RescueTest):
         whole = truth(archive)
         for i in range(len(extents)):
             for what, damaged, lost, doubtful in single_damages(data, extents, i, rng):
-                if canonical and what in ("header", "magic"):  # its neighbours tell what it was
-                    lost = set()
+                # Of a canonical archive, its neighbours tell what a header was.
+                missing = set() if canonical and what in ("header", "magic") else lost
                 with self.subTest(extent=i, of=len(extents), what=what):
                     report, target = self.rescue(damaged, status=3)
-                    self.assertEqual(told(report, "lost"), lost)
+                    self.assertEqual(told(report, "lost"), missing)
                     self.assertEqual(told(report, "doubtful"), doubtful)
                     for cluster, content in self.contents(archive, target).items():
-                        if cluster not in lost | doubtful:
+                        if cluster not in missing | doubtful:
                             self.assertEqual(content, whole[cluster], cluster)
 
     def nested(self, rng: random.Random, same: bool) -> Archive:

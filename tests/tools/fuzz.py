@@ -170,7 +170,6 @@ def judge_extents(data: bytes, archive: Archive) -> Contents:
     devices = {device.dev_id: device for device in archive.devices}
     masks: archives.Masks = {}
     (at,) = struct.unpack_from(">I", data, 56)
-    used = [0]  # slots of each extent
     while at < len(data):
         head = data[at : at + EXTENT_HEADER]
         need(len(head) == EXTENT_HEADER, "trailing bytes")
@@ -180,7 +179,6 @@ def judge_extents(data: bytes, archive: Archive) -> Contents:
         need(uuid == archive.uuid, "extent uuid")
         need(hashlib.md5(head[:24] + bytes(16) + head[40:]).digest() == digest, "extent MD5")
         at += EXTENT_HEADER
-        used.append(sum(any(head[slot : slot + 8]) for slot in range(40, EXTENT_HEADER, 8)))
         end = at + block_count * BLOCK
         need(end <= len(data), "cut inside an extent")
         for slot in range(59):
@@ -206,12 +204,9 @@ def judge_extents(data: bytes, archive: Archive) -> Contents:
             clusters[cluster_num] = b"".join(blocks) if mask else ZERO_CLUSTER
             masks[dev_id, cluster_num] = mask
         need(at == end, "block_count is too large")
-    # An archive that ends with a full extent may have been cut behind it.
-    cut = used[-1] in (max(used), 58, 56, 48)
     for device in archive.devices:
         clusters = found[device.dev_id]
-        complete = len(clusters) * CLUSTER >= device.stated_size
-        need(complete or (device.is_vmstate and clusters and not cut), "clusters are missing")
+        need(len(clusters) * CLUSTER >= device.stated_size, "clusters are missing")
         disk = b"".join(clusters[num] for num in range(len(clusters)))
         device.data = disk if device.is_vmstate else disk[: device.stated_size]
     return Contents(archive, masks)
