@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+import struct
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -55,6 +56,14 @@ def small_archive(rng: random.Random) -> Archive:
         header_size=rng.choice([None, 1 << 15, 50000]),
         names_first=rng.random() < 0.3,
     )
+
+
+def last_blocks(archive: Archive) -> archives.Masks:
+    """Return masks that store the last block of each device."""
+    return {
+        (device.dev_id, device.cluster_count - 1): 1 << (device.block_count - 1) % 16
+        for device in archive.devices
+    }
 
 
 class GoldenDigests(ToolTest):
@@ -270,6 +279,42 @@ class Oracle(ToolTest):
                     data = archives.build(archive, archives.interleaved(archive))
                     self.check(archive, "512K", archives.data_masks(archive), data)
 
+    def test_odd_disks(self) -> None:
+        """Every align, of disks of 1 to 17 clusters whose ends are anywhere, and a vmstate."""
+        rng = random.Random(14)
+        rests = (0, 512, BLOCK - 512, BLOCK, 5 * BLOCK + 512, CLUSTER - 512)
+        sizes = [n * CLUSTER - rests[n % len(rests)] for n in range(1, 18)]
+        kinds: dict[str, list[bytes]] = {
+            "zeros": [bytes(size) for size in sizes],
+            "only the last byte": [bytes(size - 1) + b"\1" for size in sizes],
+            "only the first byte": [b"\1" + bytes(size - 1) for size in sizes],
+            "sparse": [archives.disk(rng, size, "sparse") for size in sizes],
+            "full": [archives.disk(rng, size, "full") for size in sizes],
+            "mixed": [archives.disk(rng, size) for size in sizes],
+        }
+        for number, (kind, contents) in enumerate(kinds.items()):
+            devices = [Device(n, f"drive-scsi{n}", data) for n, data in enumerate(contents, 1)]
+            clusters, pattern = ((8, "zeros"), (9, "sparse"), (17, "sparse"))[number % 3]
+            state = archives.disk(rng, clusters * CLUSTER, pattern)
+            devices.insert(5, Device(200, "vmstate", state, clusters * CLUSTER - 1024))
+            archive = Archive(devices)
+            zeros = dict.fromkeys(archives.data_masks(archive), 0)
+            for what, stored in (
+                ("data", archives.data_masks(archive)),
+                ("and some zeros", archives.masks_with_zeros(archive, rng, 0.01)),
+                ("and all zeros", archives.masks_with_zeros(archive, rng, 1)),
+                # Of a cluster whose blocks are zeros, the last one in the device
+                ("the last zeros", {**zeros, **last_blocks(archive)} if kind == "zeros" else {}),
+            ):
+                if not stored:
+                    continue
+                data = archives.build(
+                    archive, archives.live_order(archive, rng), store_zero_blocks=stored
+                )
+                for align in list(archives.ALIGNS)[number % FEW :: FEW]:
+                    with self.subTest(kind, stored=what, align=align):
+                        self.check(archive, align, stored, data)
+
     def test_many_devices(self) -> None:
         """254 devices, which is all that there can be."""
         devices = [Device(n, f"drive-scsi{n}", bytes([n]) * 1024) for n in range(1, 255)]
@@ -295,6 +340,92 @@ class Oracle(ToolTest):
                 self.assertEqual(found, {d["name"]: d["sha256"] for d in want["devices"]})
                 configs = {config: sha256(data) for config, data in parsed.configs.items()}
                 self.assertEqual(configs, want["configs"])
+
+
+FULL = 0xFFFF
+
+# What the layout makes of ten clusters, the last with five blocks and a sector more: clusters 3
+# and 9 store a block, one of them of zeros. (align, masks of each extent)
+BY_HAND = (
+    ("4K", [[0, 0, 0, 4, 0, 0, 0, 0], [0, 2]]),
+    ("64K", [[0, 0, 0, 4, 0, 0, 0, 0xFFFE], [0xFFC0, 0x3F]]),
+    ("128K", [[0, 0, 0, 4, 0, 0, 0xFFFE, FULL], [FULL, 0x3F]]),
+    ("256K", [[0, 0, 0, 4, 0xFFFE, FULL, FULL, FULL], [FULL, 0x3F]]),
+    ("512K", [[FULL] * 8, [FULL, 0x3F]]),
+    ("1M", [[FULL] * 9 + [0x3F]]),
+)
+
+
+class ByHand(ToolTest):
+    """Extents worked out from the description of the layout, not by a program."""
+
+    def extents(self, archive: Archive, align: str, stored: archives.Masks) -> list[list[int]]:
+        """Optimize an archive; check its order and unused slots, and return the masks."""
+        data = archives.build(archive, archives.reversed_order(archive), store_zero_blocks=stored)
+        answer = call_tool("optimize", "--align", align, "-", "-", input=data)
+        self.check_ok(answer)
+        found, order = [], []
+        for at in archives.extent_offsets(answer.stdout):
+            slots = [slot for slot in archives.slots(answer.stdout, at) if slot.dev_id]
+            order += [(slot.dev_id, slot.cluster_num) for slot in slots]
+            found.append([slot.mask for slot in slots])
+            count = int.from_bytes(answer.stdout[at + 6 : at + 8], "big")
+            self.assertEqual(count, sum(bin(slot.mask).count("1") for slot in slots))
+            unused = answer.stdout[at + 40 + 8 * len(slots) : at + 512]
+            slot = bytes(8) if count or not slots else bytes.fromhex("FFFFFF00FFFFFFFF")
+            self.assertEqual(unused, slot * (59 - len(slots)))
+        self.assertEqual(order, archives.in_order(archive))
+        (header_size,) = struct.unpack_from(">I", answer.stdout, 56)
+        self.assertEqual(header_size, max(archives.ALIGNS[align], 16384))
+        return found
+
+    def test_disk(self) -> None:
+        size = 9 * CLUSTER + 5 * BLOCK + 512
+        content = bytearray(size)
+        content[3 * CLUSTER + 2 * BLOCK] = 1
+        archive = Archive([Device(1, "drive-scsi0", bytes(content))])
+        stored = {**archives.data_masks(archive), (1, 9): 2}
+        for align, masks in BY_HAND:
+            with self.subTest(align=align):
+                self.assertEqual(self.extents(archive, align, stored), masks)
+
+    def test_zeros(self) -> None:
+        for clusters in (1, 7, 8, 9, 16, 17):
+            archive = Archive([Device(1, "drive-scsi0", bytes(clusters * CLUSTER - 512))])
+            for align in archives.ALIGNS:
+                each = 16 if align == "1M" else 8
+                whole, rest = divmod(clusters, each)
+                want = [[0] * each] * whole + [[0] * rest] * (rest > 0)
+                with self.subTest(align=align, clusters=clusters):
+                    self.assertEqual(self.extents(archive, align, {}), want)
+
+    def test_vmstate(self) -> None:
+        """Behind the disks, never filled up; a block of zeros that is stored stays stored."""
+        state = bytearray(17 * CLUSTER)
+        state[5 * BLOCK] = state[16 * CLUSTER] = 1
+        archive = Archive(
+            [Device(2, "drive-scsi0", b"x" * 512), Device(9, "vmstate", bytes(state))]
+        )
+        stored = {**archives.data_masks(archive), (9, 3): 0x8001}
+        first = [0x20, 0, 0, 0x8001, 0, 0, 0, 0]
+        for align in archives.ALIGNS:
+            want = [[1], first + [0] * 8] if align == "1M" else [[1], first, [0] * 8]
+            with self.subTest(align=align):
+                self.assertEqual(self.extents(archive, align, stored), [*want, [1]])
+
+    def test_several_disks(self) -> None:
+        """Each begins an extent of its own, however short the one before it."""
+        devices = [Device(n, f"drive-scsi{n}", b"x" * 512) for n in (1, 2, 254)]
+        archive = Archive([*devices, Device(255 - 2, "drive-scsi9", bytes(9 * CLUSTER))])
+        archive.devices.sort(key=lambda device: device.dev_id)
+        want = [[1], [1], [0] * 8, [0], [1]]
+        self.assertEqual(self.extents(archive, "512K", archives.data_masks(archive)), want)
+
+    def test_no_disk(self) -> None:
+        """One extent, with no slot used, and all of them zeros."""
+        for align in archives.ALIGNS:
+            with self.subTest(align=align):
+                self.assertEqual(self.extents(Archive([]), align, {}), [[]])
 
 
 class Outputs(ToolTest):

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,77 @@ class Writing(SeekableTest):
                 )
                 self.assertEqual(snapshot(self.directory), before)
                 path.unlink()
+
+
+class Runs(SeekableTest):
+    """Headers of extents that store nothing share frames, which end at every 1,024th."""
+
+    def archive(self, *counts: int, stores: Iterable[tuple[int, int]] = ()) -> bytes:
+        """Return a canonical archive of disks of so many extents, that store nothing.
+
+        But for these (dev_id, number of an extent), which store a block.
+        """
+        archive = Archive(
+            [
+                Device(n, f"drive-scsi{n}", bytes(count * 8 * CLUSTER))
+                for n, count in enumerate(counts, 1)
+            ]
+        )
+        masks = {(n, number): 0 for n, count in enumerate(counts, 1) for number in range(8 * count)}
+        masks.update(((dev_id, 8 * number + 5), 4) for dev_id, number in stores)
+        return archives.canonical(archive, stored=masks)
+
+    def compressed(self, plain: bytes) -> frames.Seekable:
+        """Compress an archive from a file and from a stream; return the frames."""
+        source, output = self.file("a.vma", plain), self.directory / "a.vma.zst"
+        self.ok("optimize", "-q", "--force", source, output)
+        data = output.read_bytes()
+        self.check_frames(data, plain)
+        answer = call_tool("optimize", "--compress", "zstd", "-", "-", input=plain)
+        self.assertEqual((answer.returncode, sha256(answer.stdout)), (0, sha256(data)))
+        self.ok("optimize", "-q", output)
+        self.assertEqual(sha256(output), sha256(data))
+        self.assertIn("canonical (--align 512K)", self.ok("verify", output))
+        return frames.split(data)
+
+    def test_lengths(self) -> None:
+        """Less than 1,024, as many, and more; each device counts its own."""
+        header = [archives.ALIGNS["512K"]]
+        for counts, runs in (
+            ((1023,), [1023]),
+            ((1024,), [1024]),
+            ((1025,), [1024, 1]),
+            ((2049,), [1024, 1024, 1]),
+            ((1023, 2), [1023, 2]),
+            ((1024, 1), [1024, 1]),
+            ((3, 1025, 1), [3, 1024, 1, 1]),
+        ):
+            with self.subTest(counts=counts):
+                found = self.compressed(self.archive(*counts))
+                self.assertEqual(found.sizes, header + [512 * count for count in runs])
+
+    def test_change(self) -> None:
+        """An extent that gets data changes the frames of its run, and no others."""
+        counts = (2049, 1025)
+        before = self.compressed(self.archive(*counts))
+        self.assertEqual([n // 512 for n in before.sizes[1:]], [1024, 1024, 1, 1024, 1])
+        # Where it is, the run it is in, and how many of that run are left before and behind it
+        for place, run, left, right in (
+            ((1, 0), 0, 0, 1023),
+            ((1, 600), 0, 600, 423),
+            ((1, 1023), 0, 1023, 0),
+            ((1, 1024), 1, 0, 1023),
+            ((1, 2048), 2, 0, 0),
+            ((2, 1), 3, 1, 1022),
+            ((2, 1024), 4, 0, 0),
+        ):
+            with self.subTest(place=place):
+                after = self.compressed(self.archive(*counts, stores=[place]))
+                changed = [512 * left] * (left > 0) + [512, 512 << 10] + [512 * right] * (right > 0)
+                same = 1 + run  # frames in front of it: the header's, and those of other runs
+                self.assertEqual(after.frames[:same], before.frames[:same])
+                self.assertEqual(after.sizes[same : same + len(changed)], changed)
+                self.assertEqual(after.frames[same + len(changed) :], before.frames[same + 1 :])
 
 
 class Reading(SeekableTest):
