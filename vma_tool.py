@@ -1290,10 +1290,14 @@ class ModuleZstd(Zstd):
 
 
 class SeekTable(NamedTuple):
-    """Start of each frame of a seekable file, and the end of the last one: 16 bytes a frame."""
+    """Start of each frame of a seekable file, and the end of the last one: 16 bytes a frame.
+
+    `stored_headers` counts the frames of an extent header that is stored as it is.
+    """
 
     offsets: array.array[int]  # in the plain archive
     compressed_offsets: array.array[int]  # in the file
+    stored_headers: int
 
 
 def native(numbers: array.array[int]) -> array.array[int]:
@@ -1326,7 +1330,8 @@ def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
     magic, size = SKIPPABLE.unpack_from(data)
     if magic != SEEK_TABLE_MAGIC or size != len(data) - SKIPPABLE.size:
         raise FormatError("the seek table has no skippable frame of its size")
-    sizes = native(array.array("I", bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])))
+    entries = bytes(data[SKIPPABLE.size : -SEEK_FOOTER.size])
+    sizes = native(array.array("I", entries))
     compressed, plain = sizes[0::2], sizes[1::2]
     if not 0 < min(plain) <= max(plain) <= FRAME_MAX_SIZE or not min(compressed):
         found = f"{min(plain)} to {max(plain)} bytes"
@@ -1334,6 +1339,9 @@ def parse_seek_table(data: Buffer, file_size: int) -> SeekTable:
     table = SeekTable(
         array.array("Q", itertools.accumulate(plain, initial=0)),
         array.array("Q", itertools.accumulate(compressed, initial=0)),
+        native(array.array("Q", entries)).count(
+            EXTENT_HEADER_SIZE << 32 | len(STORED_HEADER) + EXTENT_HEADER_SIZE
+        ),
     )
     if table.compressed_offsets[-1] > file_size - len(data):
         raise FormatError("the seek table has more frames than the file")
@@ -1377,12 +1385,19 @@ def payload_pieces(masks: Sequence[int]) -> list[int]:
 class ArchiveIndex(NamedTuple):
     """Contents of an index: each device's entries as in DeviceIndex, by dev_id.
 
-    `partial` has the first cluster of each extent that stores some blocks, but not all.
+    `partial` has the first cluster of each extent that stores some blocks, but not all;
+    `full_count` counts those that store all.
     """
 
     cluster_count: int  # of a whole extent
     entries: dict[int, array.array[int]]
     partial: dict[int, array.array[int]]
+    full_count: int = 0
+
+    @property
+    def stored_count(self) -> int:
+        """How many extents store blocks."""
+        return self.full_count + sum(map(len, self.partial.values()))
 
 
 def repeated_entries(
@@ -1396,6 +1411,22 @@ def repeated_entries(
             column = array.array("Q", range(first, first + extent_count * extent_step, extent_step))
             view[i::cluster_count] = memoryview(column)
     return entries
+
+
+def extend_run(sizes: array.array[int], run: int, number: int, count: int) -> int:
+    """Return the size of a run of headers with `count` more of them; what is full goes to sizes.
+
+    `number` is that of the first one's extent among its device's.
+    """
+    while count:
+        if run and number % RUN_EXTENTS == 0:
+            sizes.append(run)
+            run = 0
+        step = min(count, RUN_EXTENTS - number % RUN_EXTENTS)
+        run += EXTENT_HEADER_SIZE * step
+        number += step
+        count -= step
+    return run
 
 
 def lay_out_frames(
@@ -1416,6 +1447,7 @@ def lay_out_frames(
     full_sizes = array.array("I", (EXTENT_HEADER_SIZE, *full_pieces))
     offset = header_size
     run = 0  # bytes of headers that share a frame
+    full_count = 0
     index = ArchiveIndex(cluster_count, {}, {})
     for dev_id, disk_masks in masks.items():
         entries = index.entries[dev_id] = array.array("Q")
@@ -1429,15 +1461,7 @@ def lay_out_frames(
                 clusters = min(cluster_count, len(chunk))
                 entries += repeated_entries(base, count, empty_step, clusters, 0)
                 offset += EXTENT_HEADER_SIZE * count
-                number = first // cluster_count  # of the extent among its device's
-                while count:
-                    if run and number % RUN_EXTENTS == 0:
-                        sizes.append(run)
-                        run = 0
-                    step = min(count, RUN_EXTENTS - number % RUN_EXTENTS)
-                    run += EXTENT_HEADER_SIZE * step
-                    number += step
-                    count -= step
+                run = extend_run(sizes, run, first // cluster_count, count)
                 continue
             if run:
                 sizes.append(run)
@@ -1446,6 +1470,7 @@ def lay_out_frames(
                 step = CLUSTER_SIZE << 16
                 entries += repeated_entries(base | FULL_MASK, count, full_step, cluster_count, step)
                 sizes += full_sizes * count
+                full_count += count
                 offset += count * full_step >> 16
                 continue
             partial.append(first)
@@ -1456,7 +1481,8 @@ def lay_out_frames(
             offset += EXTENT_HEADER_SIZE + sum(pieces)
     if run or not masks:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
-    return index, array.array("Q", itertools.accumulate(sizes, initial=0))
+    offsets = array.array("Q", itertools.accumulate(sizes, initial=0))
+    return index._replace(full_count=full_count), offsets
 
 
 def index_archive(
@@ -1484,7 +1510,7 @@ def index_archive(
     for align in (ALIGNS["4K"], ALIGNS["1M"]):
         if header_size % align == 0:
             index, offsets = lay_out_frames(header_size, disks, clusters_per_extent(align))
-            if offsets == table.offsets:
+            if offsets == table.offsets and index.stored_count == table.stored_headers:
                 return index
     raise FormatError(
         "its frames are not cut as its index says, as in archives of vma-tool 2: optimize makes "
@@ -2011,7 +2037,7 @@ class FramesInput(FileInput):
 
     def _place(self, start: int, end: int) -> str:
         """Return device and clusters, as far as known, of a frame that holds start to end."""
-        cluster_count, by_device, _ = self.index or ArchiveIndex(0, {}, {})
+        cluster_count, by_device = self.index[:2] if self.index else (0, {})
         for dev_id, entries in by_device.items():
             first = bisect.bisect_left(entries, start << 16)
             stop = bisect.bisect_left(entries, end << 16)
@@ -6307,7 +6333,7 @@ class DecodedSalvage(Salvage):
         self._frame_whole = False  # so far, apart from its checksum
         self._at_checksum = False
         start = array.array("Q", [0])
-        self._table = SeekTable(start, start)  # of no frames
+        self._table = SeekTable(start, start, 0)  # of no frames
         self._masks = array.array("H")
         self._number = 0  # of the next frame in the table, -1 if that is not known
 
@@ -6437,7 +6463,7 @@ class DecodedSalvage(Salvage):
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
         """Return the sizes, compressed and not, of a frame by the seek table."""
-        plain, stored = self._table
+        plain, stored, _ = self._table
         if not 0 <= number < len(plain) - 1:
             return None
         return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
