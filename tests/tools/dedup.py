@@ -863,7 +863,7 @@ def svg(table: dict[str, dict[str, float]], day_count: int) -> str:
         "stroke-dasharray: 5 3 }</style>",
         f'<rect width="760" height="{height}" rx="8" fill="#ffffff"/>',
         '<text x="16" y="26" font-size="16" font-weight="bold">'
-        f"New data of days 2 to {day_count} of one guest, MiB, and beside the raw disks</text>",
+        f"What days 2 to {day_count} of a guest add: MiB, and times the raw disks</text>",
     ]
     x = 16
     for style, title in FORMS.values():
