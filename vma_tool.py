@@ -3615,7 +3615,7 @@ class IndexedContents(Contents):
             # Nothing is read there, but the progress of headers counts offsets.
             self.source.offset = extent.payload_offset + extent.payload_size
             yield extent
-        checked[start:end] = b"" * (end - start)
+        checked[start:end] = bytes([1]) * (end - start)
 
     def _fail(self, device: Device, extent: Extent, number: int) -> NoReturn:
         """Raise the error for one header of an extent, or of several, that is not as it must be."""
@@ -8865,8 +8865,9 @@ FORCE = flag("--force", "replace OUTPUT if it exists")
 COMPRESS = functools.partial(arg, "--compress", "zstd[:LEVEL]|none", type=parse_compression)
 LAYOUT = (
     arg("--align", "SIZE",
-        "block size of the storage that deduplicates: 4K, 64K, 128K, 256K, 512K or 1M "
-        f"(default {DEFAULT_ALIGN})",
+        "fill an extent that stores blocks with zeros up to a multiple of SIZE: 4K, 64K, 128K, "
+        f"256K, 512K or 1M (default {DEFAULT_ALIGN}: all of its blocks, best for restic and for "
+        "storage with blocks of up to 512 KiB; 1M for blocks of 1 MiB)",
         choices=ALIGNS, default=DEFAULT_ALIGN, type=str.upper),
     COMPRESS(f"compress (default: if OUTPUT ends in .zst, with level {DEFAULT_LEVEL})"),
     FORCE,
