@@ -1760,16 +1760,16 @@ def common_readers(sources: Iterable[Readers | None]) -> Readers | None:
     return Readers(mode, gids[0])
 
 
-def drop_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """Return views without their first count bytes."""
-    if count == sum(map(len, views)):
+def drop_bytes(parts: Sequence[Buffer], count: int) -> list[memoryview]:
+    """Return views of parts without their first count bytes."""
+    if count == sum(map(len, parts)):
         return []
     left = []
-    for view in views:
-        if count >= len(view):
-            count -= len(view)
+    for part in parts:
+        if count >= len(part):
+            count -= len(part)
         else:
-            left.append(view[count:])
+            left.append(memoryview(part)[count:])
             count = 0
     return left
 
@@ -2431,7 +2431,7 @@ class Target:
 
     def write_at(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Write parts one after the other; on a pipe, offset can only be the current one."""
-        pending = [memoryview(part) for part in filter(len, parts)]
+        pending: Sequence[Buffer] = list(filter(len, parts))
         start = offset
         try:
             while pending:
