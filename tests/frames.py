@@ -162,7 +162,13 @@ def compress(plain: bytes, frame: Callable[[bytes], bytes] = raw_frame) -> bytes
     `frame` makes each frame but those of headers that stay as they are.
     """
     parts = list(pieces(plain))
-    made = [header_frame(part.data) if part.stored else frame(part.data) for part in parts]
+    # An archive may be damaged, and end inside a header.
+    made = [
+        header_frame(part.data)
+        if part.stored and len(part.data) == EXTENT_HEADER
+        else frame(part.data)
+        for part in parts
+    ]
     return join(Seekable(made, [len(part.data) for part in parts], frame(masks(plain))))
 
 
