@@ -1432,7 +1432,7 @@ def extend_run(sizes: array.array[int], run: int, number: int, count: int) -> in
 def lay_out_frames(
     header_size: int, masks: Mapping[int, memoryview], cluster_count: int
 ) -> tuple[ArchiveIndex, array.array[int]]:
-    """Return the index of a canonical archive with these masks, and all frames' offsets.
+    """Return the index of a canonical archive with these masks, and all frames' sizes.
 
     The masks are those of each device by dev_id, in canonical order.
     """
@@ -1481,8 +1481,7 @@ def lay_out_frames(
             offset += EXTENT_HEADER_SIZE + sum(pieces)
     if run or not masks:  # without devices, there is one extent all the same
         sizes.append(run or EXTENT_HEADER_SIZE)
-    offsets = array.array("Q", itertools.accumulate(sizes, initial=0))
-    return index._replace(full_count=full_count), offsets
+    return index._replace(full_count=full_count), sizes
 
 
 def index_archive(
@@ -1509,8 +1508,14 @@ def index_archive(
     # An extent has 8 clusters or, if the header's size is a multiple of 1 MiB, may have 16.
     for align in (ALIGNS["4K"], ALIGNS["1M"]):
         if header_size % align == 0:
-            index, offsets = lay_out_frames(header_size, disks, clusters_per_extent(align))
-            if offsets == table.offsets and index.stored_count == table.stored_headers:
+            index, sizes = lay_out_frames(header_size, disks, clusters_per_extent(align))
+            # Compared one by one, they take no memory; a table has millions.
+            offsets = itertools.accumulate(sizes, initial=0)
+            if (
+                len(sizes) + 1 == len(table.offsets)
+                and index.stored_count == table.stored_headers
+                and all(map(operator.eq, offsets, table.offsets))
+            ):
                 return index
     raise FormatError(
         "its frames are not cut as its index says, as in archives of vma-tool 2: optimize makes "

@@ -438,7 +438,7 @@ def compressed_rows(place: Place) -> Iterator[Row]:
             )
     large = place.work / "large.vma.zst"
     large.write_bytes(frames.repeated_archive(LARGE_SIZE))
-    limit = 64 * MIB + (LARGE_SIZE >> 13) + 16 * (LARGE_SIZE >> 20)
+    limit = 64 * MIB + (LARGE_SIZE >> 13) + 16 * (LARGE_SIZE >> 18)  # two frames for 512 KiB
     for words in (["list", "--scan"], ["verify", "-q", "--quick"]):
         title = f"{' '.join(word for word in words if word != '-q')}, 256 GiB of data"
         yield Row(
