@@ -773,7 +773,7 @@ def block_runs(mask: int) -> tuple[tuple[int, int], ...]:
 CANONICAL_UUID = bytes.fromhex("12345678aabbccddeeffaabbccddeeff")
 # restic ends a chunk in a window of 64 zero bytes, but not before 512 KiB. The empty slots of a
 # header with 8 clusters are such a window, and 512 KiB lie between two of them: so each chunk is an
-# extent, at a fixed place of the disk. See the README, "Why the order and the layout matter".
+# extent, at a fixed place of the disk. See the README, "The layout".
 CANONICAL_CLUSTERS = 8  # an extent
 # Of an extent that stores nothing: a long run of such headers must not end chunks. No reader looks
 # at a slot of dev_id 0.
