@@ -8,9 +8,10 @@ readers finish, some of them early. Then restic, borg, rdiff and a count of fixe
 much new data all days but the first are together: for the raw disks, for the archives as written,
 for what `vma_tool.py optimize` makes of them, plain and compressed, and for one zstd frame. What
 comes back from restic, borg, rdiff and `vma_tool.py diff` is compared byte by byte, and verified.
+The price is told as well: how many chunks restic and borg keep, and how much memory borg takes.
 
     python3 tests/tools/dedup.py  the table of the README, in about twenty minutes
-    python3 tests/tools/dedup.py --size small  a smaller guest, in a few minutes
+    python3 tests/tools/dedup.py --size small  a smaller guest, in under ten minutes
     python3 tests/tools/dedup.py --svg tests/data/dedup.svg  its picture as well
 
 Needs no root and mounts nothing, though mmdebstrap may want user namespaces. The Debian packages:
@@ -55,19 +56,18 @@ RAW, WRITTEN, FRAMES, ONE_FRAME = "raw disks", "as written", ".vma.zst", "one zs
 DEFAULT = "--align 512K"
 ALIGNS = ["--align 4K", "--align 128K", DEFAULT, "--align 1M"]
 COLUMNS = [RAW, WRITTEN, *ALIGNS, FRAMES, ONE_FRAME]
-RESTIC, RDIFF = "restic", "rdiff"
-# borg's chunks: 2 MiB on average by default, then smaller ones; and the columns of each
-BORG_PARAMETERS = {
-    "borg": "",
-    "borg, 512 KiB chunks": "buzhash,19,23,19,4095",
-    "borg, 256 KiB chunks": "buzhash,16,21,18,4095",
-}
+RESTIC, RESTIC_OFF, RDIFF = "restic", "restic, no compression", "rdiff"
+# borg's --chunker-params: 2 MiB on average by default, then two with smaller chunks
+BORG = "borg"
+BORG_512K, BORG_256K = "borg, `buzhash,19,23,19,4095`", "borg, `buzhash,16,21,18,4095`"
+BORG_ROWS = [BORG, BORG_512K, BORG_256K]
 BORG_COLUMNS = [RAW, WRITTEN, DEFAULT, FRAMES, ONE_FRAME]
 FIXED = {128 << 10: "fixed blocks of 128 KiB", MIB: "fixed blocks of 1 MiB"}
 SIZE = "size of the last day's"
-ROWS = [RESTIC, *BORG_PARAMETERS, RDIFF, *FIXED.values(), SIZE]
+ROWS = [RESTIC, RESTIC_OFF, *BORG_ROWS, RDIFF, *FIXED.values(), SIZE]
+FACTORS = [DEFAULT, FRAMES]  # the columns that are also told as multiples of the raw disks
 # The picture: these rows and their titles; of each these columns, with a style and a title
-PICTURE_ROWS = {RESTIC: "restic", "borg, 512 KiB chunks": "borg", RDIFF: "rdiff"}
+PICTURE_ROWS = {RESTIC: "restic", BORG_512K: "borg", RDIFF: "rdiff"}
 FORMS = {
     WRITTEN: ("plain", "as vzdump writes it"),
     FRAMES: ("compressed", "optimized, .vma.zst"),
@@ -80,8 +80,9 @@ DISKS = {"drive-efidisk0": "efidisk0.raw", "drive-scsi0": "scsi0.raw", "drive-tp
 # first one must be met.
 GOALS = [
     (RESTIC, DEFAULT, 0.9, RAW),
-    ("borg", DEFAULT, 1.1, RAW),
-    ("borg, 512 KiB chunks", DEFAULT, 1.1, RAW),
+    (BORG, DEFAULT, 1.1, RAW),
+    (BORG_512K, DEFAULT, 1.1, RAW),
+    (BORG_256K, DEFAULT, 1.1, RAW),
     (RDIFF, DEFAULT, 1.1, RAW),
     (FIXED[128 << 10], DEFAULT, 1.15, RAW),
     (FIXED[MIB], "--align 1M", 1.3, RAW),
@@ -655,12 +656,16 @@ class Bench:
     work: Path
     tool: Path
     table: dict[str, dict[str, float]] = field(default_factory=dict)
+    chunks: dict[str, dict[str, float]] = field(default_factory=dict)  # a GiB of different data
     remarks: list[str] = field(default_factory=list)
     restored: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def note(self, row: str, column: str, size: float) -> None:
         self.table.setdefault(row, {})[column] = size
+
+    def note_chunks(self, row: str, column: str, count: int, size: int) -> None:
+        self.chunks.setdefault(row, {})[column] = count / size * (1 << 30)
 
     def prove(self, program: str, original: Path, restored: Path) -> None:
         """Compare what came back, verify it if it is an archive, and delete it."""
@@ -689,46 +694,81 @@ def measure_restic(bench: Bench, entry: Set) -> None:
     restic = ["restic", "--no-cache", "--quiet", "-r", str(repository)]
     if not template.exists():
         run("restic", "--no-cache", "--quiet", "init", "-r", template, env=env)
-    shutil.copytree(template, repository)
-    sizes = []
-    for folder in entry.days:
-        run(*restic, "--compression", "auto", "backup", *entry.names, cwd=folder, env=env)
-        sizes.append(tree_size(repository))
-    bench.note(RESTIC, entry.column, sizes[-1] - sizes[0])
-    stats = json.loads(run(*restic, "stats", "--mode", "raw-data", "--json", env=env))
-    bench.remarks.append(f"restic, {entry.column}: {stats['total_blob_count']} chunks in all")
-    for name in entry.names:
-        restored = bench.work / "restored"
-        with open(restored, "wb") as out:
-            run(*restic, "dump", "latest", name, env=env, stdout=out)
-        bench.prove("restic", entry.days[-1] / name, restored)
-    shutil.rmtree(repository)
+    for row, mode in ((RESTIC_OFF, "off"), (RESTIC, "auto")):
+        shutil.copytree(template, repository)
+        sizes = []
+        for folder in entry.days:
+            run(*restic, "--compression", mode, "backup", *entry.names, cwd=folder, env=env)
+            sizes.append(tree_size(repository))
+        bench.note(row, entry.column, sizes[-1] - sizes[0])
+        if mode == "off":  # so that the size is that of the data
+            stats = json.loads(run(*restic, "stats", "--mode", "raw-data", "--json", env=env))
+            bench.note_chunks(RESTIC, entry.column, stats["total_blob_count"], stats["total_size"])
+        for name in entry.names if mode == "auto" else []:
+            restored = bench.work / "restored"
+            with open(restored, "wb") as out:
+                run(*restic, "dump", "latest", name, env=env, stdout=out)
+            bench.prove("restic", entry.days[-1] / name, restored)
+        shutil.rmtree(repository)
 
 
-def measure_borg(bench: Bench, entry: Set, row: str, parameters: str) -> None:
+def borg_environment(work: Path) -> dict[str, str]:
+    """Return variables with which borg writes into its own folder below work, and asks nothing."""
+    home = str(work / "borg-home")
+    return {"BORG_BASE_DIR": home, "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes"}
+
+
+def borg_stats(repository: Path, env: Mapping[str, str]) -> dict[str, int]:
+    """Return what borg counts in a repository: unique_size, total_unique_chunks and others."""
+    info = json.loads(run("borg", "info", "--json", repository, env=env))
+    return cast("dict[str, int]", info["cache"]["stats"])
+
+
+def measure_borg(bench: Bench, entry: Set, row: str) -> None:
     """Take the growth of what borg stores by all archives but the first."""
-    repository, home = bench.work / "borg", bench.work / "borg-home"
-    env = {"BORG_BASE_DIR": str(home), "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes"}
-    options = ["--chunker-params", parameters] if parameters else []
+    repository, env = bench.work / "borg", borg_environment(bench.work)
+    options = ["--chunker-params", row.split("`")[1]] if "`" in row else []
     run("borg", "init", "--encryption", "none", repository, env=env)
     sizes = []
     for folder in entry.days:
         place = f"{repository}::{folder.name}"
         run("borg", "create", *options, place, *entry.names, cwd=folder, env=env)
-        stats = json.loads(run("borg", "info", "--json", repository, env=env))["cache"]["stats"]
+        stats = borg_stats(repository, env)
         sizes.append(stats["unique_csize"])
     bench.note(row, entry.column, sizes[-1] - sizes[0])
-    # borg holds its index of chunks in memory, as it is in this file.
-    [index] = home.glob(".cache/borg/*/chunks")
-    memory = index.stat().st_size / stats["unique_size"] * (1 << 40) / MIB
-    bench.remarks.append(f"{row}, {entry.column}: an index of {memory:.0f} MiB a TiB of data")
+    bench.note_chunks(row, entry.column, stats["total_unique_chunks"], stats["unique_size"])
     for name in entry.names:
         restored = bench.work / "restored"
         with open(restored, "wb") as out:
             run("borg", "extract", "--stdout", place, name, env=env, stdout=out)
         bench.prove("borg", entry.days[-1] / name, restored)
     shutil.rmtree(repository)
-    shutil.rmtree(home)
+    shutil.rmtree(env["BORG_BASE_DIR"])
+
+
+def borg_memory(work: Path) -> float:
+    """Return the bytes of memory that borg takes for each chunk of a file when it stores it.
+
+    Two files of random data in chunks of some 3 KiB: the second has as many as 1 TiB in chunks of
+    1.5 MiB. The difference of the two peaks leaves out what borg needs for any file.
+    """
+    repository, source, env = work / "borg", work / "random", borg_environment(work)
+    peak = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    options = ["--compression", "none", "--chunker-params", "buzhash,10,16,11,4095"]
+    peaks, counts = [], []
+    for size in (64, 2048):
+        with open(source, "wb") as file:
+            for _ in range(size):
+                file.write(os.urandom(MIB))
+        run("borg", "init", "--encryption", "none", repository, env=env)
+        create = ["borg", "create", *options, f"{repository}::random", str(source)]
+        peaks.append(int(run(sys.executable, "-c", peak, *create, env=env)))
+        counts.append(borg_stats(repository, env)["total_unique_chunks"])
+        shutil.rmtree(repository)
+        shutil.rmtree(env["BORG_BASE_DIR"])
+    source.unlink()
+    return (peaks[1] - peaks[0]) / (counts[1] - counts[0])
 
 
 def measure_rdiff(bench: Bench, entry: Set) -> None:
@@ -795,9 +835,9 @@ def measure(bench: Bench, entry: Set) -> None:
     bench.note(SIZE, entry.column, sum(sizes))
     say(f"{entry.column}: restic")
     measure_restic(bench, entry)
-    for row, parameters in BORG_PARAMETERS.items() if entry.column in BORG_COLUMNS else ():
+    for row in BORG_ROWS if entry.column in BORG_COLUMNS else ():
         say(f"{entry.column}: {row}")
-        measure_borg(bench, entry, row, parameters)
+        measure_borg(bench, entry, row)
     say(f"{entry.column}: rdiff, fixed blocks")
     measure_rdiff(bench, entry)
     measure_fixed(bench, entry)
@@ -816,6 +856,12 @@ def measure_all(bench: Bench, raw: Set, written: Set) -> None:
             say("diff")
             measure_diff(bench, entry, raw)
         shutil.rmtree(bench.work / "column")
+    say("borg's memory")
+    each = borg_memory(bench.work)
+    bench.remarks.append(f"borg create: {each:.0f} bytes of memory a chunk")
+    for row in BORG_ROWS:
+        memory = bench.chunks[row][DEFAULT] * 1024 * each / (1 << 30)
+        bench.remarks.append(f"{row}: {memory:.1f} GiB of memory a TiB, {DEFAULT}")
 
 
 # ---- telling ------------------------------------------------------------------------------------
@@ -827,15 +873,22 @@ def number(size: float) -> str:
 
 
 def markdown(table: dict[str, dict[str, float]]) -> str:
-    """Return the table; its last column is what the default costs of what raw disks cost."""
-    lines = [
-        f"| MiB | {' | '.join(COLUMNS)} | x raw disks |",
-        f"|---|{'---:|' * (len(COLUMNS) + 1)}",
-    ]
+    """Return the table; its last columns say what the raw disks' figures are multiplied by."""
+    columns = [*COLUMNS, *(f"{column}, x raw disks" for column in FACTORS)]
+    lines = [f"| MiB | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for row in ROWS:
-        cells = [number(table[row][c]) if c in table[row] else "" for c in COLUMNS]
-        factor = f"{table[row][DEFAULT] / table[row][RAW]:.2f}"
-        lines.append(f"| {row} | {' | '.join(cells)} | {factor} |")
+        figures = table[row]
+        cells = [number(figures[c]) if c in figures else "" for c in COLUMNS]
+        cells += [f"{figures[c] / figures[RAW]:.2f}" for c in FACTORS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def chunk_table(chunks: dict[str, dict[str, float]]) -> str:
+    lines = [f"| chunks a GiB | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    for row, counts in chunks.items():
+        cells = [f"{counts[c]:.0f}" if c in counts else "" for c in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -850,8 +903,8 @@ def goals(table: dict[str, dict[str, float]]) -> list[str]:
 
 def svg(table: dict[str, dict[str, float]], day_count: int) -> str:
     """Draw what three programs store of three forms as bars, and of raw disks as a line."""
-    # Each row has a scale of its own: the raw disks are a line through all of them.
-    left, line, bar, top = 70, 250, 20, 84
+    left, bar, top = 70, 20, 84
+    unit = 480 / max(table[row][form] for row in PICTURE_ROWS for form in FORMS)  # pixels a byte
     group = len(FORMS) * (bar + 2) + 18
     height = top + len(PICTURE_ROWS) * group
     # A background of its own: a page may be dark where the reader's system is light.
@@ -875,23 +928,20 @@ def svg(table: dict[str, dict[str, float]], day_count: int) -> str:
     for place, (row, title) in enumerate(PICTURE_ROWS.items()):
         y = top + place * group
         raw = table[row][RAW]
-        widest = max(table[row][form] for form in FORMS) / raw
-        unit = min(line, 480 / widest)  # the raw disks are so many pixels
+        line = left + unit * raw
         middle = y + len(FORMS) * (bar + 2) // 2 + 4
         out.append(f'<text x="16" y="{middle}" font-weight="bold">{title}</text>')
         for at, (form, (style, _)) in enumerate(FORMS.items()):
             size = table[row][form]
-            length, edge = max(1.0, unit * size / raw), y + at * (bar + 2)
-            label = max(left + length, left + unit) + 8
+            length, edge = max(1.0, unit * size), y + at * (bar + 2)
             out.append(
                 f'<rect class="{style}" x="{left}" y="{edge}" width="{length:.1f}" '
-                f'height="{bar}" rx="2"/><text x="{label:.1f}" y="{edge + 15}">{number(size)}, '
-                f"{size / raw:.2f} x</text>"
+                f'height="{bar}" rx="2"/><text x="{max(left + length, line) + 8:.1f}" '
+                f'y="{edge + 15}">{number(size)}, {size / raw:.2f} x</text>'
             )
         ends = y - 4, y + len(FORMS) * (bar + 2) + 2
         out.append(
-            f'<line class="raw" x1="{left + unit:.1f}" y1="{ends[0]}" x2="{left + unit:.1f}" '
-            f'y2="{ends[1]}"/>'
+            f'<line class="raw" x1="{line:.1f}" y1="{ends[0]}" x2="{line:.1f}" y2="{ends[1]}"/>'
         )
     return "\n".join([*out, "</svg>", ""])
 
@@ -927,6 +977,8 @@ def main() -> int:
         "--tool", type=Path, metavar="FILE", default=TOOL, help="vma_tool.py to use"
     )
     args = parser.parse_args()
+    if args.days < 2:
+        parser.error("--days: at least 2")
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         print(f"dedup.py: not installed: {', '.join(missing)}", file=sys.stderr)
@@ -947,7 +999,7 @@ def main() -> int:
 
     print(f"New data of days 2 to {args.days}, MiB (--size {args.size}; {origin}).\n")
     print(markdown(bench.table))
-    print("", *bench.remarks, "", versions(), "", sep="\n")
+    print("", chunk_table(bench.chunks), "", *bench.remarks, "", versions(), "", sep="\n")
     print("\n".join(goals(bench.table)))
     same = bench.restored - len(bench.wrong)
     print(f"{same} of {bench.restored} restored files are identical to what was stored")
