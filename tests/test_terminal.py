@@ -112,7 +112,7 @@ class SlowMotion:
         self.done_later = 0
         first = None
         while child.running():
-            time.sleep(0.02)
+            time.sleep(0.005)
             child.send(signal.SIGSTOP)
             time.sleep(0.105)
             done = child.transferred("rchar") + child.transferred("wchar")
