@@ -4166,13 +4166,15 @@ class CanonicalWriter(Consumer):
 
 def check_written(writer: CanonicalWriter, written: Input) -> None:
     """Raise VmaError unless the archive on the disk has the header and extents as written."""
-    # What was laid out had all clusters, so it is enough that each byte of a header is the same.
+    # What was laid out had all clusters, so it is enough that each byte of a header is the same,
+    # and that the last extent has its end.
     digest = hashlib.sha256()
     header_md5 = b""
     with suppress(FormatError):  # what is wrong with it does not matter
         header_md5 = read_header(written, whole=False).md5
     size = EXTENT_HEADER_SIZE
-    while data := written.peek(size):
+    is_cut = False
+    while not is_cut and (data := written.peek(size)):
         empty = count_empty(data)
         headers = data[: EXTENT_HEADER_SIZE * (empty + 1)]
         digest.update(headers)
@@ -4181,10 +4183,10 @@ def check_written(writer: CanonicalWriter, written: Input) -> None:
             headers[EXTENT_HEADER_SIZE * empty :][EXTENT_BLOCK_COUNT], "big"
         )
         skipped = len(headers) + block_count * BLOCK_SIZE
-        if written.skip(skipped) < skipped:
-            break
+        is_cut = written.skip(skipped) < skipped
         size = EXTENT_HEADER_SIZE if block_count else min(max(2 * size, WINDOW_SIZE), RUN_SIZE)
-    if (header_md5, digest.digest()) != (writer.header_md5, writer.headers.digest()):
+    found = header_md5, digest.digest()
+    if is_cut or found != (writer.header_md5, writer.headers.digest()):
         raise VmaError(f"{written.name}: what was written reads back as something else")
 
 

@@ -221,6 +221,17 @@ class WrongBit(OsProxy):
         return os.write(fd, self._wrong(bytes(data), offset))
 
 
+class ShortFile(OsProxy):
+    """`os` that loses the last bytes of any file that is given its size."""
+
+    def __init__(self, lost: int) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, max(size - self.lost, 0))
+
+
 class Nth:
     """Does something ahead of the N-th call of a run, of which it gets the name, and nothing else.
 

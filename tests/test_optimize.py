@@ -14,7 +14,7 @@ import vma_tool
 from tests import archives
 from tests.archives import BLOCK, CLUSTER, MIB, Archive, Device
 from tests.damage import damages, good
-from tests.faults import WrongBit
+from tests.faults import ShortFile, WrongBit
 from tests.support import (
     BAD,
     FEW,
@@ -701,6 +701,19 @@ class Care(ToolTest):
                     self.assertEqual(snapshot(self.directory), before)
         self.ok("optimize", "-q", "--check", source, output)
         self.assertEqual(sha256(output), sha256(written))
+
+    def test_an_end_that_is_lost(self) -> None:
+        """What was written is read back up to its last byte, also without --check."""
+        archive = small_archive(random.Random(12))
+        source = self.file("a.vma", archives.build(archive))
+        before = snapshot(self.directory)
+        for lost in (1, BLOCK):
+            for name in ("out.vma", "out.vma.zst"):
+                with self.subTest(lost=lost, name=name):
+                    with mock.patch.object(vma_tool, "os", ShortFile(lost)):
+                        line = self.refused("optimize", source, self.directory / name)
+                    self.assertIn("reads back as something else", line)
+                    self.assertEqual(snapshot(self.directory), before)
 
 
 class Advice(ToolTest):
