@@ -132,6 +132,15 @@ def tree_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def data_size(path: Path) -> int:
+    """Return how many bytes are in blocks that are not all zeros, hole or not."""
+    size = 0
+    with open(path, "rb") as file:
+        while piece := file.read(archives.BLOCK):
+            size += len(piece) if any(piece) else 0
+    return size
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -831,7 +840,7 @@ def measure_diff(bench: Bench, entry: Set, raw: Set) -> None:
 def measure(bench: Bench, entry: Set) -> None:
     files = [entry.days[-1] / name for name in entry.names]
     # A raw disk is as large as what is in it; an archive is sent with its holes.
-    sizes = [f.stat().st_blocks * 512 if entry.column == RAW else f.stat().st_size for f in files]
+    sizes = [data_size(file) if entry.column == RAW else file.stat().st_size for file in files]
     bench.note(SIZE, entry.column, sum(sizes))
     say(f"{entry.column}: restic")
     measure_restic(bench, entry)
