@@ -2459,6 +2459,14 @@ class Target:
         if self.seekable and self.lasting:
             self._write_behind(start, offset)
 
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return bytes that were written, fewer behind the end; on what is seekable only."""
+        with os_errors_as(self.name):
+            if hasattr(os, "pread"):
+                return os.pread(self.fd, size, offset)
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            return os.read(self.fd, size)
+
     def append(self, parts: Sequence[Buffer]) -> None:
         """Write parts after everything that was appended before."""
         offset = self.position
@@ -6016,17 +6024,17 @@ def log_to_syslog(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue: recover disks from a damaged archive. Its bytes slide through a window. Where extents no
-# longer follow one another, the next whole header is searched for
+# Rescue: recover disks from a damaged archive. Its bytes slide through a window, with notes on what
+# of them is lost, doubtful or missing
 
 RESCUE_NAME = "rescue.json"
-EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
 # What one view of a window holds; it grows where that is not enough.
 PLAIN_VIEW_SIZE = 5888 << 10  # an extent and a half
 DECODED_VIEW_SIZE = 8 << 20
 PACKED_VIEW_SIZE = 4 << 20
 PLAIN_PIECE_SIZE = 256 << 10
 READ_SIZE = 1 << 20
+WRITE_SIZE = 1 << 20
 PATTERN_MAX_SIZE = 32  # longer than any match of `Window.search`
 PAGE_SIZE = 4096  # the kernel reads files by the page: one bad sector costs all of it
 # Errors of a damaged disk or file system. After any other error, nothing more can be read.
@@ -6034,14 +6042,6 @@ DAMAGE_ERRORS = {
     getattr(errno, name, errno.EIO)
     for name in ("EIO", "ENODATA", "EBADMSG", "EUCLEAN", "EREMOTEIO", "EILSEQ")
 }
-EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
-# A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
-# cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
-HORIZON = 2 * EXTENT_MAX_SIZE
-NEAR_SIZE = 64 << 10  # bytes by which an extent may miss its expected place
-ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
-CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
-FOUND_ZERO, FOUND_STORED, FOUND_DOUBTFUL = 1, 2, 3
 Range = tuple[int, int]  # start and end in bytes; the end is exclusive
 
 
@@ -6056,8 +6056,9 @@ class Salvage:
     """The readable bytes of a damaged archive, in order.
 
     Lost bytes read as zeros; at a break, an unknown number of bytes is missing. Offsets count the
-    bytes as they are read. The lists, all but `flaws` ascending, are complete up to the last piece
-    that was waited for.
+    bytes as they are read. `lost`, `doubtful`, `breaks` and `seams` are ascending, and complete up
+    to the last piece that was waited for. What begins at a seam has one checksum, too far away to
+    wait for: if it does not match, `failed` has its range in the end.
     """
 
     ahead = 4  # pieces that may be read at the same time
@@ -6067,9 +6068,9 @@ class Salvage:
         self.lost: list[Range] = []
         self.doubtful: list[Range] = []
         self.breaks: list[int] = []
+        self.seams: list[int] = []
+        self.failed: list[Range] = []
         self.flaws: list[Flaw] = []
-        # A checksum over everything does not match: 1 if only it may be damaged, 2 if not
-        self.suspect = 0
         self.needed = 1  # bytes of room for the next piece
 
     def begin(self, view: memoryview) -> tuple[int, Call] | None:
@@ -6082,6 +6083,20 @@ class Salvage:
     def index(self, header: Header) -> ArchiveIndex | None:
         """Return the archive's index, if there is one."""
         return None
+
+    def is_sound(self, start: int, end: int) -> bool:
+        """Say whether all bytes from start to end are there, and none is doubtful."""
+        return not (overlaps(self.lost, start, end) or overlaps(self.doubtful, start, end))
+
+    def has_break(self, start: int, end: int) -> bool:
+        """Say whether bytes are missing somewhere from start to end, both included."""
+        return bisect.bisect_left(self.breaks, start) < bisect.bisect_right(self.breaks, end)
+
+
+def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
+    """Say whether one of ascending ranges has bytes between start and end."""
+    i = bisect.bisect_left(ranges, (end, 0))
+    return i > 0 and ranges[i - 1][1] > start
 
 
 class RawSalvage(Salvage):
@@ -6266,19 +6281,16 @@ class Window:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, compressed files: decompress up to the damage, then from the next frame or block on
+# Rescue, compressed files: a class for each codec decompresses what is left. What its own checksum
+# does not vouch for is doubtful
 
 PACKED_ROOM = PIECE_SIZE + (64 << 10)  # of a frame of ours
 PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
-DECODE_SIZE = 64 << 10  # bytes that one call decompresses, and loses if it finds damage
-LATE_BLOCKS = 4  # blocks of zstd that may be wrong before damage is noticed
-HOLD_SIZE = 2 << 20  # bytes that may be wrong before a decompressor notices damage
+DECODE_SIZE = 64 << 10  # bytes that one call decompresses
 ZSTD_PATTERN = re.compile(re.escape(ZSTD_MAGICS[0]))
-XZ_HEADER_SIZE = XZ_FOOTER_SIZE = 12
-XZ_CHECK_SIZE = 8  # of CRC64, as usual
-XZ_END_SIZE = 1 << 20  # room for the index, which lists all blocks
-# The LZMA2 filter in a block's header: its number, one byte of properties, the dictionary's size
-XZ_BLOCK_PATTERN = re.compile(rb"(?s)\x21\x01[\x00-\x28]")
+XZ_HEADER_SIZE = 12
+XZ_FEED_SIZE = 4 << 10  # what it makes of bytes among which is damage, it does not give
+XZ_CHECK_SIZES = {0: 0, 1: 4, 4: 8, 10: 32}  # none, CRC32, CRC64, SHA-256
 BZIP2_MAGICS = BZIP2_BLOCK, BZIP2_END = 0x314159265359, 0x177245385090  # of 48 bits, at any bit
 BZIP2_START = 32  # bits in front of the first block
 # The five whole bytes in a magic, by the bit that it begins at; `_next_bits` compares the others.
@@ -6289,25 +6301,37 @@ BZIP2_PATTERN = re.compile(
         for shift in range(8)
     )
 )
+LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
+# What its program writes when it reads a pipe: an Adler-32 of each block's data, no name, no time
+LZOP_USUAL_FLAGS = 1
+LZOP_USUAL_HEADER = LZOP_MAGIC + bytes.fromhex(
+    "1040 20A0 0940 01 05 00000001 00000000 00000000 00000000 00 1E810161"
+)
+LZOP_BLOCK_SIZE = 256 << 10
 LZOP_BLOCK = struct.Struct(">II")  # sizes, plain and stored
 # lzop makes blocks of 256 KiB; no block is stored larger than that.
 LZOP_BLOCK_PATTERN = re.compile(rb"(?s)\x00\x04\x00\x00\x00[\x00-\x04]..")
-RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", ".bz2": "bzip2"}
+CUT_TEXT = "the file is cut short"
+SOUND, DOUBTFUL, LOST = range(3)
 
 
 class Chunk(NamedTuple):
-    """Decompressed bytes; or a flaw, and a zero for each byte that it costs.
+    """Decompressed bytes and their state; lost ones are zeros. `flaw` is what is wrong with them.
 
-    With a flaw, None stands for an unknown number of bytes.
+    Behind a break an unknown number of bytes is missing. At a seam begins what has one checksum,
+    about which a later chunk says `failed` if it does not match.
     """
 
-    data: Buffer | None
+    data: Buffer = b""
     flaw: str = ""
-    doubtful: bool = False
+    state: int = SOUND
+    is_break: bool = False
+    is_seam: bool = False
+    failed: bool = False
 
 
 class WholeFrame(NamedTuple):
-    """A zstd frame to be decompressed: `size` bytes, lost if it is damaged."""
+    """A zstd frame to be decompressed, of `size` bytes then."""
 
     data: memoryview  # of a window
     size: int
@@ -6317,18 +6341,96 @@ class WholeFrame(NamedTuple):
 Task = Union[Chunk, Callable[[], "list[Chunk]"]]  # what is known, or is to be decompressed
 
 
-class DecodedSalvage(Salvage):
-    """The readable bytes of a damaged compressed file, decompressed in chunks by its codec.
+class Decoder:
+    """Decompresses what is left of a file; `position` is its offset in the compressed file."""
 
-    `position` is the codec's offset in the compressed file.
-    """
+    def __init__(self, file: Input, window: Window, workers: Workers) -> None:
+        self.file = file
+        self.window = window
+        self.workers = workers
+        self.position = 0
+
+    def chunks(self) -> Iterator[Chunk | WholeFrame]:
+        """Yield everything that can be decompressed, in order."""
+        raise NotImplementedError
+
+    def frame_chunks(self, frame: WholeFrame, view: memoryview) -> list[Chunk]:
+        """Decompress a frame into view; return what is to be noted about it, if anything."""
+        raise NotImplementedError
+
+    def index(self, header: Header) -> ArchiveIndex | None:
+        """Return the archive's index, if there is one."""
+        return None
+
+    def flaw(self, text: object, position: int | None = None) -> str:
+        return f"at byte {self.position if position is None else position} of the file: {text}"
+
+    def feed(self, size: int) -> bytes:
+        """Return up to size of the next bytes, and pass over them; raises CutError at the end."""
+        data = bytes(self.window.peek(self.position, size))
+        if not data:
+            raise CutError(CUT_TEXT)
+        self.position += len(data)
+        # A little is kept: a decompressor may not need all of it.
+        self.window.forget(self.position - DECODE_SIZE)
+        return data
+
+    def take(self, size: int) -> bytes:
+        """Return exactly the next size bytes, and pass over them; raises CutError."""
+        if len(self.window.peek(self.position, size)) < size:
+            raise CutError(CUT_TEXT)
+        return self.feed(size) if size else b""
+
+    def in_order(self, tasks: Iterable[Task]) -> Iterator[Chunk]:
+        """Do tasks in threads; yield their chunks in the order of the tasks."""
+        pending: collections.deque[Call] = collections.deque()
+        for task in tasks:
+            # A chunk that is there already waits for its turn like the others.
+            call = Call(list, [task]) if isinstance(task, Chunk) else Call(task)
+            pending.append(self.workers.submit(call))
+            # One more than there are threads, so that none is idle while its result is taken.
+            if len(pending) > processor_count():
+                yield from pending.popleft().result()
+        for call in pending:
+            yield from call.result()
+
+    def under_checksum(self, parts: Iterator[bytes]) -> Generator[Chunk, None, FormatError | None]:
+        """Yield parts that have one checksum; return the error that parts raises, if any.
+
+        It makes all of them doubtful, unless it is a CutError: the file ends before the checksum.
+        """
+        start = self.position
+        held: list[bytes] = []
+        size = 0
+        is_open = False
+        error = None
+        try:
+            for data in parts:
+                held.append(data)
+                size += len(data)
+                if size > FRAME_MAX_SIZE:  # as much as memory is for: then it is known too late
+                    for each in held:
+                        yield Chunk(each, is_seam=not is_open)
+                        is_open = True
+                    held.clear()
+        except FormatError as caught:
+            error = caught
+        failed = error is not None and not isinstance(error, CutError)
+        # What could not be read is wrong, with or without a checksum.
+        failed = failed or overlaps(self.window.source.lost, start, self.position)
+        yield from (Chunk(each, state=DOUBTFUL if failed else SOUND) for each in held)
+        if is_open:
+            yield Chunk(is_seam=True, failed=failed)
+        return error
+
+
+class DecodedSalvage(Salvage):
+    """The readable bytes of a damaged compressed file."""
 
     def __init__(self, file: Input, window: Window, codec: str) -> None:
         super().__init__(processor_count())
-        self.file = file
-        self.window = window
-        self.position = 0
-        self._chunks: Iterator[Chunk | WholeFrame] = getattr(self, f"_{codec}")()
+        self._decoder = DECODERS[codec](file, window, self.workers)
+        self._chunks = self._decoder.chunks()
         self.ahead = 2 * processor_count() + 2
         # Frames are decompressed right from the window, where they stay until that is done.
         self._calls: collections.deque[Call] = collections.deque(maxlen=self.ahead)
@@ -6336,20 +6438,13 @@ class DecodedSalvage(Salvage):
         self._next: WholeFrame | None = None  # waits for room
         self._data = memoryview(b"")  # rest of a chunk
         self._end = 0  # of the bytes in all chunks
-        self._fault = ""
-        self._frame_whole = False  # so far, apart from its checksum
-        self._at_checksum = False
-        start = array.array("Q", [0])
-        self._table = SeekTable(start, start, 0)  # of no frames
-        self._masks = array.array("H")
-        self._number = 0  # of the next frame in the table, -1 if that is not known
 
     def begin(self, view: memoryview) -> tuple[int, Call] | None:
         while not (self._data or self._next):
             chunk = next(self._chunks, None)
             if isinstance(chunk, Chunk):
                 self._record(self._end, chunk)
-                self._data = memoryview(chunk.data or b"")
+                self._data = memoryview(chunk.data)
                 self._end += len(self._data)
             else:
                 self._next = chunk
@@ -6373,100 +6468,91 @@ class DecodedSalvage(Salvage):
         self._calls.append(call)
         return frame.size, self.workers.submit(call)
 
+    def index(self, header: Header) -> ArchiveIndex | None:
+        return self._decoder.index(header)
+
+    def _decompress(self, frame: WholeFrame, view: memoryview, start: int) -> int:
+        """Decompress a frame into view, and return its size."""
+        for chunk in self._decoder.frame_chunks(frame, view):
+            self._record(start, chunk)
+            start += len(chunk.data)
+        return frame.size
+
     def _record(self, start: int, chunk: Chunk) -> None:
-        """Enter what is wrong with a chunk into the lists."""
-        size = len(chunk.data or b"")
+        """Enter what is to be noted about a chunk into the lists."""
+        end = start + len(chunk.data)
         if chunk.flaw:
             self.flaws.append(Flaw(start, chunk.flaw))
-        if chunk.data is None:
-            self.breaks.append(start)
-        elif size and (chunk.flaw or chunk.doubtful):
+        if chunk.state != SOUND and start < end:
             # Frames are decompressed in any order.
-            bisect.insort(self.lost if chunk.flaw else self.doubtful, (start, start + size))
+            bisect.insort(self.lost if chunk.state == LOST else self.doubtful, (start, end))
+        if chunk.is_break:
+            bisect.insort(self.breaks, end)
+        if chunk.failed:
+            self.failed.append((self.seams[-1], start))
+        if chunk.is_seam:
+            self.seams.append(start)
 
-    def _flaw(self, text: object, position: int | None = None) -> str:
-        return f"at byte {self.position if position is None else position} of the file: {text}"
 
-    def _feed(self, size: int) -> bytes:
-        """Return the next bytes of the file, and pass over them; raises EOFError at its end."""
-        data = bytes(self.window.peek(self.position, size))
-        if not data:
-            raise EOFError
-        self.position += len(data)
-        # Damage is noticed late: xz looks for its next block from a piece before it on.
-        self.window.forget(self.position - DECODE_SIZE)
-        return data
+class ZstdDecoder(Decoder):
+    """zstd: small frames at once, large ones block by block."""
 
-    def _in_order(self, tasks: Iterable[Task]) -> Iterator[Chunk]:
-        """Do tasks in threads; yield their chunks in the order of the tasks."""
-        pending: collections.deque[Call] = collections.deque()
-        for task in tasks:
-            # A chunk that is there already waits for its turn like the others.
-            call = Call(list, [task]) if isinstance(task, Chunk) else Call(task)
-            pending.append(self.workers.submit(call))
-            # One more than there are threads, so that none is idle while its result is taken.
-            if len(pending) > processor_count():
-                yield from pending.popleft().result()
-        for call in pending:
-            yield from call.result()
-
-    def _hold(self, parts: Iterator[bytes], errors: type[Exception]) -> Iterator[Chunk]:
-        """Yield parts, late: if one of the errors comes, those before it are doubtful."""
-        held: collections.deque[bytes] = collections.deque()
-        size = 0
-        doubtful = False
-        self._fault = ""
-        try:
-            for data in parts:
-                held.append(data)
-                size += len(data)
-                while size - len(held[0]) >= HOLD_SIZE:
-                    size -= len(held[0])
-                    yield Chunk(held.popleft())
-        except EOFError:
-            # Everything before a cut is right.
-            self._fault = "the file is cut short"
-        except errors as error:
-            self._fault = str(error)
-            # Wrong input may decompress to something for a while, unless only a checksum was left.
-            doubtful = not self._at_checksum
-        yield from (Chunk(data, doubtful=doubtful) for data in held)
-
-    # zstd: small frames at once, so either whole or lost; large ones block by block
-
-    def _zstd(self) -> Iterator[Chunk | WholeFrame]:
+    def __init__(self, file: Input, window: Window, workers: Workers) -> None:
+        super().__init__(file, window, workers)
         zstd = Zstd.load()
         if zstd is None:
-            raise VmaError(f"{self.file.name}: zstd is missing here: install the package libzstd1")
+            raise VmaError(f"{file.name}: zstd is missing here: install the package libzstd1")
         self._library = zstd
-        self._read_table()
-        while len(self.window.peek(self.position, 1)):
-            yield from self._zstd_frames()
-            if len(self.window.peek(self.position, 1)):
-                yield from self._zstd_blocks()
+        start = array.array("Q", [0])
+        self._table = SeekTable(start, start, 0)  # of no frames
+        self._index_start = 0  # where the index, or else the seek table, is in the file
+        self._number = -1  # of the next frame in the table, -1 if that is not known
+        if file.raw is not None and hasattr(os, "pread"):
+            with suppress(FormatError, OSError, ValueError):
+                self._read_table(file.raw.fileno())
 
-    def _read_table(self) -> None:
-        """Read the seek table and the index, as far as the file has them."""
-        if self.file.raw is None or not hasattr(os, "pread"):
+    def _read_table(self, fd: int) -> None:
+        end = self.file.raw_size
+        footer = os.pread(fd, SEEK_FOOTER.size, max(end - SEEK_FOOTER.size, 0))
+        size = parse_seek_footer(footer) or 0
+        if not 0 < size <= end:
             return
-        with suppress(FormatError, OSError, ValueError):
-            fd, end = self.file.raw.fileno(), self.file.raw_size
-            footer = os.pread(fd, SEEK_FOOTER.size, max(end - SEEK_FOOTER.size, 0))
-            size = parse_seek_footer(footer) or 0
-            if 0 < size <= end:
-                # Frames may be missing before it, and the index may not be where it says.
-                self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
-                # The index ends where the table begins; only its own beginning tells its size.
-                start = max(end - size - PIECE_ROOM, 0)
-                tail = os.pread(fd, end - size - start, start)
-                data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
-                self._masks = parse_index(self._library, data, end)
+        # Frames may be missing before it, and the index may not be where it says.
+        self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
+        start = max(end - size - PIECE_ROOM, 0)
+        self._index_start = end - size
+        self._index_start = start + self._read_tail(fd).rindex(INDEX_NAME) - SKIPPABLE.size
+
+    def _read_tail(self, fd: int) -> bytes:
+        """Return what is in front of the seek table: only its own beginning tells an index."""
+        size = SEEK_ENTRY_SIZE * (len(self._table.offsets) - 1) + SKIPPABLE.size + SEEK_FOOTER.size
+        end = self.file.raw_size - size
+        start = max(end - PIECE_ROOM, 0)
+        return os.pread(fd, end - start, start)
 
     def index(self, header: Header) -> ArchiveIndex | None:
-        devices = canonical_order(header.devices)
-        with suppress(FormatError):
-            return index_archive(header.size, devices, self._masks, self._table)
+        if self.file.raw is None or not self._index_start:
+            return None
+        with suppress(FormatError, OSError, ValueError):
+            tail = self._read_tail(self.file.raw.fileno())
+            data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
+            masks = parse_index(self._library, data, self.file.raw_size)
+            return index_archive(header.size, canonical_order(header.devices), masks, self._table)
         return None
+
+    def _locate(self, position: int, sizes: tuple[int, int] | None = None) -> int:
+        """Return the number of the frame that the table has at a position, -1 if none.
+
+        With its sizes, compressed and not, they must match.
+        """
+        starts = self._table.compressed_offsets
+        # Behind bytes that are missing or were added, all frames are as far off as the index is.
+        for shift in (0, self._index_start - starts[-1]):
+            number = bisect.bisect_left(starts, position - shift)
+            is_start = number < len(starts) > 1 and starts[number] == position - shift
+            if is_start and sizes in (None, self._sizes(number)):
+                return number
+        return -1
 
     def _sizes(self, number: int) -> tuple[int, int] | None:
         """Return the sizes, compressed and not, of a frame by the seek table."""
@@ -6475,84 +6561,26 @@ class DecodedSalvage(Salvage):
             return None
         return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
 
-    def _find_number(self, sizes: tuple[int, int], first: int) -> int:
-        """Return the number of the next frame with these sizes, -1 if it cannot be found."""
-        # Bounded: a table may list millions, and is searched for each frame that is not in it.
-        numbers = range(first, first + 10000) if first >= 0 else ()
-        return next((number for number in numbers if self._sizes(number) == sizes), -1)
-
-    def _zstd_frames(self) -> Iterator[Chunk | WholeFrame]:
-        """Yield each small frame, up to one that is better read in blocks."""
+    def chunks(self) -> Iterator[Chunk | WholeFrame]:
+        self._number = self._locate(0)
         while len(data := self.window.peek(self.position, SKIPPABLE.size)):
-            start = self.position
             magic, size = SKIPPABLE.unpack(bytes(data).ljust(SKIPPABLE.size, b"\0"))
             if magic in SKIPPABLE_MAGICS:
-                end = start + SKIPPABLE.size + int(size)
-                if self._is_frame(end):
-                    self.position = end
-                    self.window.skip(end)
-                else:
-                    # In an index is a frame, too, whose content does not belong to the archive.
-                    nothing = None if magic == INDEX_MAGIC else b""
-                    yield Chunk(nothing, self._flaw("a skippable frame is damaged"))
-                    self._next_frame()
-                continue
-            data, head, size, fault = self._see_frame()
-            plain = head.content_size if head and head.content_size is not None else PIECE_ROOM
-            known = self._sizes(self._number)
-            # By the end of the file, and not only by that of the room.
-            cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
-            # The first frame is the header, which has a checksum of its own, or everything.
-            if head and (not start or (not known and (plain > FRAME_MAX_SIZE or cut))):
-                return
-            following = bytes(data[size : size + 4])
-            if not fault and plain <= FRAME_MAX_SIZE and following not in (b"", *ZSTD_MAGICS):
-                # Bytes may be missing or added, so that it does not end there.
-                try:
-                    self._library.decompress_into(data[:size], memoryview(bytearray(plain)))
-                except FormatError as error:
-                    fault = error
-            if not fault and data[: len(STORED_HEADER)] == STORED_HEADER:
-                header = bytes(data[len(STORED_HEADER) : size])  # which has no other checksum
-                if md5_without(header, EXTENT_MD5) != header[EXTENT_MD5]:
-                    fault = FormatError("the extent header's MD5 does not match")
-            if fault or plain > FRAME_MAX_SIZE:
-                text = self._flaw(fault or "the zstd frame is damaged")
-                lost = self._pass_frame(plain if plain <= FRAME_MAX_SIZE else None)
-                yield Chunk(None if lost is None else bytes(lost), text)
+                yield from self._skip(magic, self.position + SKIPPABLE.size + int(size))
             else:
-                number = self._find_number((size, plain), self._number)
-                if number > self._number >= 0:
-                    lost = self._table.offsets[number] - self._table.offsets[self._number]
-                    zeros = bytes(min(lost, FRAME_MAX_SIZE))
-                    yield Chunk(zeros, self._flaw("frames are missing"))
-                # Sizes that are not in the table are damaged: then the table says how much is lost.
-                lost = known[1] if known and number < 0 else plain
-                whole = WholeFrame(data[:size], plain, start)
-                # An empty frame is no end.
-                if lost != plain or not plain:
-                    found = bytearray(plain)
-                    flaw = self._try(whole, memoryview(found))
-                    yield Chunk(bytes(lost) if flaw else found, flaw)
-                else:
-                    yield whole
-                self.position += size
-                self._number = number + 1 if number >= 0 else -1
+                yield from self._frame()
             self.window.forget(self.position)
 
-    def _see_frame(self) -> tuple[memoryview, Frame | None, int, FormatError | None]:
-        """Return the next bytes, the start of the frame in them, its size, and its fault if any."""
-        for room in PACKED_ROOM, PIECE_ROOM:  # the first one is enough for frames of ours
-            data = self.window.peek(self.position, room)
-            head = None
-            try:
-                head = parse_frame_start(data)
-                return data, head, parse_frame(data).size, None
-            except FormatError as error:
-                fault = error
-            if not isinstance(fault, CutError):
-                break
-        return data, head, 0, fault
+    def _skip(self, magic: int, end: int) -> Iterator[Chunk]:
+        """Pass over a skippable frame, unless its size is damaged."""
+        if self._is_frame(end):
+            self.window.skip(end)
+            self.position = end
+            return
+        # In an index is a frame, too, whose content does not belong to the archive.
+        text = self.flaw("a skippable frame is damaged")
+        yield Chunk(flaw=text, is_break=magic == INDEX_MAGIC)
+        self._next_frame(self.position + 1)
 
     def _is_frame(self, position: int) -> bool:
         """Say whether a frame begins there, or the file ends; where nobody can look, True."""
@@ -6563,47 +6591,134 @@ class DecodedSalvage(Salvage):
             return start in ZSTD_MAGICS or position == self.file.raw_size
         return True
 
-    def _pass_frame(self, plain: int | None) -> int | None:
-        """Go on after a damaged frame; return how many bytes are lost, None if unknown."""
-        first, known = self._number, self._sizes(self._number)
-        if known:
+    def _frame(self) -> Iterator[Chunk | WholeFrame]:
+        """Yield the frame at the position, or what is left of it."""
+        start, expected = self.position, self._number
+        data, head, size, fault = self._look()
+        plain = head.content_size if head else None
+        number = -1 if plain is None or fault else self._locate(start, (size, plain))
+        self._number = number if number >= 0 else self._locate(start)
+        if number > expected >= 0:
+            lost = self._table.offsets[number] - self._table.offsets[expected]
+            text = self.flaw("frames are missing")
+            if lost <= FRAME_MAX_SIZE:
+                yield Chunk(bytes(lost), text, LOST)
+            else:
+                yield Chunk(flaw=text, is_break=True)
+        if head and (plain is None or plain > FRAME_MAX_SIZE):
+            yield from self._large_frame(head)
+            return
+        if plain is None or fault:
+            yield from self._damaged(data, head, fault)
+            return
+        frame = WholeFrame(data[:size], plain, start)
+        fits = bytes(data[size : size + 4]) in (b"", *ZSTD_MAGICS)
+        if fits and plain and number == self._number:
+            yield frame
+        else:  # an empty one is no end; another one may end elsewhere, or have another size
+            view = memoryview(bytearray(plain))
+            flaws = self.frame_chunks(frame, view)
+            if (flaws and number != self._number) or not (fits or (head and head.has_checksum)):
+                yield from self._damaged(data, head, None)
+                return
+            yield from flaws or (Chunk(view),)
+        self.position += size
+        self._number += 1 if self._number >= 0 else 0
+
+    def _look(self) -> tuple[memoryview, Frame | None, int, FormatError | None]:
+        """Return the next bytes, the start of the frame in them, its size, and its fault if any."""
+        head, fault = None, None
+        for room in PACKED_ROOM, PIECE_ROOM:  # the first one is enough for frames of ours
+            data = self.window.peek(self.position, room)
+            try:
+                head = parse_frame_start(data)
+                return data, head, parse_frame(data).size, None
+            except FormatError as error:
+                fault = error
+            if not isinstance(fault, CutError):
+                break
+        return data, head, 0, fault
+
+    def _damaged(
+        self, data: memoryview, head: Frame | None, fault: FormatError | None
+    ) -> Iterator[Chunk]:
+        """Yield what is left of a small frame, and go on to the next one."""
+        text = self.flaw(fault or "the zstd frame is damaged")
+        header = bytes(data[len(STORED_HEADER) : len(STORED_HEADER) + EXTENT_HEADER_SIZE])
+        if is_whole_extent_header(header):  # whatever has hit the bytes in front of it
+            self.position += len(STORED_HEADER) + EXTENT_HEADER_SIZE
+            self._number = self._locate(self.position)
+            yield Chunk(header, text)
+            return
+        prefix, _ = self._up_to_damage(data, head) if head else (b"", False)
+        number, known = self._number, self._sizes(self._number)
+        size: int | None = None  # how many bytes it had; None if nothing tells
+        if known and bytes(self.window.peek(self.position + known[0], 4)) in ZSTD_MAGICS:
             # The next frame is where the table has it: so no byte of this one is missing.
-            following = bytes(self.window.peek(self.position + known[0], 4))
-            if following in ZSTD_MAGICS:
-                self.position += known[0]
-                self._number += 1
-                return known[1]
-        self._next_frame()
-        if known:
-            self._number = -1
-            with suppress(FormatError):
-                size, found, _ = parse_frame(self.window.peek(self.position, PIECE_ROOM))
-                self._number = self._find_number((size, found or 0), first)
-            lost = self._table.offsets[self._number] - self._table.offsets[first]
-            # If more is lost, it is a break: zeros for it would all be in memory at once.
-            return lost if self._number >= 0 and lost <= FRAME_MAX_SIZE else None
-        return plain
+            self.position += known[0]
+            self._number += 1
+            size = known[1]
+        else:
+            end = self.position
+            cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
+            self._next_frame(self.position + 1)
+            if cut and self.window.ends_at(self.position):
+                # It ends before its checksum: what came before the cut is as it is.
+                yield Chunk(prefix, self.flaw(fault, end), is_break=True)
+                return
+            self._number = self._locate(self.position)
+            if self._number > number >= 0:
+                size = self._table.offsets[self._number] - self._table.offsets[number]
+        if size is None or not len(prefix) <= size <= FRAME_MAX_SIZE:
+            yield Chunk(prefix, text, DOUBTFUL, is_break=True)
+        else:
+            yield Chunk(prefix, text, DOUBTFUL)
+            yield Chunk(bytes(size - len(prefix)), state=LOST)
 
-    def _decompress(self, frame: WholeFrame, view: memoryview, start: int) -> int:
-        """Decompress a frame into view, enter its flaw if it has one, and return its size."""
-        flaw = self._try(frame, view)
-        if flaw:
-            self._record(start, Chunk(view, flaw))
-        return frame.size
-
-    def _try(self, frame: WholeFrame, view: memoryview) -> str:
-        """Decompress a frame into view; return its flaw, with zeros in view, if it has one."""
+    def frame_chunks(self, frame: WholeFrame, view: memoryview) -> list[Chunk]:
         try:
             self._library.decompress_into(frame.data, view)
         except FormatError as error:
-            view[:] = bytes(len(view))
-            return self._flaw(error, frame.position)
-        return ""
+            head = parse_frame_start(frame.data)
+            prefix, is_whole = self._up_to_damage(frame.data, head)
+            count = min(len(prefix), len(view))
+            view[:count] = prefix[:count]
+            view[count:] = bytes(len(view) - count)
+            # If all blocks have another size than the frame says, nobody knows what is missing.
+            wrong = len(prefix) > len(view) or (is_whole and len(prefix) < len(view))
+            return [
+                Chunk(view[:count], self.flaw(error, frame.position), DOUBTFUL),
+                Chunk(view[count:], state=LOST, is_break=wrong),
+            ]
+        return []
 
-    def _next_frame(self) -> None:
-        """Go on to the next frame that decompresses, or that is too large to try."""
-        while (found := self.window.search(ZSTD_PATTERN, self.position + 1)) is not None:
-            self.position = found
+    def _up_to_damage(self, data: Buffer, head: Frame) -> tuple[bytes, bool]:
+        """Return what a damaged frame decompresses to, and whether all of its blocks do."""
+        position = 0
+
+        def take(size: int) -> bytes:
+            nonlocal position
+            part = bytes(data[position : position + size])
+            position += size
+            if len(part) < size:
+                raise CutError(CUT_TEXT)
+            return part
+
+        parts: list[bytes] = []
+        pieces = FramePieces(head, take)
+        with suppress(FormatError):
+            size = 0
+            for part in self._library.stream(pieces):
+                parts.append(part)
+                size += len(part)
+                if size > FRAME_MAX_SIZE:
+                    break
+        return b"".join(parts), pieces.ended
+
+    def _next_frame(self, start: int) -> None:
+        """Go on to the next frame from start on that decompresses, or that is too large to try."""
+        while (found := self.window.search(ZSTD_PATTERN, start)) is not None:
+            self.position, start = found, found + 1
             data = self.window.peek(found, PIECE_ROOM)
             # Four bytes like the magic are also in compressed data: it takes a whole frame to tell.
             try:
@@ -6618,188 +6733,176 @@ class DecodedSalvage(Salvage):
             return
         self.position = self.window.end
 
-    def _zstd_blocks(self) -> Iterator[Chunk]:
-        """Yield a frame's blocks up to the damage, and find out where the next frame is."""
-        self._number += 1 if self._number >= 0 else 0
-        pieces = self._zstd_pieces()
-        held: list[bytes] = []
-        size, fault = 0, ""
-        try:
-            for data in self._library.stream(pieces):
-                held.append(data)
-                size += len(data)
-                # All blocks of a small frame wait for its checksum, but a large one may not fit
-                # into memory.
-                if size > FRAME_MAX_SIZE:
-                    yield from map(Chunk, held[:-LATE_BLOCKS])
-                    del held[:-LATE_BLOCKS]
-        except FormatError as error:
-            fault = self._flaw(error)
-        certain = len(held)
-        # All blocks have passed, so it is the checksum that does not match.
-        checksum = bool(fault) and self._frame_whole
-        if checksum and size <= FRAME_MAX_SIZE and not self.window.ends_at(self.position):
-            certain = 0
-        elif checksum:  # if nothing follows, it may be the checksum that is damaged
-            self.suspect = max(self.suspect, 1)
-        elif fault:
-            with suppress(FormatError):
-                # The other blocks' sizes tell where the frame ends, if they are right.
-                for _ in pieces:
-                    pass
-            if not self._frame_whole:
-                # Bytes are missing or added. A block that holds its bytes as they are, and then
-                # what is taken for a block, may have passed.
-                certain = max(certain - LATE_BLOCKS, 0)
-                self._next_frame()
-        yield from (Chunk(data, doubtful=i >= certain) for i, data in enumerate(held))
-        if fault:
-            yield Chunk(b"" if checksum else None, fault)
+    def _large_frame(self, head: Frame) -> Iterator[Chunk]:
+        """Yield the blocks of a frame whose size is large or not known, up to the damage."""
+        start = self.position
+        pieces = FramePieces(head, self.take)
+        error = yield from self.under_checksum(self._blocks(pieces))
+        if error is None:
+            return
+        if not start and re.search(WINDOW_MESSAGES, str(error)):
+            raise window_error(self.file.name)  # nothing is damaged
+        text = self.flaw(error)
+        if not pieces.ended:
+            self._next_frame(self.position)
+        self._number = self._locate(self.position)
+        # Also if all blocks have passed, nobody knows how many bytes they should have given.
+        yield Chunk(flaw=text, is_break=True)
 
-    def _zstd_pieces(self) -> Iterator[bytes]:
-        """Yield a frame's header, each of its blocks, and the checksum, if it has one."""
-        self._frame_whole = False
-        size, _, has_checksum = parse_frame_start(self.window.peek(self.position, DECODE_SIZE))
-        yield self._exactly(size)
+    def _blocks(self, pieces: FramePieces) -> Iterator[bytes]:
+        try:
+            yield from self._library.stream(pieces)
+        except CutError as error:
+            # A block's damaged size may reach behind the end, over whole frames.
+            self._next_frame(self.position)
+            if self.window.ends_at(self.position):
+                raise
+            raise FormatError(str(error)) from None
+
+
+class FramePieces(Iterator[bytes]):
+    """A frame's header, each of its blocks, and its checksum; raises FormatError.
+
+    `take` returns the next bytes. `ended` says whether all of it was there.
+    """
+
+    def __init__(self, head: Frame, take: Callable[[int], bytes]) -> None:
+        self.ended = False
+        self._pieces = self._split(head, take)
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    def _split(self, head: Frame, take: Callable[[int], bytes]) -> Iterator[bytes]:
+        yield take(head.size)
         last = 0
         while not last:
-            block = int.from_bytes(self.window.peek(self.position, 3), "little")
+            start = take(3)
+            block = int.from_bytes(start, "little")
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             if kind == 3 or size > FRAME_BLOCK_MAX:
                 raise FormatError("the zstd frame is damaged: no block")
             # RFC 3.1.1.2: of kind 1, one byte stands for `size` equal ones.
-            yield self._exactly(3 + (1 if kind == 1 else size))
-        self._frame_whole = True
-        if has_checksum:
-            yield self._exactly(4)
+            yield start + take(1 if kind == 1 else size)
+        checksum = take(4) if head.has_checksum else b""
+        self.ended = True
+        if checksum:
+            yield checksum
 
-    def _exactly(self, size: int) -> bytes:
-        data = bytes(self.window.peek(self.position, size))
-        if len(data) < size:
-            raise CutError("the zstd frame is cut off")
-        self.position += size
-        self.window.forget(self.position)
-        return data
 
-    # gzip: one stream, in which damage is noticed late, or only by the checksum at the end
+class GzipDecoder(Decoder):
+    """gzip: members, in which damage is noticed late, or only by the checksum at the end."""
 
-    def _gzip(self) -> Iterator[Chunk]:
-        import zlib
-
+    def chunks(self) -> Iterator[Chunk]:
         while len(data := self.window.peek(self.position, DECODE_SIZE)):
             if self.position and bytes(data[:2]) != b"\x1f\x8b":
                 # gzip ignores zeros there, too: a tape pads its blocks with them.
                 if any(data):
-                    yield Chunk(b"", self._flaw("garbage behind the end"))
+                    yield Chunk(flaw=self.flaw("garbage behind the end"))
                 return
             # Nothing in it is checked: only where it ends matters to the data.
             self.position += gzip_header_size(bytes(data))
-            sums = [0, 0]
-            yield from self._hold(self._gzip_data(sums), zlib.error)
-            if self._fault:
-                self.suspect = max(self.suspect, 1)
+            self._is_complete = self._has_ended = False
+            error = yield from self.under_checksum(self._member())
+            if error:
+                yield Chunk(flaw=self.flaw(error), is_break=not self._is_complete)
+            if not self._has_ended:
                 # Deflate refers to the 32 KiB before: without them, nothing more decompresses.
-                yield Chunk(None, self._flaw(self._fault))
                 return
-            stored = bytes(self.window.peek(self.position, 8))
-            found = struct.pack("<II", *sums)  # RFC 1952 2.3.1: CRC32, ISIZE
-            if stored != found:
-                # If most of the checksum is right, it is the checksum itself that is damaged.
-                whole = sum(map(operator.ne, stored[:4], found)) < 3 or len(stored) < 8
-                certain = not whole and stored[4:] == found[4:]
-                self.suspect = 2 if certain else 0 if whole else 1
-                yield Chunk(b"", self._flaw("the checksum does not match"))
-            self.position += 8
 
-    def _gzip_data(self, sums: list[int]) -> Iterator[bytes]:
-        """Yield a member's data; keep its CRC and size modulo 2^32 in `sums`."""
+    def _member(self) -> Iterator[bytes]:
+        """Yield a member's data; raises FormatError, also if its checksum does not match."""
         import zlib
 
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+        crc, size = 0, 0
         while not decoder.eof:
             # Its output is limited: a piece may decompress to a thousand times its size.
-            piece = decoder.unconsumed_tail or self._feed(DECODE_SIZE)
-            if data := decoder.decompress(piece, DECODE_SIZE):
-                sums[:] = zlib.crc32(data, sums[0]), (sums[1] + len(data)) & 0xFFFFFFFF
+            piece = decoder.unconsumed_tail or self.feed(DECODE_SIZE)
+            try:
+                data = decoder.decompress(piece, DECODE_SIZE)
+            except zlib.error as error:
+                raise FormatError(str(error)) from None
+            if data:
+                crc, size = zlib.crc32(data, crc), size + len(data)
                 yield data
         self.position -= len(decoder.unused_data)
+        self._has_ended = True
+        expected = struct.pack("<II", crc, size & 0xFFFFFFFF)  # RFC 1952 2.3.1: CRC32, ISIZE
+        stored = bytes(self.window.peek(self.position, len(expected)))
+        self.position += len(stored)
+        self._is_complete = stored[4:] == expected[4:]
+        if stored != expected[: len(stored)]:
+            raise FormatError("the checksum does not match")
+        if len(stored) < len(expected):
+            raise CutError("the file is cut short in its checksum")
 
-    # xz: a stream of blocks, each of which can be the first one
 
-    def _xz(self) -> Iterator[Chunk]:
+class XzDecoder(Decoder):
+    """xz, up to the damage: Proxmox does not restore it."""
+
+    def chunks(self) -> Iterator[Chunk]:
         import lzma
 
-        start = bytes(self.window.peek(0, XZ_HEADER_SIZE))
-        while len(self.window.peek(self.position, 1)):
-            begin = self.position
+        while len(start := self.window.peek(self.position, XZ_HEADER_SIZE)):
+            if self.position and not any(start):  # padding behind a stream
+                self.position += len(start)
+                continue
+            check_size = XZ_CHECK_SIZES.get(start[7] & 15 if len(start) > 7 else 0, 64)
             decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            # The stream's header goes with any of its blocks, as if that were the first one.
-            parts = self._xz_data(decoder, start if begin else b"")
-            yield from self._hold(parts, lzma.LZMAError)
-            if self._fault:
-                known = self._at_checksum
-                yield Chunk(b"" if known else None, self._flaw(self._fault))
-                if known or not self._next_xz_block(max(begin + 4, self.position - DECODE_SIZE)):
-                    self.suspect = 1
+            end: int | None = self.position + XZ_HEADER_SIZE
+            while end is not None:
+                # Where sizes are given, each block has a checksum of its own; else all have one.
+                end = self._block_end(end, check_size)
+                error = yield from self.under_checksum(self._data(decoder, end))
+                if error:
+                    yield Chunk(flaw=self.flaw(error), is_break=True)
                     return
 
-    def _xz_data(self, decoder: Any, start: bytes) -> Iterator[bytes]:
-        """Yield the data of blocks.
+    def _block_end(self, start: int, check_size: int) -> int | None:
+        """Return where the block at start ends, None if its header does not tell."""
+        head = bytes(self.window.peek(start, 1024))
+        # The block header: its size, flags, the sizes of the block compressed and not
+        if len(head) < 16 or not head[0] or head[1] & 0xC0 != 0xC0:
+            return None
+        size = shift = 0
+        for byte in head[2:11]:
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        return start + 4 * (head[0] + 1) + -(-size // 4) * 4 + check_size
 
-        `start` replaces blocks that were passed over: then the index, which has them, is not read.
-        """
-        piece = start
-        self._at_checksum = False
-        while not decoder.eof:
-            if decoder.needs_input and not piece:
-                data = self.window.peek(self.position, DECODE_SIZE + XZ_END_SIZE)
-                end = 0  # size of index and footer, if they are near
-                if len(data) < DECODE_SIZE + XZ_END_SIZE and bytes(data[-2:]) == b"YZ":
-                    # The footer has the index's size, in units of four bytes, less one.
-                    end = XZ_FOOTER_SIZE + 4 * (int.from_bytes(data[-8:-4], "little") + 1)
-                if start and len(data) <= end:
-                    self.position = self.window.end
-                    return
-                # Of the last block, the checksum does not matter to the data. What one call gives
-                # is lost if it finds damage, so those bytes come one by one.
-                size = len(data) - max(end, XZ_HEADER_SIZE) - XZ_CHECK_SIZE
-                self._at_checksum = size < 0
-                piece = self._feed(max(min(size, DECODE_SIZE), 1))
-            if data := decoder.decompress(piece, DECODE_SIZE):
-                yield data
+    def _data(self, decoder: Any, end: int | None) -> Iterator[bytes]:
+        """Yield what decompresses up to a place in the file, or to the stream's end."""
+        import lzma
+
+        while not decoder.eof and (end is None or self.position < end or not decoder.needs_input):
             piece = b""
+            if decoder.needs_input:
+                room = XZ_FEED_SIZE if end is None else min(end - self.position, XZ_FEED_SIZE)
+                piece = self.feed(room)
+            try:
+                data = decoder.decompress(piece, DECODE_SIZE)
+            except lzma.LZMAError as error:
+                raise FormatError(str(error)) from None
+            if data:
+                yield data
         self.position -= len(decoder.unused_data)
 
-    def _next_xz_block(self, start: int) -> bool:
-        """Go on to the next block's header, told by its filter and its CRC."""
-        import zlib
 
-        begin = start
-        while (found := self.window.search(XZ_BLOCK_PATTERN, start)) is not None:
-            # Blocks begin at multiples of four bytes. In front of the filter are two bytes, and two
-            # sizes of up to nine each.
-            for at in range(-(-max(found - 20, begin) // 4) * 4, found, 4):
-                head = bytes(self.window.peek(at, 1024))
-                size = 4 * (head[0] + 1)
-                crc = int.from_bytes(head[size - 4 : size], "little")
-                # A first byte of 0 begins the index.
-                if head[0] and at + size > found and zlib.crc32(head[: size - 4]) == crc:
-                    self.position = at
-                    return True
-            start = found + 1
-        return False
+class Bzip2Decoder(Decoder):
+    """bzip2: blocks of up to 900 KB, each with its own checksum, that begin at any bit."""
 
-    # bzip2: blocks of up to 900 KB, each with its own checksum, that begin at any bit
+    def chunks(self) -> Iterator[Chunk]:
+        return self.in_order(self._blocks())
 
-    def _bzip2(self) -> Iterator[Chunk]:
-        return self._in_order(self._bzip2_blocks())
-
-    def _bzip2_blocks(self) -> Iterator[Task]:
+    def _blocks(self) -> Iterator[Task]:
         """Yield a task for each block."""
         combined = 0
         bit, magic = self._next_bits(0)
         if bit != BZIP2_START:
-            yield Chunk(None, self._flaw("damaged", 0))
+            yield Chunk(flaw=self.flaw("damaged", 0), is_break=True)
         while bit is not None:
             self.window.forget(bit // 8)
             # A block's CRC follows its magic; the CRC of all blocks follows the end's.
@@ -6807,7 +6910,7 @@ class DecodedSalvage(Salvage):
             self.position = bit // 8
             if magic == BZIP2_END:
                 if combined != crc:
-                    yield Chunk(b"", self._flaw("wrong checksum"))
+                    yield Chunk(flaw=self.flaw("wrong checksum"))
                 combined = 0
                 bit, magic = self._next_bits(bit + 80)
                 continue
@@ -6821,16 +6924,16 @@ class DecodedSalvage(Salvage):
             stream <<= -size % 8
             # 9 allows blocks of any size.
             data = b"BZh9" + stream.to_bytes((size + 80 + 7) // 8, "big")
-            yield functools.partial(self._bzip2_block, data, self.position)
+            yield functools.partial(self._block, data, self.position)
             bit = end
 
-    def _bzip2_block(self, data: bytes, position: int) -> list[Chunk]:
+    def _block(self, data: bytes, position: int) -> list[Chunk]:
         import bz2
 
         try:
             return [Chunk(bz2.decompress(data))]
         except (OSError, ValueError) as error:
-            return [Chunk(None, self._flaw(error, position))]
+            return [Chunk(flaw=self.flaw(error, position), is_break=True)]
 
     def _next_bits(self, bit: int) -> tuple[int | None, int]:
         """Return at which bit the next block or the end is, and its magic."""
@@ -6853,25 +6956,28 @@ class DecodedSalvage(Salvage):
         number = int.from_bytes(data, "big") << 8 * missing
         return number >> -end % 8 & (1 << count) - 1
 
-    # lzop: blocks of 256 KiB with checksums, which its program decompresses some at a time
 
-    def _lzop(self) -> Iterator[Chunk]:
-        return self._in_order(self._lzop_blocks())
+class LzopDecoder(Decoder):
+    """lzop: blocks of 256 KiB with checksums, which its program decompresses some at a time."""
 
-    def _lzop_blocks(self) -> Iterator[Task]:
-        """Yield a task for every few blocks."""
+    def chunks(self) -> Iterator[Chunk]:
         import shutil
 
         program = shutil.which("lzop")
         if program is None:
             raise VmaError(f"{self.file.name}: lzop is missing here: install the package lzop")
-        head = bytes(self.window.peek(0, 1024))
-        try:
-            size, flags = lzop_header(head)
-        except (IndexError, struct.error):
-            raise FormatError("lzop: the file's header is damaged", 0, self.file.name) from None
-        decompress = functools.partial(self._lzop_batch, program, head[:size])
-        self.position = size
+        self._program = program
+        return self.in_order(self._blocks())
+
+    def _blocks(self) -> Iterator[Task]:
+        """Yield a task for every few blocks."""
+        head, flags = lzop_header(bytes(self.window.peek(0, 1024)))
+        self.position = len(head)
+        if not head:
+            yield Chunk(flaw=self.flaw("the file's header is damaged"))
+            self.position = self.window.search(LZOP_BLOCK_PATTERN, 0) or self.window.end
+            head, flags = LZOP_USUAL_HEADER, LZOP_USUAL_FLAGS
+        self._head = head
         batch: list[tuple[bytes, int]] = []
         total = 0
         while True:
@@ -6887,7 +6993,7 @@ class DecodedSalvage(Salvage):
                 total += plain
             # To start the program costs more than to decompress a block.
             if batch and (total >= READ_SIZE or not possible):
-                yield functools.partial(decompress, batch, self.position)
+                yield functools.partial(self._batch, batch, self.position)
                 batch, total = [], 0
             if possible:
                 self.position += length
@@ -6895,22 +7001,20 @@ class DecodedSalvage(Salvage):
             elif len(fields) >= 4 and not plain:  # a plain size of 0 ends the file
                 return
             elif fields:
-                yield Chunk(None, self._flaw("no block of lzop"))
+                yield Chunk(flaw=self.flaw("no block of lzop"), is_break=True)
                 found = self.window.search(LZOP_BLOCK_PATTERN, self.position + 1)
                 self.position = self.window.end if found is None else found
             else:
-                yield Chunk(b"", self._flaw("the file is cut short"))
+                yield Chunk(flaw=self.flaw(CUT_TEXT))
                 return
 
-    def _lzop_batch(
-        self, program: str, head: bytes, batch: Sequence[tuple[bytes, int]], position: int
-    ) -> list[Chunk]:
+    def _batch(self, batch: Sequence[tuple[bytes, int]], position: int) -> list[Chunk]:
         import subprocess
 
         # It gets all of its input at once, so it ends by itself, whatever ends us.
         result = subprocess.run(
-            [program, "-dc"],
-            input=b"".join((head, *(block for block, _ in batch), bytes(4))),
+            [self._program, "-dc"],
+            input=b"".join((self._head, *(block for block, _ in batch), bytes(4))),
             capture_output=True,
             check=False,
             env={k: value for k, value in os.environ.items() if k not in CODEC_OPTIONS},
@@ -6919,10 +7023,22 @@ class DecodedSalvage(Salvage):
         if len(result.stdout) == size and not result.returncode:
             return [Chunk(result.stdout)]
         if len(batch) == 1:
-            return [Chunk(bytes(size), self._flaw("a damaged block of lzop", position))]
+            text = self.flaw("a damaged block of lzop", position)
+            # Of any other size, it may be the size that is damaged.
+            return [Chunk(bytes(size), text, LOST, is_break=size != LZOP_BLOCK_SIZE)]
         # lzop stops at the first damaged block, so each gets a run of its own.
-        one_by_one = (self._lzop_batch(program, head, [block], position) for block in batch)
+        one_by_one = (self._batch([block], position) for block in batch)
         return list(itertools.chain(*one_by_one))
+
+
+DECODERS: Mapping[str, type[Decoder]] = {
+    "zstd": ZstdDecoder,
+    "gzip": GzipDecoder,
+    "lzop": LzopDecoder,
+    "xz": XzDecoder,
+    "bzip2": Bzip2Decoder,
+}
+RESCUE_SUFFIXES = {".zst": "zstd", ".gz": "gzip", ".lzo": "lzop", ".xz": "xz", ".bz2": "bzip2"}
 
 
 def gzip_header_size(data: bytes) -> int:
@@ -6938,103 +7054,173 @@ def gzip_header_size(data: bytes) -> int:
     return size + (2 if flags & 2 else 0)
 
 
-def lzop_header(data: bytes) -> tuple[int, int]:
-    """Return the size of an lzop file's header, and its flags."""
-    # Versions before 0.940 lack the version that is needed, the level, and half of the time.
-    version = int.from_bytes(data[9:11], "big")
-    at = 17 if version >= 0x940 else 14  # after the method, and the level
-    (flags,) = struct.unpack_from(">I", data, at)
-    at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
-    at += 1 + data[at] + 4  # name, checksum
-    return at, flags
+def lzop_header(data: bytes) -> tuple[bytes, int]:
+    """Return an lzop file's header and its flags; no bytes if it is damaged."""
+    import zlib
+
+    with suppress(IndexError, struct.error):
+        # Versions before 0.940 lack the version that is needed, the level, and half of the time.
+        version = int.from_bytes(data[9:11], "big")
+        at = 17 if version >= 0x940 else 14  # after the method, and the level
+        (flags,) = struct.unpack_from(">I", data, at)
+        at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
+        at += 1 + data[at]  # name
+        checksum = zlib.crc32 if flags & 0x1000 else zlib.adler32
+        if struct.unpack_from(">I", data, at) == (checksum(data[len(LZOP_MAGIC) : at]),):
+            return data[: at + 4], flags
+    return b"", 0
 
 
 # ---------------------------------------------------------------------------------------------
-# Rescue, extents: one follows another; else the next whole header is searched for
+# Rescue, extents: one follows another, else the next whole header is searched for. Each claims its
+# clusters; a claim is as good as the chain of extents that it is in
+
+EXTENT_PATTERN = re.compile(EXTENT_MAGIC)
+EXTENT_MAX_SIZE = EXTENT_HEADER_SIZE + EXTENT_MAX_BLOCKS * BLOCK_SIZE
+# A guest's disk may hold an archive, even with the same uuid. The headers of the archive around it
+# cut it at least every EXTENT_MAX_SIZE: its extents do not follow one another for longer.
+HORIZON = 2 * EXTENT_MAX_SIZE
+NEAR_SIZE = 64 << 10  # bytes by which an extent may miss its expected place
+ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
+CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
+END_RANK = 1 << 41  # behind all devices
+MAP_BLOCK = 512  # clusters
 
 
 class Found(NamedTuple):
-    """A whole extent header, and its clusters as runs: dev_id, first cluster_num, count.
+    """A whole extent header: its clusters are those from `rank` to `end_rank`, in canonical order.
 
-    `keys` are its start and end in the canonical order; empty if that has no such extent.
+    A rank is a number for each place in that order: dev_id << 32 | cluster_num, but with a dev_id
+    of 256 for a vmstate, which comes last. Both are 0 if the extent is none of that order. `odd`
+    says what no archive has.
     """
 
     extent: Extent
-    runs: Sequence[tuple[int, int, int]]
-    keys: tuple[Any, ...]
+    rank: int
+    end_rank: int
+    odd: str
 
     @property
     def end(self) -> int:
         return self.extent.payload_offset + self.extent.payload_size
 
 
-def cluster_runs(keys: list[int]) -> list[tuple[int, int, int]]:
-    """Return dev_id << 32 | cluster_num of clusters as runs: dev_id, first cluster_num, count."""
-    first = keys[0] if keys else 0
-    if keys == [*range(first, first + len(keys))] and first >> 32 == (first + len(keys) - 1) >> 32:
-        return [(first >> 32, first & 0xFFFFFFFF, len(keys))]  # as in nearly all extents
-    runs: list[tuple[int, int, int]] = []
-    for key in sorted(keys):
-        dev_id, first, count = runs[-1] if runs else (0, 0, 0)
-        if (key >> 32, key & 0xFFFFFFFF) == (dev_id, first + count):
-            runs[-1] = dev_id, first, count + 1
-        else:
-            runs.append((key >> 32, key & 0xFFFFFFFF, 1))
-    return runs
-
-
 class Chain:
     """Extents that follow one another without a gap; `number` counts the chains.
 
     A proven chain cannot be part of an archive in a guest's disk. All clusters of a doubtful chain
-    are doubtful. A dropped chain was part of an archive in a guest's disk: a proven chain has its
-    clusters.
+    are doubtful. A claim in a chain is right, unless a proven chain contradicts the chain.
     """
 
-    def __init__(self, number: int, proven: bool, doubtful: bool) -> None:
+    def __init__(self, number: int, start: int, proven: bool, doubtful: bool) -> None:
         self.number = number
+        self.start = self.end = start  # in the archive
         self.proven = proven
         self.doubtful = doubtful
-        self.dropped = False
-        self.key: Any = ()  # where it ends in the canonical order
+        self.end_rank = 0
         self.flaws: list[Flaw] = []
 
     def note(self, offset: int, text: str) -> None:
         self.flaws.append(Flaw(offset, text))
 
 
-class RescuedDisk:
-    """A disk, and the clusters of it that were found.
+# A claim is the number of its chain << 2, and what is known of the cluster: it stores nothing, as
+# its header's MD5 vouches for; its blocks are in place; they are there, but may be wrong.
+CLAIM_EMPTY, CLAIM_STORED, CLAIM_DOUBTFUL = 1, 2, 3
 
-    An entry is 0 for a lost cluster, else its chain's number << 2 | FOUND_*. With `exact`, the
-    device's size is certain. `limit` is the number of clusters that it may have.
+
+class ClusterMap:
+    """The claim of each cluster of a disk, 0 for a lost one; memory only where there are any."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, array.array[int]] = {}
+        self.end = 0  # behind the last cluster that is claimed
+
+    def __getitem__(self, cluster_num: int) -> int:
+        block = self._blocks.get(cluster_num // MAP_BLOCK)
+        return block[cluster_num % MAP_BLOCK] if block else 0
+
+    def put(self, cluster_num: int, claim: int) -> int:
+        """Enter a claim, unless the cluster is claimed; return what was there before, 0 if none."""
+        block = self._blocks.get(cluster_num // MAP_BLOCK) or self._block(cluster_num)
+        held = block[cluster_num % MAP_BLOCK]
+        if not held:
+            block[cluster_num % MAP_BLOCK] = claim
+            if cluster_num >= self.end:
+                self.end = cluster_num + 1
+        return held
+
+    def change(self, cluster_num: int, claim: int) -> None:
+        """Replace the claim of a cluster."""
+        self._block(cluster_num)[cluster_num % MAP_BLOCK] = claim
+
+    def _block(self, cluster_num: int) -> array.array[int]:
+        number = cluster_num // MAP_BLOCK
+        block = self._blocks.get(number)
+        if block is None:
+            block = self._blocks[number] = array.array("I", bytes(4 * MAP_BLOCK))
+        return block
+
+    def claim(self, first: int, count: int, claim: int) -> bool:
+        """Enter a claim for clusters in a row, unless one of them is claimed: then return False."""
+        end = first + count
+        parts = []
+        while first < end:
+            block, start = self._block(first), first % MAP_BLOCK
+            stop = min(MAP_BLOCK, start + end - first)
+            if any(block[start:stop]):
+                return False
+            parts.append((block, start, stop))
+            first += stop - start
+        for block, start, stop in parts:
+            block[start:stop] = array.array("I", [claim]) * (stop - start)
+        self.end = max(self.end, end)
+        return True
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (first, end, claim) of clusters with the same claim, ascending; not lost ones."""
+        for number, block in sorted(self._blocks.items()):
+            first = number * MAP_BLOCK
+            if block.count(block[0]) == MAP_BLOCK:
+                yield first, first + MAP_BLOCK, block[0]
+                continue
+            for claim, equal in itertools.groupby(block):
+                count = len(list(equal))
+                if claim:
+                    yield first, first + count, claim
+                first += count
+
+
+class RescuedDisk:
+    """A disk, its file, and the claims of its clusters.
+
+    With `exact`, the device's size is certain. `limit` is the number of clusters that it may have.
     """
 
     def __init__(self, device: Device, exact: bool, target: PartialFile) -> None:
         self.device = device
         self.target = target
+        self.claims = ClusterMap()
         self.exact = exact and not device.is_vmstate
         # A last cluster may have blocks after the disk's end.
         self.size = device.size if self.exact else sys.maxsize
         # A damaged header may give too small a size, and a vmstate may be longer than its size.
         self.limit = device.cluster_count if self.exact else max(ANY_SIZE, device.cluster_count)
-        try:
-            self.entries = lazy_numbers(device, self.limit, "I")
-        except FormatError:
-            if exact:
-                raise
-            self.limit = ANY_SIZE  # the size is wrong
-            self.entries = lazy_numbers(device, self.limit, "I")
-        self.end = 0  # of the clusters found
 
-    def spans(self, cluster_count: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (first, end, entry) of each run of clusters with the same entry."""
-        with self.entries[: self.end].cast("B") as view:
-            # A loop in Python would take seconds for each TiB.
-            for match in re.finditer(rb"(?s)(....)\1*", view):
-                yield match.start() // 4, match.end() // 4, int.from_bytes(match[1], sys.byteorder)
-        if self.end < cluster_count:
-            yield self.end, cluster_count, 0
+    def trimmed(self, believable: int) -> tuple[int, int]:
+        """Return how many clusters and bytes the disk has.
+
+        A vmstate has as many as it says only if there was room for that many.
+        """
+        count, size = self.device.cluster_count, self.device.size
+        if self.device.is_vmstate:  # its size may be any number, also one that nobody believes
+            count = min(count, believable)
+            size = min(size, count * CLUSTER_SIZE)
+        end = self.claims.end
+        if self.device.is_vmstate or end > count:
+            # As Proxmox restores it: a vmstate ends with its last cluster.
+            size = max(end * CLUSTER_SIZE, size if count > end else 0)
+        return max(count, end), size
 
 
 class Rescue:
@@ -7045,42 +7231,48 @@ class Rescue:
 
     def __init__(self, window: Window, create: Callable[[str], PartialFile]) -> None:
         self.window = window
-        # Writes are made in a thread of their own: meanwhile the next extent is looked at.
+        # Writes are made in a thread of their own: meanwhile the next extents are looked at.
         self._writer = Workers(1)
-        self._writes: collections.deque[Call] = collections.deque(maxlen=1)  # the last one
-        window.uses = lambda: self._writes
+        self._writes: collections.deque[Call] = collections.deque()
+        self._batch: list[tuple[Target, int, list[Buffer]]] = []  # to be written
+        self._batch_end: tuple[Target | None, int] = None, 0
+        self._batch_size = 0
+        window.uses = self._write_batch
         self.disks: dict[int, RescuedDisk] = {}
         self.configs: list[Config] = []
         self._create = create
         self._names = {RESCUE_NAME}
-        self._uuid = b""
-        self._exact = True  # the header is whole: there are no other devices
-        self._offset = 0  # where the next extent is expected
-        self._shifted = False  # bytes are missing or added somewhere
+        self._header: Header | None = None  # None if it is damaged: there may be other devices
         self._index: ArchiveIndex | None = None
-        self._extent_clusters = 0  # of a canonical archive: what a whole extent has, if known
+        self._uuid = b""
+        self._offset = 0  # where the next extent is expected
         self._chains: list[Chain] = []
-        self._headers: set[bytes] = set()  # MD5s of all extents found
-        self._key: Any = ()  # where the extents found end in the canonical order, None if in none
+        # The order: whether it may be the canonical one, whether the header proves that, and how
+        # far the extents have come in it.
+        self._may_be_ordered = True
+        self._is_ordered = False
+        self._rank = 0
+        self._extent_clusters = 0  # what a whole extent has in a canonical archive, if known
+        self._devices: dict[int, Device] = {}  # in that order, by rank >> 32
+
+    @property
+    def _chain(self) -> Chain:
+        return self._chains[-1]
 
     def run(self) -> None:
         """Read the archive to its end; raises FormatError if it is none."""
         try:
-            chain = self._read_header()
+            self._read_header()
             while not self.window.ends_at(self._offset):
                 self.window.forget(self._offset)
+                if self._take_empty():
+                    continue
                 try:
-                    found = self._whole(self._offset, self._uuid)
-                    fault = "the extent has clusters that do not exist, or were there before"
+                    found = self._whole(self._offset)
                 except FormatError as error:
-                    fault = error.args[0]  # without its offset, which the line has already
-                    found = self._restored(self._offset, self._key)
-                    if found:
-                        chain.note(self._offset, f"{fault}; its neighbours tell what it was")
-                if found and self._fits(found, chain.proven):
-                    chain = self._take(found, chain)
+                    self._resume(error.args[0])  # without its offset, which the line has already
                 else:
-                    chain = self._resume(chain, fault)
+                    self._take(found)
             self._wait()
         finally:
             # Only then may the files be closed. An error that is on its way is worth more.
@@ -7088,66 +7280,73 @@ class Rescue:
                 self._wait()
             self._writer.close()
 
-    def _wait(self) -> None:
-        """Wait until everything is written; raises VmaError."""
-        for call in self._writes:
-            call.result()
-
-    def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> Chain:
+    def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> None:
         self._offset = offset
-        self._chains.append(Chain(len(self._chains), proven, doubtful))
-        return self._chains[-1]
+        self._chains.append(Chain(len(self._chains), offset, proven, doubtful))
 
     # The header
 
-    def _read_header(self) -> Chain:
-        """Read the header, as far as it is readable, and return the first chain of extents."""
+    def _read_header(self) -> None:
+        """Read the header, as far as it is readable, and begin the first chain of extents."""
         window = self.window
-        header: Header | None = None
         if window.peek(0, 4) == DIFFERENCE_MAGIC:  # without its base, it has no whole disks
             size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
             raise needs_base(parse_header(window.peek(0, size), check_md5=False))
         try:
             size = parse_header_size(window.peek(0, HEADER_FIXED_SIZE))
-            header = parse_header(window.peek(0, size))
-            chain = self._begin(header.size, proven=True)
-            self._uuid = header.uuid
-            self._index = window.source.index(header)
-            if header.size % ALIGNS["1M"]:  # else extents may have 16
-                self._extent_clusters = CANONICAL_CLUSTERS
+            data = bytes(window.peek(0, size))
+            header = self._header = parse_header(data)
         except FormatError as error:
-            self._exact = False
-            start = bytearray(window.peek(0, READ_SIZE))
-            # Any extent has the uuid, and the first one begins where the header ends.
-            found = self._search(0)
-            for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
-                header = header or guess_header(start[:size], self._uuid)
-            if not header and not found:
-                raise FormatError(f"{error}, and nothing of one is in it") from error
-            used = "it is used all the same" if header else "configs and names are missing"
-            chain = found or self._begin(window.end, proven=True)
-            chain.proven = True
-            chain.note(0, f"the header is damaged, {used}: {error}")
-        header = header or Header(self._uuid, 0, (), ())
+            header = self._guess_header(error)
+        else:
+            self._begin(header.size, proven=True)
+            self._uuid = header.uuid
+            # What optimize writes: nobody else fills up a header like this, under this uuid.
+            self._is_ordered = header.uuid == CANONICAL_UUID and size % BLOCK_SIZE == 0
+            self._is_ordered = self._is_ordered and data == pack_header(header)
         for config in header.configs:
             # Nothing stops for a name: the rest of the archive is still worth having.
             fault = name_fault(config.name, CONFIG_NAME_MAX_SIZE)
             if fault or config.name in self._names:
                 text = f"config name {quote(config.name)} {fault or 'occurs twice'}: left out"
-                chain.note(0, text)
+                self._chain.note(0, text)
                 continue
             self._names.add(config.name)
             self._create(config.name).append([config.data])
             self.configs.append(config)
         for device in header.devices:
-            self._add_disk(device, chain)
-        if self._uuid == CANONICAL_UUID:
-            # A canonical archive begins with the first cluster of its first device.
-            for device in canonical_order(header.devices)[:1]:
-                self._key = device.is_vmstate, device.dev_id, 0
-        return chain
+            self._add_disk(device)
+        if self._header and self._uuid == CANONICAL_UUID:
+            devices = canonical_order(disk.device for disk in self.disks.values())
+            self._devices = {self._rank_of(device.dev_id, 0) >> 32: device for device in devices}
+            self._rank = next(iter(self._devices), 0) << 32
 
-    def _add_disk(self, device: Device, chain: Chain) -> None:
+    def _guess_header(self, error: FormatError) -> Header:
+        """Return what can be read of a damaged header, and find the first extent."""
+        start = bytearray(self.window.peek(0, READ_SIZE))
+        uuid = bytes(start[8:24])
+        # Any extent has the uuid, and the first one begins where the header ends.
+        pattern = re.compile(re.escape(EXTENT_MAGIC) + b"(?s:....)" + re.escape(uuid))
+        start_at = 0
+        while (at := self.window.search(pattern, start_at, HORIZON)) is not None:
+            start_at = at + 1
+            if is_whole_extent_header(self.window.peek(at, EXTENT_HEADER_SIZE)):
+                self._uuid = uuid
+                break
+        found = self._search(0)
+        header = None
+        for size in (int.from_bytes(start[56:60], "big"), self._offset if found else 0):
+            header = header or guess_header(start[:size], self._uuid)
+        if not header and not found:
+            raise FormatError(f"{error}, and nothing of one is in it") from error
+        used = "it is used all the same" if header else "configs and names are missing"
+        if not found:
+            self._begin(self.window.end, proven=True)
+        self._chain.proven = True
+        self._chain.note(0, f"the header is damaged, {used}: {error}")
+        return header or Header(self._uuid, 0, (), ())
+
+    def _add_disk(self, device: Device) -> None:
         """Create a device's file, under another name if its own will not do."""
         dev_id, name, size = device
         file_name = disk_file_name(device)
@@ -7157,116 +7356,182 @@ class Rescue:
             # Another device may really have that name.
             free = (f"dev{dev_id}{'-' * i}" for i in itertools.count())
             name = next(name for name in free if f"disk-{name}.raw" not in self._names)
-            chain.note(0, f"{device.title}: the name {fault}, it is called {quote(name)}")
+            self._chain.note(0, f"{device.title}: the name {fault}, it is called {quote(name)}")
             file_name = f"disk-{name}.raw"
         if device.cluster_count > MAX_CLUSTERS:
-            chain.note(0, f"{device.title}: a size of {size} bytes is impossible")
+            self._chain.note(0, f"{device.title}: a size of {size} bytes is impossible")
             size = 0
         self._names.add(file_name)
+        exact = self._header is not None and size > 0
         device = Device(dev_id, name, size)
-        exact = self._exact and size > 0
         self.disks[dev_id] = RescuedDisk(device, exact, self._create(file_name))
 
-    # Extents: where one follows another, else by searching
+    # The canonical order
 
-    def _whole(self, offset: int, uuid: bytes) -> Found | None:
-        """Return the extent header at an offset, None if it has clusters that do not exist.
+    def _rank_of(self, dev_id: int, cluster_num: int) -> int:
+        """Return the rank of a cluster; of a device's end, that of the next device."""
+        disk = self.disks.get(dev_id)
+        is_vmstate = disk is not None and disk.device.is_vmstate
+        if disk and self._devices and not is_vmstate and cluster_num == disk.device.cluster_count:
+            following = iter([*self._devices, END_RANK >> 32])
+            next(number for number in following if number == dev_id)
+            return next(following) << 32
+        return (256 if is_vmstate else dev_id) << 32 | cluster_num
 
-        Raises FormatError if it is not whole.
+    def _between(self, rank: int, end: int, size: int, most: int) -> list[tuple[Device, int, int]]:
+        """Return device, first cluster and count of the canonical extents from rank to end.
+
+        A whole extent has `size` clusters. Empty if they are more than `most`, or not known.
         """
+        extents: list[tuple[Device, int, int]] = []
+        while rank < end and len(extents) < most:
+            device = self._devices.get(rank >> 32)
+            if device is None:
+                break
+            first = rank & 0xFFFFFFFF
+            # Only the extent behind it tells where a vmstate ends.
+            is_last = rank >> 32 == end >> 32
+            limit = end & 0xFFFFFFFF if is_last else device.cluster_count
+            count = min(size, limit - first)
+            if count <= 0 or (count < size and is_last):
+                break
+            extents.append((device, first, count))
+            rank = self._rank_of(device.dev_id, first + count)
+        return extents if rank == end else []
+
+    def _missing(self) -> list[Found]:
+        """Return the extents at the offset whose headers are lost, as far as that is certain.
+
+        The extents before and behind them say which clusters they have, the distance whether they
+        store all blocks or none. Empty if not exactly one way fits.
+        """
+        if not self._is_ordered or not self._header:
+            return []
+        offset = self._offset
+        # Behind a break in a header comes what is left of the extent.
+        breaks = self.window.source.breaks
+        self.window.peek(offset, EXTENT_HEADER_SIZE)
+        is_broken = self.window.source.has_break(offset, offset + EXTENT_HEADER_SIZE)
+        place = breaks[bisect.bisect_left(breaks, offset)] if is_broken else offset
+        start = place - EXTENT_HEADER_SIZE if is_broken else offset
+        possible = []
+        for size in (self._extent_clusters,) if self._extent_clusters else (8, 16):
+            device = self._devices.get(self._rank >> 32)
+            if device is None:
+                return []
+            first = self._rank & 0xFFFFFFFF
+            count = size if device.is_vmstate else min(size, device.cluster_count - first)
+            extent = device, first, count
+            following = self._rank_of(device.dev_id, first + count)
+            for payload_size in {0, stored_size(extent)}:
+                end = start + EXTENT_HEADER_SIZE + payload_size
+                # The archive's end tells nothing: it may be cut.
+                if end > place and following and self._begins_at(end) == following:
+                    possible.append(([extent], [payload_size], size, end))
+        if not possible and not is_broken:
+            candidate = self._find(offset + 1, offset + EXTENT_MAX_SIZE)
+            if candidate and candidate[1] and candidate[0][0].rank > self._rank:
+                behind = candidate[0][0]
+                end = behind.extent.offset
+                size = self._extent_clusters or (behind.end_rank - behind.rank)
+                most = (end - offset) // EXTENT_HEADER_SIZE
+                extents = self._between(self._rank, behind.rank, size, most)
+                total = end - offset - EXTENT_HEADER_SIZE * len(extents)
+                sizes = only_way([stored_size(extent) for extent in extents], total)
+                if extents and sizes:
+                    possible.append((extents, sizes, size, end))
+        if len(possible) != 1:
+            return []
+        extents, sizes, size, end = possible[0]
+        # After a break, the distance says nothing.
+        if self.window.source.has_break(place + is_broken, end):
+            return []
+        missing = []
+        for (device, first, count), payload_size in zip(extents, sizes):
+            masks = [device.block_mask(first + i) if payload_size else 0 for i in range(count)]
+            [(header, _)] = pack_extents(device.dev_id, first, masks, size)
+            missing.append(self._describe(parse_extent(bytes(header), start, self._uuid)))
+            start = missing[-1].end
+        return missing
+
+    def _begins_at(self, offset: int) -> int:
+        """Return the rank of the whole extent header at an offset, 0 if there is none."""
+        data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
+        with suppress(FormatError, struct.error):
+            return self._describe(parse_extent(data, offset, self._uuid)).rank
+        return 0
+
+    # Extent headers
+
+    def _describe(self, extent: Extent) -> Found:
+        """Return a whole extent header with what it says about the order, and what is odd."""
+        infos = extent.blockinfo
+        keys = [info & CLUSTER_KEY for info in infos]
+        odd = []
+        stored = sum(mask_size(info >> 48) for info in infos if info > CLUSTER_KEY)
+        if stored != extent.payload_size:
+            odd.append(
+                f"block_count is {extent.block_count}, its masks have {stored // BLOCK_SIZE}"
+            )
+            extent = extent._replace(block_count=stored // BLOCK_SIZE)
+        # optimize never puts two devices into an extent, nor leaves a gap.
+        first, last = (keys[0], keys[-1]) if keys else (0, 0)
+        is_run = keys == [*range(first, first + len(keys))] and first >> 32 == last >> 32 > 0
+        impossible = [key for key in ([last] if is_run else keys) if not self._is_possible(key)]
+        if impossible:
+            impossible = [key for key in keys if not self._is_possible(key)]
+            dev_id = impossible[0] >> 32
+            disk = self.disks.get(dev_id)
+            owner = disk.device.title if disk else f"device {dev_id}, which there is not"
+            odd.append(f"{owner}: no cluster can be number {impossible[0] & 0xFFFFFFFF}: left out")
+        if not is_run and len(set(keys)) < len(keys):
+            odd.append("a cluster occurs twice in the extent")
+        rank = end_rank = 0
+        if is_run and not odd:
+            rank = self._rank_of(first >> 32, first & 0xFFFFFFFF)
+            end_rank = self._rank_of(last >> 32, (last & 0xFFFFFFFF) + 1)
+        return Found(extent, rank, end_rank, "; ".join(odd))
+
+    def _is_possible(self, key: int) -> bool:
+        """Say whether the archive can have a cluster, dev_id << 32 | cluster_num."""
+        disk = self.disks.get(key >> 32)
+        if disk:
+            return key & 0xFFFFFFFF < disk.limit
+        # A damaged header may have lost a device.
+        return not self._header and key >> 32 in DEV_IDS and key & 0xFFFFFFFF < ANY_SIZE
+
+    def _whole(self, offset: int) -> Found:
+        """Return the extent header at an offset, mended if need be; raises FormatError."""
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         if len(data) < EXTENT_HEADER_SIZE:
             raise FormatError("no whole extent header")
         try:
-            return self._found(data, offset, uuid)
-        except FormatError:
-            # The index, if there is one, has all that was in the header.
-            indexed = indexed_extent(self._index, offset) if self._index else None
-            if indexed is None:
-                raise
-            return self._found(indexed, offset, uuid)
+            return self._describe(parse_extent(data, offset, self._uuid))
+        except FormatError as error:
+            for how, mended in (
+                ("one bit of it is wrong, which its MD5 tells", flip_bit(data)),
+                ("the index has what it was", self._indexed(offset)),
+            ):
+                with suppress(FormatError):
+                    found = self._describe(parse_extent(mended, offset, self._uuid))
+                    self._chain.note(offset, f"{error.args[0]}; {how}: nothing is lost")
+                    return found
+            raise
 
-    def _found(self, data: bytes, offset: int, uuid: bytes) -> Found | None:
-        """Return what `_whole` does of a header in data."""
-        extent = parse_extent(data, offset, uuid)
-        infos = extent.blockinfo
-        keys = [info & CLUSTER_KEY for info in infos]
-        runs = cluster_runs(keys)
-        for dev_id, first, count in runs:
-            # A damaged header may have lost a device.
-            limit = ANY_SIZE if dev_id in DEV_IDS and not self._exact else 0
-            if dev_id in self.disks:
-                limit = self.disks[dev_id].limit
-            if first + count > limit:
-                return None
-        stored = sum(mask_size(info >> 48) for info in infos)
-        if stored != extent.payload_size or len(set(keys)) < len(keys):
-            return None
-        place: tuple[Any, ...] = ()
-        # optimize never puts two devices into an extent, nor leaves a gap.
-        if len(runs) == 1 and keys == sorted(keys):
-            dev_id, first, count = runs[0]
-            last_device = dev_id in self.disks and self.disks[dev_id].device.is_vmstate
-            place = (last_device, dev_id, first), (last_device, dev_id, first + count)
-        return Found(extent, runs, place)
-
-    def _restored(self, offset: int, key: Any) -> Found | None:
-        """Return the extent at an offset of a canonical archive whose header is lost.
-
-        It begins at key in the canonical order, and stores all of its blocks or none: the next
-        extent is where it must be then. None unless that is certain.
-        """
-        if self._uuid != CANONICAL_UUID or not self._exact or not self._extent_clusters or not key:
-            return None
-        order = canonical_order(disk.device for disk in self.disks.values())
-        starts: list[Any] = [(device.is_vmstate, device.dev_id, 0) for device in order]
-        first = key[2]
-        number = starts.index((*key[:2], 0))
-        if first == order[number].cluster_count and number + 1 < len(order):
-            number, first = number + 1, 0
-        device = order[number]
-        if device.is_vmstate:  # nobody knows how many clusters it has
-            return None
-        end = min(first + self._extent_clusters, device.cluster_count)
-        following = (*starts[number][:2], end)
-        if end == device.cluster_count:
-            following = [*starts, None][number + 1]
-        full = [device.block_mask(cluster_num) for cluster_num in range(first, end)]
-        possible = []
-        for masks in (full, [0] * len(full)):
-            for header, _ in pack_extents(device.dev_id, first, masks, self._extent_clusters):
-                found = self._found(header, offset, self._uuid)
-                if found and self._begins(found.end, following):
-                    possible.append(found)
-        if len(possible) != 1:
-            return None
-        # After a break, the distance says nothing.
-        breaks = self.window.source.breaks
-        is_broken = bisect.bisect_left(breaks, offset) < bisect.bisect_right(
-            breaks, possible[0].end
+    def _indexed(self, offset: int) -> bytes:
+        """Return the extent header at an offset of a canonical archive as its index has it."""
+        if not self._header or not self._is_ordered:
+            return bytes(EXTENT_HEADER_SIZE)
+        # Only now, as it takes memory.
+        self._index = self._index or self.window.source.index(self._header)
+        return (indexed_extent(self._index, offset) if self._index else None) or bytes(
+            EXTENT_HEADER_SIZE
         )
-        return None if is_broken else possible[0]
 
-    def _begins(self, offset: int, key: Any) -> bool:
-        """Say whether the extent at an offset begins at key; if that is None, the archive ends."""
-        if key is None:
-            return self.window.ends_at(offset)
-        with suppress(FormatError):
-            found = self._whole(offset, self._uuid)
-            return found is not None and found.keys[:1] == (key,)
-        return False
+    # Where extents follow one another
 
-    def _fits(self, found: Found, proven: bool) -> bool:
-        """Say whether no cluster was found before: of a proven extent, none in a proven one."""
-        for dev_id, first, count in found.runs:
-            disk = self.disks.get(dev_id)
-            held = set(disk.entries[first : first + count].tolist()) if disk else ()
-            if any(e and (not proven or self._chains[e >> 2].proven) for e in held):
-                return False
-        return True
-
-    def _marked(self, offset: int) -> bool:
-        """Say whether an extent header, perhaps a damaged one, or the archive's end is there."""
+    def _may_follow(self, offset: int) -> bool:
+        """Say whether an extent header, even a damaged or lost one, or the end is there."""
         source = self.window.source
         start = self.window.peek(offset, EXTENT_MD5.start)
         return (
@@ -7275,12 +7540,8 @@ class Rescue:
             or start[8:] == self._uuid
             or offset in source.breaks
             or self.window.ends_at(offset)
+            or not source.is_sound(offset, offset + EXTENT_MD5.start)
         )
-
-    def _can_be_marked(self, offset: int) -> bool:
-        """Say whether it is marked, or the bytes there are lost."""
-        marked = self._marked(offset)  # first, as it reads: only then, lost ranges are known
-        return marked or overlaps(self.window.source.lost, offset, offset + EXTENT_MD5.start)
 
     def _follow(self, offset: int) -> tuple[list[Found], bool, bool]:
         """Return the extents that follow one another from an offset on, if proven, if nested.
@@ -7293,29 +7554,32 @@ class Rescue:
         extents: list[Found] = []
         end = offset
         while end - offset < HORIZON:
+            data = bytes(self.window.peek(end, EXTENT_HEADER_SIZE))
+            if len(data) < EXTENT_HEADER_SIZE:
+                return extents, self._may_follow(end), False
             try:
-                found = self._whole(end, uuid)
+                found = self._describe(parse_extent(data, end, uuid))
             except FormatError:
-                return extents, self._can_be_marked(end), False
-            if found is None:  # it belongs to another archive
+                return extents, self._may_follow(end), False
+            if found.odd:  # it belongs to another archive
                 return extents, False, True
+            # Headers of an archive in a disk may end right where a header around it begins.
+            if self._is_ordered and extents and found.rank != extents[-1].end_rank:
+                return extents, False, False
             extents.append(found)
             end = found.end
         return extents, True, False
 
-    def _search(
+    def _find(
         self,
         start: int,
         stop: int | None = None,
         through: int | None = None,
         near: int | None = None,
-        cut: bool = False,
-    ) -> Chain | None:
-        """Begin a chain at the next extent from start on, before stop, that can be the archive's.
+    ) -> tuple[list[Found], bool] | None:
+        """Return the next extents from start on, before stop, that can be the archive's; if proven.
 
-        With `through`, it must be in a chain that comes past there. It is expected to be `near` an
-        offset. With `cut`, it is doubtful unless it is proven. If there is none, returns None, and
-        extents go on at stop, or not at all.
+        With `through`, they must come past there. They are expected to be `near` an offset.
         """
         seen: set[int] = set()
         while (at := self.window.search(EXTENT_PATTERN, start, stop)) is not None:
@@ -7333,51 +7597,92 @@ class Rescue:
                 proven = through in (*offsets, extents[-1].end)
                 nested = not proven
             if proven:
-                extents = [found for found in extents if self._fits(found, True)]
-                # Headers in their payload are a guest's.
-                start = offsets[-1] + 1
-            else:
-                # A part of the archive may be there twice.
-                extents = [found for found in extents if found.extent.md5 not in self._headers]
-                if nested or not self._can_be_next(extents, near):
-                    continue
-            if extents:
-                self._uuid = self._uuid or bytes(self.window.peek(at + 8, 16))
-                chain = self._begin(extents[0].extent.offset, proven, cut and not proven)
-                if proven and self._key and extents[0].keys:
-                    # The order never goes back: a chain that went further was a guest's.
-                    self._key = extents[0].keys[0]
-                    for other in self._chains:
-                        if not other.proven and other.key > self._key:
-                            other.dropped = True
-                return chain
-        self._offset = self.window.end if stop is None else stop
+                start = offsets[-1] + 1  # headers in their payload are a guest's
+            # A part of the archive may be there twice.
+            extents = [found for found in extents if not self._has_all(found)]
+            if extents and (proven or (not nested and self._can_be_next(extents, near))):
+                return extents, proven
         return None
+
+    def _search(
+        self,
+        start: int,
+        stop: int | None = None,
+        through: int | None = None,
+        near: int | None = None,
+        doubtful: bool = False,
+    ) -> bool:
+        """Begin a chain at what `_find` returns; without any, go on at stop, or not at all.
+
+        With `doubtful`, it is doubtful unless it is proven.
+        """
+        found = self._find(start, stop, through, near)
+        if found is None:
+            self._offset = self.window.end if stop is None else stop
+            return False
+        extents, proven = found
+        offset = extents[0].extent.offset
+        self._uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
+        self._begin(offset, proven, doubtful and not proven)
+        if proven and self._rank and extents[0].rank:
+            # The order never goes back: a chain that went further was a guest's.
+            self._rank = extents[0].rank
+            for other in self._chains:
+                if not other.proven and other.end_rank > self._rank:
+                    other.doubtful = True
+        return True
+
+    def _has_all(self, found: Found) -> bool:
+        """Say whether all clusters of an extent are claimed by proven chains."""
+        return all(map(self._is_proven, found.extent.blockinfo))
+
+    def _is_proven(self, info: int) -> bool:
+        claim = self._claim_of(info)
+        return bool(claim) and self._chains[claim >> 2].proven
+
+    def _claim_of(self, info: int) -> int:
+        """Return the claim of a cluster in a blockinfo, 0 if there is none."""
+        disk = self.disks.get(info >> 32 & 0xFF)
+        return disk.claims[info & 0xFFFFFFFF] if disk else 0
 
     def _can_be_next(self, extents: Sequence[Found], near: int | None) -> bool:
         """Say whether extents that are not proven fit, and are not of an archive in a disk."""
-        if not all(self._fits(found, False) for found in extents):
+        if any(self._claim_of(info) for found in extents for info in found.extent.blockinfo):
             return False
-        if self._uuid != CANONICAL_UUID:
-            return True
-        # All canonical archives have this uuid, also those in a disk. They have one order.
-        if self._key:
-            keys = [self._key, *itertools.chain(*(found.keys for found in extents))]
-            # Nothing would be lost before it: so it is where it is expected, or nested.
-            if keys[:1] == keys[1:2]:
-                near = self._offset if near is None else near
-            elif self._headers:
-                near = None
-            if not all(found.keys for found in extents) or keys != sorted(keys):
+        if self._uuid == CANONICAL_UUID and self._may_be_ordered and self._rank:
+            # All canonical archives have this uuid, also those in a disk. They have one order.
+            ranks = [self._rank]
+            for found in extents:
+                ranks += found.rank, found.end_rank
+            if 0 in ranks or ranks != sorted(ranks):
                 return False
+            # Nothing would be lost before it: so it is where it is expected, or nested.
+            if self._rank == extents[0].rank:
+                near = self._offset if near is None else near
+            elif self._chains[1:] or any(disk.claims.end for disk in self.disks.values()):
+                near = None
         return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
-    def _resume(self, chain: Chain, fault: str) -> Chain:
-        """Find the next extent, as none that fits is at the expected place; fault says why."""
+    def _resume(self, fault: str) -> None:
+        """Find the next extent, as no whole one is at the expected place; fault says why."""
         offset = self._offset
+        is_break = offset in self.window.source.breaks
+        if missing := self._missing():
+            if not is_break:
+                text = f"{fault}; its neighbours tell what it was: nothing is lost"
+                if len(missing) > 1:
+                    text = f"{fault}; {len(missing)} are lost, but their neighbours tell"
+                self._chain.note(offset, text)
+            for found in missing:
+                self._advance(found)
+                self._claim(found, found.extent.payload_offset, found.end, restored=True)
+            self._offset = missing[-1].end
+            return
         # The file's own flaw is told already, and nobody knows how much is missing.
-        if offset in self.window.source.breaks:
-            return self._search(offset) or chain
+        if is_break:
+            self._search(offset)
+            return
+        chain = self._chain
         data = bytes(self.window.peek(offset, EXTENT_HEADER_SIZE))
         through = near = None
         if len(data) == EXTENT_HEADER_SIZE:
@@ -7389,196 +7694,278 @@ class Rescue:
                 end = offset + EXTENT_HEADER_SIZE + size
                 if through is None and size < EXTENT_MAX_SIZE:
                     near = near or (end if data[:4] == EXTENT_MAGIC else None)
-                    through = end if self._marked(end) else None
-        following = self._search(offset + 1, through, through, near)
+                    is_marked = self._may_follow(end) and self.window.source.is_sound(end, end + 1)
+                    through = end if is_marked else None
+        self._search(offset + 1, through, through, near)
         chain.note(offset, f"{fault}; extents go on at offset 0x{self._offset:x}")
-        self._shifted = True
-        return following or chain
 
-    def _take(self, found: Found, chain: Chain) -> Chain:
-        """Write the clusters of an extent, as far as they are in place; return the next chain."""
-        start, size = found.extent.payload_offset, found.extent.payload_size
-        in_place = self._can_be_marked(found.end) or bool(
-            found.keys and self._restored(found.end, found.keys[1])
-        )
-        # Before the search, so that nothing in its payload is taken for the same clusters.
-        self._claim(found, chain)
+    def _advance(self, found: Found) -> None:
+        """Go on in the canonical order, and in the chain."""
+        chain = self._chain
+        seams = self.window.source.seams
+        # What has one checksum may become doubtful as a whole: so it is a chain of its own.
+        if seams and bisect.bisect(seams, chain.start) != bisect.bisect(seams, found.end - 1):
+            self._begin(self._offset, chain.proven, chain.doubtful)
+            chain = self._chain
+        if self._uuid == CANONICAL_UUID and self._may_be_ordered and (chain.proven or self._rank):
+            if self._is_ordered and found.rank != self._rank and not chain.proven:
+                # Headers of an archive in a disk have led to this one.
+                chain.doubtful = True
+                self._begin(self._offset, self._follow(self._offset)[1])
+                chain = self._chain
+            self._may_be_ordered = 0 < self._rank <= found.rank or (
+                not self._rank and found.rank > 0
+            )
+            self._rank = found.end_rank
+            if found.end_rank & 0xFFFFFFFF:  # not a device's end
+                self._extent_clusters = len(found.extent.blockinfo)
+        chain.end_rank = self._rank
+        chain.end = max(chain.end, found.end)
+
+    def _take_empty(self) -> bool:
+        """Take the extents at the offset if they are many that store nothing, in their order."""
+        size = self._extent_clusters
+        device = self._devices.get(self._rank >> 32)
+        if not self._is_ordered or not self._may_be_ordered or not size or device is None:
+            return False
+        if device.is_vmstate or any(
+            self.window.peek(self._offset, EXTENT_HEADER_SIZE)[EXTENT_BLOCK_COUNT]
+        ):
+            return False
+        first = self._rank & 0xFFFFFFFF
+        count = min((device.cluster_count - first) // size, RUN_EXTENTS)
+        headers = bytes(self.window.peek(self._offset, count * EXTENT_HEADER_SIZE))
+        count = count_empty(headers)
+        info = device.dev_id << 32 | first
+        expected = pack_empty_extents(info, count * size, size)
+        count = different_header(headers[: len(expected)], expected)
+        end = self._offset + count * EXTENT_HEADER_SIZE
+        if count < 2 or self.window.source.seams or self._chain.doubtful:
+            return False
+        claim = self._chain.number << 2 | CLAIM_EMPTY
+        if not self.disks[device.dev_id].claims.claim(first, count * size, claim):
+            return False
+        self._rank = self._chain.end_rank = self._rank_of(device.dev_id, first + count * size)
+        self._offset = self._chain.end = end
+        return True
+
+    def _take(self, found: Found) -> None:
+        """Take the clusters of an extent, as far as they are in place, and go on behind it."""
+        window, source = self.window, self.window.source
+        offset, start, size = self._offset, found.extent.payload_offset, found.extent.payload_size
+        self._advance(found)
+        chain = self._chain
+        if found.odd:
+            chain.note(offset, found.odd)
+        self._offset = found.end
+        is_next = self._leads_on(found)
         # `peek` stops at breaks after its start, not at one there.
-        broken = start in self.window.source.breaks
-        stop = start if broken else start + len(self.window.peek(start, size))
-        if in_place and stop == found.end:
-            self._write(found, chain, start, stop)
-            self._offset = found.end
-            return chain
-        cut = stop < found.end
+        stop = start if start in source.breaks else start + len(window.peek(start, size))
+        if stop == found.end and is_next:
+            self._claim(found, start, stop)
+            return
         # Bytes are missing if the next extent begins inside this one.
-        following = self._search(start, stop, near=found.end, cut=cut)
-        if cut and not following:
-            chain.note(found.extent.offset, f"only {stop - start} of {size} bytes of the extent")
-            self._write(found, chain, start, stop)
-            return self._take_rest(found, chain) if stop in self.window.source.breaks else chain
-        self._shifted = True
+        cut = stop < found.end
+        begun = self._search(start, stop, near=found.end, doubtful=cut)
+        if cut and not begun:
+            chain.note(offset, f"only {stop - start} of {size} bytes of the extent")
+            # Nothing behind it shows that its payload is in place; what is before it may.
+            self._claim(found, start, stop, chain, doubtful=not chain.proven)
+            return
         # A chain that is not proven may be a guest's: then it is payload, too.
-        end = min(self._offset, stop) if following and following.proven else stop
-        self._write(found, chain, start, end, doubtful=True)
+        end = min(self._offset, stop) if begun and self._chain.proven else stop
+        self._claim(found, start, end, chain, doubtful=True)
+        if not begun:
+            self._search(found.end)
         text = "bytes are missing or added in the extent"
-        following = following or self._search(found.end) or chain
-        chain.note(found.extent.offset, f"{text}; extents go on at offset 0x{self._offset:x}")
-        return following
+        chain.note(offset, f"{text}; extents go on at offset 0x{self._offset:x}")
 
-    def _take_rest(self, found: Found, chain: Chain) -> Chain:
-        """Write the payload after a break, if its place is certain; return the next chain."""
-        start = self._offset
-        following = self._search(start, found.end + 1)
-        if following is None:
-            return self._search(start) or chain
-        after = self._whole(self._offset, self._uuid)
-        if after and found.runs and after.runs:
-            dev_id, first, count = found.runs[-1]
-            last = first + count == self.disks[dev_id].limit and after.runs[0][1] == 0
-            if last or after.runs[0][:2] == (dev_id, first + count):
-                # The canonical order goes on, so the break has cost this extent's bytes only.
-                breaks = self.window.source.breaks
-                start = breaks[bisect.bisect_right(breaks, self._offset) - 1]
-                # Its end is known, so it is placed from there.
-                begin = found.extent.payload_size - (self._offset - start)
-                self._write(found, chain, start, self._offset, begin)
-        return following
+    def _leads_on(self, found: Found) -> bool:
+        """Say whether an extent, taken last, is followed by what has to follow."""
+        source = self.window.source
+        if not self._may_follow(found.end):
+            return bool(self._missing())
+        if not self._is_ordered or found.end in source.breaks:
+            return True
+        # In a known order, another extent tells that bytes are missing, and lost bytes can tell it.
+        following = self._begins_at(found.end)
+        if following or source.is_sound(found.end, found.end + EXTENT_HEADER_SIZE):
+            return following in (0, found.end_rank)
+        return bool(self._missing())
 
     # Clusters
 
-    def _write(
+    def _claim(
         self,
         found: Found,
-        chain: Chain,
         start: int,
         stop: int,
+        chain: Chain | None = None,
         begin: int = 0,
         doubtful: bool = False,
+        restored: bool = False,
     ) -> None:
         """Write the clusters of an extent whose blocks are in a part of its payload.
 
         The part is at start to stop of the archive, and begins at `begin` of the payload. Doubtful
-        clusters are written even if some of their blocks are missing.
+        clusters are written even if some of their blocks are missing. A restored header has no MD5
+        that would vouch for clusters that store nothing.
         """
         source = self.window.source
-        payload = self.window.peek(start, stop - start)
+        chain = chain or self._chain
         doubtful = doubtful or chain.doubtful
-        # Nearly all extents are whole, and need no look at each cluster.
-        certain = len(payload) == found.extent.payload_size and not (
-            doubtful or overlaps(source.lost, start, stop) or overlaps(source.doubtful, start, stop)
-        )
-        pieces: list[tuple[int, int, int, int]] = []  # dev_id, where on the disk, in payload, size
-        slots = iter_slots(found.extent)
-        if certain and found.keys:  # consecutive clusters
-            dev_id, first, count = found.runs[0]
-            disk = self.disks[dev_id]
-            if len(payload) == count * CLUSTER_SIZE and (first + count) * CLUSTER_SIZE <= disk.size:
-                # Nearly all extents are like this: they go fast.
-                entry = chain.number << 2 | FOUND_STORED
-                disk.entries[first : first + count] = array.array("I", [entry]) * count
-                pieces.append((dev_id, first * CLUSTER_SIZE, 0, len(payload)))
-                slots = iter(())
-        for dev_id, cluster_num, mask, slot_start, slot_size in slots:
-            if not mask:
+        payload = self.window.peek(start, stop - start)
+        is_whole = not doubtful and len(payload) == found.extent.payload_size
+        is_whole = is_whole and source.is_sound(start, stop)
+        empty = CLAIM_STORED if restored else CLAIM_DOUBTFUL if chain.doubtful else CLAIM_EMPTY
+        if is_whole and found.rank and self._claim_run(found, chain, payload, empty):
+            return
+        twice = []
+        for dev_id, cluster_num, mask, at, size in iter_slots(found.extent):
+            if found.odd and not self._is_possible(dev_id << 32 | cluster_num):
                 continue
+            if dev_id not in self.disks:
+                self._add_disk(Device(dev_id, "", 0))
             disk = self.disks[dev_id]
-            position = slot_start - begin
-            state = FOUND_STORED
-            if not certain:
-                place = start + position, start + position + slot_size
-                cut = position + slot_size > len(payload) and not doubtful
-                if position < 0 or cut or overlaps(source.lost, *place):
-                    continue
-                if doubtful or overlaps(source.doubtful, *place):
-                    state = FOUND_DOUBTFUL
-            disk.entries[cluster_num] = chain.number << 2 | state
+            if not mask and not disk.claims.put(cluster_num, chain.number << 2 | empty):
+                continue
+            state = empty
+            position = at - begin
+            if mask:
+                state = CLAIM_DOUBTFUL if doubtful else CLAIM_STORED
+                place = start + position, start + position + size
+                if not is_whole:
+                    cut = position + size > len(payload) and not doubtful
+                    if position < 0 or cut or overlaps(source.lost, *place):
+                        continue
+                    if overlaps(source.doubtful, *place):
+                        state = CLAIM_DOUBTFUL
+            claim = chain.number << 2 | state
+            offset = cluster_num * CLUSTER_SIZE
+            pieces: list[tuple[int, Buffer]] = []
             for run_start, run_size in block_runs(mask):
-                offset = cluster_num * CLUSTER_SIZE + run_start
-                count = min(run_size, len(payload) - position, disk.size - offset)
+                count = min(run_size, len(payload) - position, disk.size - offset - run_start)
                 if count > 0:
-                    pieces.append((dev_id, offset, position, count))
+                    pieces.append((offset + run_start, payload[position : position + count]))
                 position += run_size
-        self._write_pieces(pieces, payload)
+            held = disk.claims.put(cluster_num, claim)
+            if held:
+                claim, pieces, differs = self._settle(disk, cluster_num, held, claim, pieces)
+                disk.claims.change(cluster_num, claim)
+                if differs:
+                    twice.append(cluster_num)
+            for place_on_disk, data in pieces:
+                self._write(disk.target, place_on_disk, data)
+        if twice:
+            text = f"{plural(len(twice), 'cluster')} with other bytes than elsewhere"
+            chain.note(found.extent.offset, f"{text}, the first is {twice[0]}")
 
-    def _write_pieces(self, pieces: list[tuple[int, int, int, int]], payload: memoryview) -> None:
-        """Write pieces of a payload to the disks, neighbours with one call."""
-        batch: list[tuple[Target, int, list[Buffer]]] = []
+    def _claim_run(self, found: Found, chain: Chain, payload: memoryview, empty: int) -> bool:
+        """Claim clusters that are in a row, as nearly all are, and store all blocks or none."""
+        dev_id, first = (
+            found.extent.blockinfo[0] >> 32 & 0xFF,
+            found.extent.blockinfo[0] & 0xFFFFFFFF,
+        )
+        count = len(found.extent.blockinfo)
+        disk = self.disks.get(dev_id)
+        end = (first + count) * CLUSTER_SIZE
+        if disk is None or (
+            len(payload) and (len(payload) < count * CLUSTER_SIZE or end > disk.size)
+        ):
+            return False
+        claim = chain.number << 2 | (CLAIM_STORED if len(payload) else empty)
+        if not disk.claims.claim(first, count, claim):
+            return False
+        if len(payload):
+            self._write(disk.target, first * CLUSTER_SIZE, payload)
+        return True
+
+    def _settle(
+        self,
+        disk: RescuedDisk,
+        cluster_num: int,
+        held: int,
+        claim: int,
+        pieces: list[tuple[int, Buffer]],
+    ) -> tuple[int, list[tuple[int, Buffer]], bool]:
+        """Decide between two claims of a cluster; return one, what to write, and if they differ."""
+        self._wait()
+        start = cluster_num * CLUSTER_SIZE
+        size = max(min(CLUSTER_SIZE, disk.size - start), 0)
+        data = bytearray(size)
+        for at, piece in pieces:
+            data[at - start : at - start + len(piece)] = piece
+        old, new = self._chains[held >> 2], self._chains[claim >> 2]
+        held_worth = held & 3 != CLAIM_DOUBTFUL, old.proven
+        worth = claim & 3 != CLAIM_DOUBTFUL, new.proven
+        if disk.target.read_at(start, size).ljust(size, b"\0") == data:
+            return (claim if worth > held_worth else held), [], False
+        if worth[0] and held_worth[0] and old.proven != new.proven:
+            # What a proven chain contradicts was part of an archive in a guest's disk.
+            (new if old.proven else old).doubtful = True
+        if worth > held_worth:
+            return claim, [(start, data)], True
+        return (held if worth < held_worth else held | CLAIM_DOUBTFUL), [], True
+
+    # Writing
+
+    def _write(self, target: Target, offset: int, data: Buffer) -> None:
+        """Have data written, with what comes right before it on the disk."""
+        if (target, offset) != self._batch_end:
+            self._batch.append((target, offset, []))
+        self._batch[-1][2].append(data)
+        self._batch_end = target, offset + len(data)
+        self._batch_size += len(data)
+        if self._batch_size >= WRITE_SIZE:
+            self._write_batch()
+
+    def _write_batch(self) -> Collection[Call]:
+        """Begin to write what is to be written; return the calls that use the window's views."""
+        batch, self._batch = self._batch, []
+        self._batch_end, self._batch_size = (None, 0), 0
 
         def write_all() -> None:
-            for target, offset, data in batch:
-                target.write_at(offset, data)
+            for target, offset, parts in batch:
+                target.write_at(offset, parts)
 
-        end = 0, 0
-        for dev_id, start, position, size in sorted(pieces):
-            if (dev_id, start) != end:
-                batch.append((self.disks[dev_id].target, start, []))
-            batch[-1][2].append(payload[position : position + size])
-            end = dev_id, start + size
-        self._wait()
-        self._writes.append(self._writer.submit(Call(write_all)))
+        if batch:
+            self._writes.append(self._writer.submit(Call(write_all)))
+        while self._writes and self._writes[0].is_done():
+            self._writes.popleft().result()
+        return tuple(self._writes)
 
-    def _claim(self, found: Found, chain: Chain) -> None:
-        """Enter the clusters of an extent: as found if they store nothing, else as lost."""
-        # An extent that proves nothing cannot begin the order.
-        known = chain.proven or self._key
-        if known and self._key is not None and self._uuid == CANONICAL_UUID:
-            in_order = bool(found.keys) and (not self._key or self._key <= found.keys[0])
-            self._key = found.keys[1] if in_order else None
-        chain.key = self._key or ()
-        for dev_id, first, count in found.runs:
-            if dev_id not in self.disks:
-                self._add_disk(Device(dev_id, "", 0), chain)
-            disk = self.disks[dev_id]
-            disk.end = max(disk.end, first + count)
-            entries = disk.entries
-            for held in set(entries[first : first + count].tolist()) - {0}:
-                holder = self._chains[held >> 2]
-                # The same header again is only a part of the archive that is there twice.
-                holder.dropped = holder.dropped or found.extent.md5 not in self._headers
-                # Blocks that are not stored must not keep the other one's bytes, nor get them now.
-                self._wait()
-                disk.target.write_at(first * CLUSTER_SIZE, [ZERO_CLUSTER] * count)
-            state = FOUND_DOUBTFUL if chain.doubtful else FOUND_ZERO
-            entry = chain.number << 2 | state
-            entries[first : first + count] = array.array("I", [entry]) * count
-        self._headers.add(found.extent.md5)
-        # Clusters with data count as lost until `_write` enters them.
-        if found.extent.block_count:
-            for info in found.extent.blockinfo:
-                if info >> 48:
-                    self.disks[info >> 32 & 0xFF].entries[info & 0xFFFFFFFF] = 0
+    def _wait(self) -> None:
+        """Wait until everything is written; raises VmaError."""
+        for call in self._write_batch():
+            call.result()
+
+    # The report
 
     def finish(self) -> dict[str, Any]:
         """Give the disks their sizes, and return what `rescue --json` prints."""
-        source = self.window.source
         missing = []
         devices = []
         for disk in self.disks.values():
-            device, count = disk.device, disk.device.cluster_count
-            size = device.size
-            if device.is_vmstate:  # its size may be any number, also one that nobody believes
-                count = min(count, self.window.end // EXTENT_HEADER_SIZE * EXTENT_SLOTS)
-                size = min(size, count * CLUSTER_SIZE)
-            if device.is_vmstate or disk.end > count:
-                # As Proxmox restores it: a vmstate ends with its last cluster.
-                size = max(disk.end * CLUSTER_SIZE, size if count > disk.end else 0)
-            lost, doubtful = self._unsure(disk, max(count, disk.end), size)
+            device = disk.device
+            count, size = disk.trimmed(self.window.end // EXTENT_HEADER_SIZE * EXTENT_SLOTS)
+            lost, doubtful = self._unsure(disk, count, size)
             try:
                 disk.target.truncate(size)
             except VmaError:
                 # A damaged size may be more than the file system takes.
                 if disk.exact:
                     raise
-                disk.target.truncate(disk.end * CLUSTER_SIZE)
+                disk.target.truncate(disk.claims.end * CLUSTER_SIZE)
             if lost:
                 number = sum(-(-each // CLUSTER_SIZE) for _, each in lost)
                 text = f"{device.title}: {plural(number, 'cluster')} not found"
                 missing.append(Flaw(self.window.end, text))
             found = {"dev_id": device.dev_id, "name": device.name, "size": size}
             devices.append({**found, "lost": lost, "doubtful": doubtful})
-        kept = (chain.flaws for chain in self._chains if not chain.dropped)
-        flaws = sorted(itertools.chain(source.flaws, *kept), key=lambda flaw: flaw.offset)
+        flaws = [*self.window.source.flaws]
+        for chain in self._chains:
+            flaws += chain.flaws
+        flaws.sort(key=lambda flaw: flaw.offset)
         configs = [{"name": name, "size": len(data)} for name, data in self.configs]
         damage = [flaw._asdict() for flaw in (*flaws, *missing)]
         return {"devices": devices, "configs": configs, "damage": damage}
@@ -7589,25 +7976,77 @@ class Rescue:
         """Return the lost ranges and the doubtful ones, as [offset, size] in bytes."""
         lost: list[list[int]] = []
         doubtful: list[list[int]] = []
-        for first, end, entry in disk.spans(cluster_count):
-            state = entry & 3
-            if entry and self._chains[entry >> 2].dropped:
-                for cluster_num in range(first, end):
-                    # These bytes came from an archive in a guest's disk: lost, not doubtful.
-                    disk.target.write_at(cluster_num * CLUSTER_SIZE, [ZERO_CLUSTER])
-                state = 0
-            # A checksum that fails may itself be wrong, unless extents did not follow each other.
-            if state == FOUND_STORED and self.window.source.suspect + self._shifted > 1:
-                state = FOUND_DOUBTFUL
-            if state in (0, FOUND_DOUBTFUL):
-                ranges = doubtful if state else lost
-                start, stop = first * CLUSTER_SIZE, min(end * CLUSTER_SIZE, size)
-                # Neighbours from two chains are one range to who reads it.
-                if ranges and sum(ranges[-1]) == start:
-                    ranges[-1][1] += stop - start
-                else:
-                    ranges.append([start, stop - start])
+
+        def add(ranges: list[list[int]], first: int, end: int) -> None:
+            start, stop = first * CLUSTER_SIZE, min(end * CLUSTER_SIZE, size)
+            # Neighbours from two chains are one range to who reads it.
+            if ranges and sum(ranges[-1]) == start:
+                ranges[-1][1] += stop - start
+            elif start < stop:
+                ranges.append([start, stop - start])
+
+        failed = sorted(self.window.source.failed)
+        position = 0
+        for first, end, claim in disk.claims.runs():
+            add(lost, position, first)
+            position = end
+            chain = self._chains[claim >> 2]
+            # Here it is decided: what no checksum vouches for is doubtful if one has failed.
+            if (
+                claim & 3 == CLAIM_DOUBTFUL
+                or chain.doubtful
+                or (claim & 3 == CLAIM_STORED and overlaps(failed, chain.start, chain.end))
+            ):
+                add(doubtful, first, end)
+        add(lost, position, cluster_count)
         return lost, doubtful
+
+
+def is_whole_extent_header(data: Buffer) -> bool:
+    """Say whether these 512 bytes are an extent header whose MD5 matches."""
+    is_header = len(data) == EXTENT_HEADER_SIZE and data[:4] == EXTENT_MAGIC
+    return is_header and md5_without(data, EXTENT_MD5) == data[EXTENT_MD5]
+
+
+def flip_bit(data: bytes) -> bytes:
+    """Return the extent header of which one bit was changed; as it is if that is not the fault."""
+    stored, found = data[EXTENT_MD5], md5_without(data, EXTENT_MD5)
+    wrong = int.from_bytes(stored, "big") ^ int.from_bytes(found, "big")
+    if wrong & (wrong - 1) == 0:  # the bit is in the MD5 itself
+        return data[: EXTENT_MD5.start] + found + data[EXTENT_MD5.stop :]
+    mended = bytearray(data)
+    for at in (*range(EXTENT_MD5.start), *range(EXTENT_MD5.stop, EXTENT_HEADER_SIZE)):
+        for bit in range(8):
+            mended[at] ^= 1 << bit
+            if md5_without(mended, EXTENT_MD5) == stored:
+                return bytes(mended)
+            mended[at] ^= 1 << bit
+    return data
+
+
+def stored_size(extent: tuple[Device, int, int]) -> int:
+    """Return the payload's size in bytes of an extent that stores all blocks of its clusters."""
+    device, first, count = extent
+    return sum(mask_size(device.block_mask(first + i)) for i in range(count))
+
+
+def only_way(sizes: Sequence[int], total: int) -> list[int]:
+    """Return each size, or 0 instead, so that they make the total; empty if not in one way only."""
+    if total in (0, sum(sizes)):
+        return [size if total else 0 for size in sizes]
+    if len(sizes) > EXTENT_SLOTS:
+        return []
+    ways: dict[int, list[list[int]]] = {0: [[]]}
+    for size in sizes:
+        longer: dict[int, list[list[int]]] = {}
+        for subtotal, found in ways.items():
+            for choice in (0, size):
+                if subtotal + choice <= total:
+                    more = longer.setdefault(subtotal + choice, [])
+                    more += [[*way, choice] for way in found[: 2 - len(more)]]
+        ways = longer
+    found = ways.get(total, [])
+    return found[0] if len(found) == 1 else []
 
 
 def guess_header(data: bytearray, uuid: bytes) -> Header | None:
@@ -7627,12 +8066,6 @@ def guess_header(data: bytearray, uuid: bytes) -> Header | None:
             if header.devices or header.configs:
                 return header
     return None
-
-
-def overlaps(ranges: Sequence[Range], start: int, end: int) -> bool:
-    """Say whether one of ascending ranges has bytes between start and end."""
-    i = bisect.bisect_left(ranges, (end, 0))
-    return i > 0 and ranges[i - 1][1] > start
 
 
 def indexed_extent(index: ArchiveIndex, offset: int) -> bytes | None:
