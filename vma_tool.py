@@ -1196,6 +1196,13 @@ class Zstd:
         self._decompressors.append(context)  # the next frame begins anew, also after an error
         return self._checked(size)
 
+    def decompress_damaged(self, frame: Buffer, view: memoryview) -> int:
+        """Decompress what can be of a damaged frame; return its size, zeros follow in view."""
+        view[:] = bytes(len(view))
+        with suppress(FormatError):
+            self._decompress(frame, view)
+        return len(bytes(view).rstrip(b"\0"))
+
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Decompress frames one after the other, given in any pieces.
 
@@ -1282,6 +1289,18 @@ class ModuleZstd(Zstd):
             raise FormatError(f"it holds more than {len(view)} bytes")
         view[: len(data)] = data
         return len(data)
+
+    def decompress_damaged(self, frame: Buffer, view: memoryview) -> int:
+        view[:] = bytes(len(view))
+        decompressor = self.module.ZstdDecompressor()
+        size = 0
+        with suppress(FormatError), self._errors():
+            for start in range(0, len(frame), PAGE_SIZE):  # what fails gives nothing
+                room = len(view) - size
+                data = decompressor.decompress(frame[start : start + PAGE_SIZE])[:room]
+                view[size : size + len(data)] = data
+                size += len(data)
+        return size
 
     def stream(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Decompress one frame given as its header, its blocks and its checksum, piece by piece."""
@@ -6287,6 +6306,7 @@ class Window:
 PACKED_ROOM = PIECE_SIZE + (64 << 10)  # of a frame of ours
 PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
 DECODE_SIZE = 64 << 10  # bytes that one call decompresses
+KEPT_SIZE = 2 * FRAME_BLOCK_MAX
 ZSTD_PATTERN = re.compile(re.escape(ZSTD_MAGICS[0]))
 XZ_HEADER_SIZE = 12
 XZ_FEED_SIZE = 4 << 10  # what it makes of bytes among which is damage, it does not give
@@ -6336,6 +6356,7 @@ class WholeFrame(NamedTuple):
     data: memoryview  # of a window
     size: int
     position: int  # of the frame in the file
+    is_known: bool  # the seek table says so, too
 
 
 Task = Union[Chunk, Callable[[], "list[Chunk]"]]  # what is known, or is to be decompressed
@@ -6371,8 +6392,8 @@ class Decoder:
         if not data:
             raise CutError(CUT_TEXT)
         self.position += len(data)
-        # A little is kept: a decompressor may not need all of it.
-        self.window.forget(self.position - DECODE_SIZE)
+        # Some is kept: a decompressor may not need all of it, or have read too far.
+        self.window.forget(self.position - KEPT_SIZE)
         return data
 
     def take(self, size: int) -> bytes:
@@ -6495,7 +6516,7 @@ class DecodedSalvage(Salvage):
 
 
 class ZstdDecoder(Decoder):
-    """zstd: small frames at once, large ones block by block."""
+    """zstd: small frames at once; large, damaged and empty ones block by block."""
 
     def __init__(self, file: Input, window: Window, workers: Workers) -> None:
         super().__init__(file, window, workers)
@@ -6505,38 +6526,28 @@ class ZstdDecoder(Decoder):
         self._library = zstd
         start = array.array("Q", [0])
         self._table = SeekTable(start, start, 0)  # of no frames
-        self._index_start = 0  # where the index, or else the seek table, is in the file
-        self._number = -1  # of the next frame in the table, -1 if that is not known
-        if file.raw is not None and hasattr(os, "pread"):
-            with suppress(FormatError, OSError, ValueError):
-                self._read_table(file.raw.fileno())
+        self._index_place = 0, 0  # where the index is in the file
+        with suppress(FormatError, OSError, ValueError, struct.error):
+            end = file.raw_size
+            footer = self._read(max(end - SEEK_FOOTER.size, 0), end)
+            start_of_table = end - (parse_seek_footer(footer) or 0)
+            # Frames may be missing before it, and the index may not be where it says.
+            self._table = parse_seek_table(self._read(start_of_table, end), sys.maxsize)
+            base = max(start_of_table - PIECE_ROOM, 0)
+            index = base + self._read(base, start_of_table).rindex(INDEX_NAME) - SKIPPABLE.size
+            self._index_place = index, start_of_table
+        self._number = self._locate(0)  # of the next frame in the table, -1 if that is not known
+        self._given = 0  # bytes of the frame that is read block by block
 
-    def _read_table(self, fd: int) -> None:
-        end = self.file.raw_size
-        footer = os.pread(fd, SEEK_FOOTER.size, max(end - SEEK_FOOTER.size, 0))
-        size = parse_seek_footer(footer) or 0
-        if not 0 < size <= end:
-            return
-        # Frames may be missing before it, and the index may not be where it says.
-        self._table = parse_seek_table(os.pread(fd, size, end - size), sys.maxsize)
-        start = max(end - size - PIECE_ROOM, 0)
-        self._index_start = end - size
-        self._index_start = start + self._read_tail(fd).rindex(INDEX_NAME) - SKIPPABLE.size
-
-    def _read_tail(self, fd: int) -> bytes:
-        """Return what is in front of the seek table: only its own beginning tells an index."""
-        size = SEEK_ENTRY_SIZE * (len(self._table.offsets) - 1) + SKIPPABLE.size + SEEK_FOOTER.size
-        end = self.file.raw_size - size
-        start = max(end - PIECE_ROOM, 0)
-        return os.pread(fd, end - start, start)
+    def _read(self, start: int, end: int) -> bytes:
+        """Return bytes at any place of the file; raises OSError if it is none."""
+        if self.file.raw is None or not hasattr(os, "pread"):
+            raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        return os.pread(self.file.raw.fileno(), end - start, start)
 
     def index(self, header: Header) -> ArchiveIndex | None:
-        if self.file.raw is None or not self._index_start:
-            return None
-        with suppress(FormatError, OSError, ValueError):
-            tail = self._read_tail(self.file.raw.fileno())
-            data = tail[tail.rindex(INDEX_NAME) - SKIPPABLE.size :]
-            masks = parse_index(self._library, data, self.file.raw_size)
+        with suppress(FormatError, OSError):
+            masks = parse_index(self._library, self._read(*self._index_place), self.file.raw_size)
             return index_archive(header.size, canonical_order(header.devices), masks, self._table)
         return None
 
@@ -6547,7 +6558,7 @@ class ZstdDecoder(Decoder):
         """
         starts = self._table.compressed_offsets
         # Behind bytes that are missing or were added, all frames are as far off as the index is.
-        for shift in (0, self._index_start - starts[-1]):
+        for shift in (0, self._index_place[0] - starts[-1]):
             number = bisect.bisect_left(starts, position - shift)
             is_start = number < len(starts) > 1 and starts[number] == position - shift
             if is_start and sizes in (None, self._sizes(number)):
@@ -6562,7 +6573,6 @@ class ZstdDecoder(Decoder):
         return stored[number + 1] - stored[number], plain[number + 1] - plain[number]
 
     def chunks(self) -> Iterator[Chunk | WholeFrame]:
-        self._number = self._locate(0)
         while len(data := self.window.peek(self.position, SKIPPABLE.size)):
             magic, size = SKIPPABLE.unpack(bytes(data).ljust(SKIPPABLE.size, b"\0"))
             if magic in SKIPPABLE_MAGICS:
@@ -6573,7 +6583,11 @@ class ZstdDecoder(Decoder):
 
     def _skip(self, magic: int, end: int) -> Iterator[Chunk]:
         """Pass over a skippable frame, unless its size is damaged."""
-        if self._is_frame(end):
+        try:
+            is_end = self._read(end, end + 4) in ZSTD_MAGICS or end == self.file.raw_size
+        except OSError:  # nobody can look
+            is_end = True
+        if is_end:
             self.window.skip(end)
             self.position = end
             return
@@ -6582,138 +6596,87 @@ class ZstdDecoder(Decoder):
         yield Chunk(flaw=text, is_break=magic == INDEX_MAGIC)
         self._next_frame(self.position + 1)
 
-    def _is_frame(self, position: int) -> bool:
-        """Say whether a frame begins there, or the file ends; where nobody can look, True."""
-        if self.file.raw is None or not hasattr(os, "pread"):
-            return True
-        with suppress(OSError):
-            start = os.pread(self.file.raw.fileno(), 4, position)
-            return start in ZSTD_MAGICS or position == self.file.raw_size
-        return True
-
     def _frame(self) -> Iterator[Chunk | WholeFrame]:
         """Yield the frame at the position, or what is left of it."""
         start, expected = self.position, self._number
-        data, head, size, fault = self._look()
+        data, head, size, error = self._look()
         plain = head.content_size if head else None
-        number = -1 if plain is None or fault else self._locate(start, (size, plain))
+        number = self._locate(start, (size, plain or 0))
         self._number = number if number >= 0 else self._locate(start)
         if number > expected >= 0:
             lost = self._table.offsets[number] - self._table.offsets[expected]
-            text = self.flaw("frames are missing")
-            if lost <= FRAME_MAX_SIZE:
-                yield Chunk(bytes(lost), text, LOST)
-            else:
-                yield Chunk(flaw=text, is_break=True)
-        if head and (plain is None or plain > FRAME_MAX_SIZE):
-            yield from self._large_frame(head)
+            yield self._lost(lost, self.flaw("frames are missing"))
+        is_next = bytes(data[size : size + 4]) in (b"", *ZSTD_MAGICS)
+        if plain and plain <= FRAME_MAX_SIZE and not error and is_next:
+            self.position += size
+            self._number += 1 if self._number >= 0 else 0
+            yield WholeFrame(data[:size], plain, start, number >= 0)
             return
-        if plain is None or fault:
-            yield from self._damaged(data, head, fault)
+        header = bytes(data[len(STORED_HEADER) : len(STORED_HEADER) + EXTENT_HEADER_SIZE])
+        if is_whole_extent_header(header):  # whatever has hit the bytes in front of it
+            self.position += len(STORED_HEADER) + EXTENT_HEADER_SIZE
+            yield Chunk(header, self.flaw(error or "the zstd frame is damaged", start))
+            self._number = self._locate(self.position)
             return
-        frame = WholeFrame(data[:size], plain, start)
-        fits = bytes(data[size : size + 4]) in (b"", *ZSTD_MAGICS)
-        if fits and plain and number == self._number:
-            yield frame
-        else:  # an empty one is no end; another one may end elsewhere, or have another size
-            view = memoryview(bytearray(plain))
-            flaws = self.frame_chunks(frame, view)
-            if (flaws and number != self._number) or not (fits or (head and head.has_checksum)):
-                yield from self._damaged(data, head, None)
+        self._given = 0
+        if head:
+            error = yield from self.under_checksum(self._blocks(head))
+            is_next = bytes(self.window.peek(self.position, 4)) in (b"", *ZSTD_MAGICS)
+            if error is None and (is_next or head.has_checksum):
+                self._number += 1 if self._number >= 0 else 0
                 return
-            yield from flaws or (Chunk(view),)
-        self.position += size
-        self._number += 1 if self._number >= 0 else 0
+        if not start and re.search(WINDOW_MESSAGES, str(error)):
+            raise window_error(self.file.name)  # nothing is damaged
+        text = self.flaw(error or "the zstd frame is damaged", start)
+        known = self._sizes(self._number)
+        end = start + known[0] if known else -1
+        is_kept = end >= self.position - KEPT_SIZE
+        if known and is_kept and bytes(self.window.peek(end, 4)) in ZSTD_MAGICS:
+            # The next frame is where the table has it: so no byte of this one is missing.
+            self.position = end
+            self._number += 1
+            yield self._lost(known[1] - self._given, text)
+            return
+        if is_next and self._given == plain:  # all blocks were there, only the checksum differs
+            yield Chunk(flaw=text)
+            return
+        first = self._number
+        self._next_frame(max(start + 1, self.position - FRAME_BLOCK_MAX - 3))
+        self._number = self._locate(self.position)
+        lost = -1
+        if self._number > first >= 0:
+            lost = self._table.offsets[self._number] - self._table.offsets[first] - self._given
+        yield self._lost(lost, text)
+
+    def _lost(self, size: int, text: str) -> Chunk:
+        """Return zeros for lost bytes, or a break if it is not known how many, or too many."""
+        if 0 <= size <= FRAME_MAX_SIZE:
+            return Chunk(bytes(size), text, LOST)
+        return Chunk(flaw=text, is_break=True)
 
     def _look(self) -> tuple[memoryview, Frame | None, int, FormatError | None]:
         """Return the next bytes, the start of the frame in them, its size, and its fault if any."""
-        head, fault = None, None
+        head, error = None, None
         for room in PACKED_ROOM, PIECE_ROOM:  # the first one is enough for frames of ours
             data = self.window.peek(self.position, room)
             try:
                 head = parse_frame_start(data)
                 return data, head, parse_frame(data).size, None
-            except FormatError as error:
-                fault = error
-            if not isinstance(fault, CutError):
+            except FormatError as caught:
+                error = caught
+            if not isinstance(error, CutError):
                 break
-        return data, head, 0, fault
-
-    def _damaged(
-        self, data: memoryview, head: Frame | None, fault: FormatError | None
-    ) -> Iterator[Chunk]:
-        """Yield what is left of a small frame, and go on to the next one."""
-        text = self.flaw(fault or "the zstd frame is damaged")
-        header = bytes(data[len(STORED_HEADER) : len(STORED_HEADER) + EXTENT_HEADER_SIZE])
-        if is_whole_extent_header(header):  # whatever has hit the bytes in front of it
-            self.position += len(STORED_HEADER) + EXTENT_HEADER_SIZE
-            self._number = self._locate(self.position)
-            yield Chunk(header, text)
-            return
-        prefix, _ = self._up_to_damage(data, head) if head else (b"", False)
-        number, known = self._number, self._sizes(self._number)
-        size: int | None = None  # how many bytes it had; None if nothing tells
-        if known and bytes(self.window.peek(self.position + known[0], 4)) in ZSTD_MAGICS:
-            # The next frame is where the table has it: so no byte of this one is missing.
-            self.position += known[0]
-            self._number += 1
-            size = known[1]
-        else:
-            end = self.position
-            cut = isinstance(fault, CutError) and len(data) < PIECE_ROOM
-            self._next_frame(self.position + 1)
-            if cut and self.window.ends_at(self.position):
-                # It ends before its checksum: what came before the cut is as it is.
-                yield Chunk(prefix, self.flaw(fault, end), is_break=True)
-                return
-            self._number = self._locate(self.position)
-            if self._number > number >= 0:
-                size = self._table.offsets[self._number] - self._table.offsets[number]
-        if size is None or not len(prefix) <= size <= FRAME_MAX_SIZE:
-            yield Chunk(prefix, text, DOUBTFUL, is_break=True)
-        else:
-            yield Chunk(prefix, text, DOUBTFUL)
-            yield Chunk(bytes(size - len(prefix)), state=LOST)
+        return data, head, 0, error
 
     def frame_chunks(self, frame: WholeFrame, view: memoryview) -> list[Chunk]:
         try:
             self._library.decompress_into(frame.data, view)
         except FormatError as error:
-            head = parse_frame_start(frame.data)
-            prefix, is_whole = self._up_to_damage(frame.data, head)
-            count = min(len(prefix), len(view))
-            view[:count] = prefix[:count]
-            view[count:] = bytes(len(view) - count)
-            # If all blocks have another size than the frame says, nobody knows what is missing.
-            wrong = len(prefix) > len(view) or (is_whole and len(prefix) < len(view))
-            return [
-                Chunk(view[:count], self.flaw(error, frame.position), DOUBTFUL),
-                Chunk(view[count:], state=LOST, is_break=wrong),
-            ]
+            count = self._library.decompress_damaged(frame.data, view)
+            text = self.flaw(error, frame.position)
+            rest = Chunk(view[count:], state=LOST, is_break=not frame.is_known)
+            return [Chunk(view[:count], text, DOUBTFUL), rest]
         return []
-
-    def _up_to_damage(self, data: Buffer, head: Frame) -> tuple[bytes, bool]:
-        """Return what a damaged frame decompresses to, and whether all of its blocks do."""
-        position = 0
-
-        def take(size: int) -> bytes:
-            nonlocal position
-            part = bytes(data[position : position + size])
-            position += size
-            if len(part) < size:
-                raise CutError(CUT_TEXT)
-            return part
-
-        parts: list[bytes] = []
-        pieces = FramePieces(head, take)
-        with suppress(FormatError):
-            size = 0
-            for part in self._library.stream(pieces):
-                parts.append(part)
-                size += len(part)
-                if size > FRAME_MAX_SIZE:
-                    break
-        return b"".join(parts), pieces.ended
 
     def _next_frame(self, start: int) -> None:
         """Go on to the next frame from start on that decompresses, or that is too large to try."""
@@ -6733,61 +6696,35 @@ class ZstdDecoder(Decoder):
             return
         self.position = self.window.end
 
-    def _large_frame(self, head: Frame) -> Iterator[Chunk]:
-        """Yield the blocks of a frame whose size is large or not known, up to the damage."""
-        start = self.position
-        pieces = FramePieces(head, self.take)
-        error = yield from self.under_checksum(self._blocks(pieces))
-        if error is None:
-            return
-        if not start and re.search(WINDOW_MESSAGES, str(error)):
-            raise window_error(self.file.name)  # nothing is damaged
-        text = self.flaw(error)
-        if not pieces.ended:
-            self._next_frame(self.position)
-        self._number = self._locate(self.position)
-        # Also if all blocks have passed, nobody knows how many bytes they should have given.
-        yield Chunk(flaw=text, is_break=True)
-
-    def _blocks(self, pieces: FramePieces) -> Iterator[bytes]:
+    def _blocks(self, head: Frame) -> Iterator[bytes]:
+        """Yield the contents of a frame's blocks; raises FormatError, at last for its checksum."""
         try:
-            yield from self._library.stream(pieces)
+            for data in self._library.stream(self._pieces(head)):
+                self._given += len(data)
+                yield data
         except CutError as error:
             # A block's damaged size may reach behind the end, over whole frames.
-            self._next_frame(self.position)
+            position = self.position
+            self._next_frame(max(position - FRAME_BLOCK_MAX, 1))
             if self.window.ends_at(self.position):
                 raise
+            self.position = position
             raise FormatError(str(error)) from None
 
-
-class FramePieces(Iterator[bytes]):
-    """A frame's header, each of its blocks, and its checksum; raises FormatError.
-
-    `take` returns the next bytes. `ended` says whether all of it was there.
-    """
-
-    def __init__(self, head: Frame, take: Callable[[int], bytes]) -> None:
-        self.ended = False
-        self._pieces = self._split(head, take)
-
-    def __next__(self) -> bytes:
-        return next(self._pieces)
-
-    def _split(self, head: Frame, take: Callable[[int], bytes]) -> Iterator[bytes]:
-        yield take(head.size)
+    def _pieces(self, head: Frame) -> Iterator[bytes]:
+        """Yield a frame's header, each of its blocks, and its checksum, if it has one."""
+        yield self.take(head.size)
         last = 0
         while not last:
-            start = take(3)
+            start = self.take(3)
             block = int.from_bytes(start, "little")
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             if kind == 3 or size > FRAME_BLOCK_MAX:
                 raise FormatError("the zstd frame is damaged: no block")
             # RFC 3.1.1.2: of kind 1, one byte stands for `size` equal ones.
-            yield start + take(1 if kind == 1 else size)
-        checksum = take(4) if head.has_checksum else b""
-        self.ended = True
-        if checksum:
-            yield checksum
+            yield start + self.take(1 if kind == 1 else size)
+        if head.has_checksum:
+            yield self.take(4)
 
 
 class GzipDecoder(Decoder):

@@ -232,7 +232,8 @@ class AgainstTheTruth(RescueTest):
             bad = Place(at, at + PAGE * rng.choice([1, 1, 3]))
         with self.subTest(form=name, seed=seed, how=how, harm=harm.what, bad=bad, size=len(data)):
             path = self.file(f"a.vma{target.suffix}", data)
-            out = self.directory / "out"
+            out = self.directory / f"out{self.count}"
+            self.count += 1
             with mock.patch.object(Failing, "bad", bad):
                 if how == "pipe":
                     answer = call_tool("rescue", "--json", "-", out, input=data)
