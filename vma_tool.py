@@ -7020,16 +7020,19 @@ HORIZON = 2 * EXTENT_MAX_SIZE
 NEAR_SIZE = 64 << 10  # bytes by which an extent may miss its expected place
 ANY_SIZE = 1 << 26  # clusters that a device of unknown size may have: 4 TiB
 CLUSTER_KEY = (1 << 40) - 1  # the bits of a blockinfo that say which cluster it is
-END_RANK = 1 << 41  # behind all devices
+VMSTATE_RANK = 256 << 32  # behind all other devices
+END_RANK = 257 << 32
+RANK_CLUSTER = 0xFFFFFFFF  # the bits of a rank that are the cluster's number
 MAP_BLOCK = 512  # clusters
+MOST_CHOICES = 10  # lost headers, of which each may be of an extent that stores all, or nothing
 
 
 class Found(NamedTuple):
     """A whole extent header: its clusters are those from `rank` to `end_rank`, in canonical order.
 
-    A rank is a number for each place in that order: dev_id << 32 | cluster_num, but with a dev_id
-    of 256 for a vmstate, which comes last. Both are 0 if the extent is none of that order. `odd`
-    says what no archive has.
+    A rank is a number for each place in that order: dev_id << 32 | cluster_num, but VMSTATE_RANK
+    for a vmstate, which comes last. Both are 0 if the extent is none of that order. `odd` says what
+    no archive has.
     """
 
     extent: Extent
@@ -7189,8 +7192,8 @@ class Rescue:
         self._may_be_ordered = True
         self._is_ordered = False
         self._rank = 0
-        self._extent_clusters = 0  # what a whole extent has in a canonical archive, if known
-        self._devices: dict[int, Device] = {}  # in that order, by rank >> 32
+        self._extent_clusters = 0  # what a whole extent has in a canonical archive
+        self._devices: dict[int, Device] = {}  # in that order, by the rank of their first cluster
 
     @property
     def _chain(self) -> Chain:
@@ -7255,8 +7258,12 @@ class Rescue:
             self._add_disk(device)
         if self._header and self._uuid == CANONICAL_UUID:
             devices = canonical_order(disk.device for disk in self.disks.values())
-            self._devices = {self._rank_of(device.dev_id, 0) >> 32: device for device in devices}
-            self._rank = next(iter(self._devices), 0) << 32
+            self._devices = {self._rank_of(device.dev_id, 0): device for device in devices}
+            self._rank = next(iter(self._devices), END_RANK)
+            # What is usual for its alignment, until there is an extent that tells.
+            self._extent_clusters = CANONICAL_CLUSTERS
+            if header.size % ALIGNS["1M"] == 0:
+                self._extent_clusters = clusters_per_extent(ALIGNS["1M"])
 
     def _guess_header(self, error: FormatError) -> Header:
         """Return what can be read of a damaged header, and find the first extent."""
@@ -7308,33 +7315,31 @@ class Rescue:
     def _rank_of(self, dev_id: int, cluster_num: int) -> int:
         """Return the rank of a cluster; of a device's end, that of the next device."""
         disk = self.disks.get(dev_id)
-        is_vmstate = disk is not None and disk.device.is_vmstate
-        if disk and self._devices and not is_vmstate and cluster_num == disk.device.cluster_count:
-            following = iter([*self._devices, END_RANK >> 32])
-            next(number for number in following if number == dev_id)
-            return next(following) << 32
-        return (256 if is_vmstate else dev_id) << 32 | cluster_num
+        if disk and disk.device.is_vmstate:
+            return VMSTATE_RANK | cluster_num
+        rank = dev_id << 32
+        if disk and cluster_num == disk.device.cluster_count:
+            return next((each for each in self._devices if each > rank), END_RANK)
+        return rank | cluster_num
 
-    def _between(self, rank: int, end: int, size: int, most: int) -> list[tuple[Device, int, int]]:
-        """Return device, first cluster and count of the canonical extents from rank to end.
+    def _lay_out(self, rank: int, end: int, most: int) -> list[tuple[Device, range]]:
+        """Return the devices and clusters of the canonical extents from rank to end.
 
-        A whole extent has `size` clusters. Empty if they are more than `most`, or not known.
+        Empty if they are more than `most`, or not known.
         """
-        extents: list[tuple[Device, int, int]] = []
+        extents: list[tuple[Device, range]] = []
         while rank < end and len(extents) < most:
-            device = self._devices.get(rank >> 32)
-            if device is None:
-                break
-            first = rank & 0xFFFFFFFF
-            # Only the extent behind it tells where a vmstate ends.
-            is_last = rank >> 32 == end >> 32
-            limit = end & 0xFFFFFFFF if is_last else device.cluster_count
-            count = min(size, limit - first)
-            if count <= 0 or (count < size and is_last):
-                break
-            extents.append((device, first, count))
-            rank = self._rank_of(device.dev_id, first + count)
+            extents.append(self._extent_at(rank))
+            device, numbers = extents[-1]
+            rank = self._rank_of(device.dev_id, numbers.stop)
         return extents if rank == end else []
+
+    def _extent_at(self, rank: int) -> tuple[Device, range]:
+        """Return the device and the clusters of the canonical extent at a rank."""
+        device, first = self._devices[rank & ~RANK_CLUSTER], rank & RANK_CLUSTER
+        end = first + self._extent_clusters
+        # Only the extent behind it tells where a vmstate ends: these are whole.
+        return device, range(first, end if device.is_vmstate else min(end, device.cluster_count))
 
     def _missing(self) -> list[Found]:
         """Return the extents at the offset whose headers are lost, as far as that is certain.
@@ -7342,51 +7347,40 @@ class Rescue:
         The extents before and behind them say which clusters they have, the distance whether they
         store all blocks or none. Empty if not exactly one way fits.
         """
-        if not self._is_ordered or not self._header:
+        if not self._is_ordered or self._rank & ~RANK_CLUSTER not in self._devices:
             return []
-        offset = self._offset
+        offset, source = self._offset, self.window.source
+        self.window.peek(offset, EXTENT_HEADER_SIZE)  # only then, its breaks are known
         # Behind a break in a header comes what is left of the extent.
-        breaks = self.window.source.breaks
-        self.window.peek(offset, EXTENT_HEADER_SIZE)
-        is_broken = self.window.source.has_break(offset, offset + EXTENT_HEADER_SIZE)
-        place = breaks[bisect.bisect_left(breaks, offset)] if is_broken else offset
+        is_broken = source.has_break(offset, offset + EXTENT_HEADER_SIZE)
+        place = source.breaks[bisect.bisect_left(source.breaks, offset)] if is_broken else offset
         start = place - EXTENT_HEADER_SIZE if is_broken else offset
-        possible = []
-        for size in (self._extent_clusters,) if self._extent_clusters else (8, 16):
-            device = self._devices.get(self._rank >> 32)
-            if device is None:
-                return []
-            first = self._rank & 0xFFFFFFFF
-            count = size if device.is_vmstate else min(size, device.cluster_count - first)
-            extent = device, first, count
-            following = self._rank_of(device.dev_id, first + count)
-            for payload_size in {0, stored_size(extent)}:
-                end = start + EXTENT_HEADER_SIZE + payload_size
-                # The archive's end tells nothing: it may be cut.
-                if end > place and following and self._begins_at(end) == following:
-                    possible.append(([extent], [payload_size], size, end))
-        if not possible and not is_broken:
-            candidate = self._find(offset + 1, offset + EXTENT_MAX_SIZE)
-            if candidate and candidate[1] and candidate[0][0].rank > self._rank:
-                behind = candidate[0][0]
-                end = behind.extent.offset
-                size = self._extent_clusters or (behind.end_rank - behind.rank)
-                most = (end - offset) // EXTENT_HEADER_SIZE
-                extents = self._between(self._rank, behind.rank, size, most)
-                total = end - offset - EXTENT_HEADER_SIZE * len(extents)
-                sizes = only_way([stored_size(extent) for extent in extents], total)
-                if extents and sizes:
-                    possible.append((extents, sizes, size, end))
-        if len(possible) != 1:
+        # One extent is the usual case: then no header of an archive in a disk can mislead.
+        device, numbers = self._extent_at(self._rank)
+        following = self._rank_of(device.dev_id, numbers.stop)
+        behind = {}  # rank of the whole header behind, by its offset
+        for size in (0, stored_size(device, numbers)):
+            end = start + EXTENT_HEADER_SIZE + size
+            if end > place and following == self._begins_at(end):
+                behind[end] = following
+        if not behind and not is_broken:
+            extents, proven = self._find(offset + 1, offset + EXTENT_MAX_SIZE)
+            if proven and extents[0].rank > self._rank:
+                behind[extents[0].extent.offset] = extents[0].rank
+        if len(behind) != 1:
             return []
-        extents, sizes, size, end = possible[0]
+        [(end, following)] = behind.items()
         # After a break, the distance says nothing.
-        if self.window.source.has_break(place + is_broken, end):
+        if source.has_break(place + is_broken, end):
             return []
-        missing = []
-        for (device, first, count), payload_size in zip(extents, sizes):
-            masks = [device.block_mask(first + i) if payload_size else 0 for i in range(count)]
-            [(header, _)] = pack_extents(device.dev_id, first, masks, size)
+        missing: list[Found] = []
+        parts = self._lay_out(self._rank, following, (end - start) // EXTENT_HEADER_SIZE)
+        total = end - start - EXTENT_HEADER_SIZE * len(parts)
+        for (device, numbers), size in zip(
+            parts, only_way([stored_size(*p) for p in parts], total)
+        ):
+            masks = [device.block_mask(number) if size else 0 for number in numbers]
+            [(header, _)] = pack_extents(device.dev_id, numbers[0], masks, self._extent_clusters)
             missing.append(self._describe(parse_extent(bytes(header), start, self._uuid)))
             start = missing[-1].end
         return missing
@@ -7513,7 +7507,7 @@ class Rescue:
         stop: int | None = None,
         through: int | None = None,
         near: int | None = None,
-    ) -> tuple[list[Found], bool] | None:
+    ) -> tuple[list[Found], bool]:
         """Return the next extents from start on, before stop, that can be the archive's; if proven.
 
         With `through`, they must come past there. They are expected to be `near` an offset.
@@ -7539,7 +7533,7 @@ class Rescue:
             extents = [found for found in extents if not self._has_all(found)]
             if extents and (proven or (not nested and self._can_be_next(extents, near))):
                 return extents, proven
-        return None
+        return [], False
 
     def _search(
         self,
@@ -7553,11 +7547,10 @@ class Rescue:
 
         With `doubtful`, it is doubtful unless it is proven.
         """
-        found = self._find(start, stop, through, near)
-        if found is None:
+        extents, proven = self._find(start, stop, through, near)
+        if not extents:
             self._offset = self.window.end if stop is None else stop
             return False
-        extents, proven = found
         offset = extents[0].extent.offset
         self._uuid = self._uuid or bytes(self.window.peek(offset + 8, 16))
         self._begin(offset, proven, doubtful and not proven)
@@ -7654,7 +7647,7 @@ class Rescue:
                 not self._rank and found.rank > 0
             )
             self._rank = found.end_rank
-            if found.end_rank & 0xFFFFFFFF:  # not a device's end
+            if found.end_rank & RANK_CLUSTER:  # not a device's end
                 self._extent_clusters = len(found.extent.blockinfo)
         chain.end_rank = self._rank
         chain.end = max(chain.end, found.end)
@@ -7662,14 +7655,14 @@ class Rescue:
     def _take_empty(self) -> bool:
         """Take the extents at the offset if they are many that store nothing, in their order."""
         size = self._extent_clusters
-        device = self._devices.get(self._rank >> 32)
-        if not self._is_ordered or not self._may_be_ordered or not size or device is None:
+        device = self._devices.get(self._rank & ~RANK_CLUSTER)
+        if not self._is_ordered or not self._may_be_ordered or device is None:
             return False
         if device.is_vmstate or any(
             self.window.peek(self._offset, EXTENT_HEADER_SIZE)[EXTENT_BLOCK_COUNT]
         ):
             return False
-        first = self._rank & 0xFFFFFFFF
+        first = self._rank & RANK_CLUSTER
         count = min((device.cluster_count - first) // size, RUN_EXTENTS)
         headers = bytes(self.window.peek(self._offset, count * EXTENT_HEADER_SIZE))
         count = count_empty(headers)
@@ -7738,15 +7731,13 @@ class Rescue:
         start: int,
         stop: int,
         chain: Chain | None = None,
-        begin: int = 0,
         doubtful: bool = False,
         restored: bool = False,
     ) -> None:
-        """Write the clusters of an extent whose blocks are in a part of its payload.
+        """Write the clusters of an extent, of whose payload start to stop of the archive is there.
 
-        The part is at start to stop of the archive, and begins at `begin` of the payload. Doubtful
-        clusters are written even if some of their blocks are missing. A restored header has no MD5
-        that would vouch for clusters that store nothing.
+        Doubtful clusters are written even if some of their blocks are missing. A restored header
+        has no MD5 that would vouch for clusters that store nothing.
         """
         source = self.window.source
         chain = chain or self._chain
@@ -7767,13 +7758,13 @@ class Rescue:
             if not mask and not disk.claims.put(cluster_num, chain.number << 2 | empty):
                 continue
             state = empty
-            position = at - begin
+            position = at
             if mask:
                 state = CLAIM_DOUBTFUL if doubtful else CLAIM_STORED
                 place = start + position, start + position + size
                 if not is_whole:
                     cut = position + size > len(payload) and not doubtful
-                    if position < 0 or cut or overlaps(source.lost, *place):
+                    if cut or overlaps(source.lost, *place):
                         continue
                     if overlaps(source.doubtful, *place):
                         state = CLAIM_DOUBTFUL
@@ -7961,29 +7952,20 @@ def flip_bit(data: bytes) -> bytes:
     return data
 
 
-def stored_size(extent: tuple[Device, int, int]) -> int:
-    """Return the payload's size in bytes of an extent that stores all blocks of its clusters."""
-    device, first, count = extent
-    return sum(mask_size(device.block_mask(first + i)) for i in range(count))
+def stored_size(device: Device, cluster_nums: Iterable[int]) -> int:
+    """Return the size in bytes of all blocks of some clusters of a device."""
+    return sum(mask_size(device.block_mask(number)) for number in cluster_nums)
 
 
-def only_way(sizes: Sequence[int], total: int) -> list[int]:
+def only_way(sizes: Sequence[int], total: int) -> Sequence[int]:
     """Return each size, or 0 instead, so that they make the total; empty if not in one way only."""
-    if total in (0, sum(sizes)):
-        return [size if total else 0 for size in sizes]
-    if len(sizes) > EXTENT_SLOTS:
+    choices: Iterable[Sequence[int]] = (sizes, [0] * len(sizes))
+    if len(sizes) <= MOST_CHOICES:
+        choices = itertools.product(*((size, 0) for size in sizes))
+    elif total not in (0, sum(sizes)):
         return []
-    ways: dict[int, list[list[int]]] = {0: [[]]}
-    for size in sizes:
-        longer: dict[int, list[list[int]]] = {}
-        for subtotal, found in ways.items():
-            for choice in (0, size):
-                if subtotal + choice <= total:
-                    more = longer.setdefault(subtotal + choice, [])
-                    more += [[*way, choice] for way in found[: 2 - len(more)]]
-        ways = longer
-    found = ways.get(total, [])
-    return found[0] if len(found) == 1 else []
+    ways = [choice for choice in choices if sum(choice) == total]
+    return ways[0] if len(ways) == 1 else []
 
 
 def guess_header(data: bytearray, uuid: bytes) -> Header | None:
