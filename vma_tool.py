@@ -7187,9 +7187,7 @@ class Rescue:
         self._uuid = b""
         self._offset = 0  # where the next extent is expected
         self._chains: list[Chain] = []
-        # The order: whether it may be the canonical one, whether the header proves that, and how
-        # far the extents have come in it.
-        self._may_be_ordered = True
+        # The canonical order: whether the header proves it, and how far the extents have come.
         self._is_ordered = False
         self._rank = 0
         self._extent_clusters = 0  # what a whole extent has in a canonical archive
@@ -7579,18 +7577,16 @@ class Rescue:
         """Say whether extents that are not proven fit, and are not of an archive in a disk."""
         if any(self._claim_of(info) for found in extents for info in found.extent.blockinfo):
             return False
-        if self._uuid == CANONICAL_UUID and self._may_be_ordered and self._rank:
-            # All canonical archives have this uuid, also those in a disk. They have one order.
+        if self._uuid != CANONICAL_UUID:  # which all canonical archives have, also those in a disk
+            return True
+        if self._is_ordered:
             ranks = [self._rank]
             for found in extents:
                 ranks += found.rank, found.end_rank
             if 0 in ranks or ranks != sorted(ranks):
                 return False
-            # Nothing would be lost before it: so it is where it is expected, or nested.
-            if self._rank == extents[0].rank:
-                near = self._offset if near is None else near
-            elif self._chains[1:] or any(disk.claims.end for disk in self.disks.values()):
-                near = None
+            # If nothing is lost before it, it is where it is expected; else, that is not known.
+            near = (near or self._offset) if self._rank == extents[0].rank else None
         return near is None or abs(extents[0].extent.offset - near) <= NEAR_SIZE
 
     def _resume(self, fault: str) -> None:
@@ -7637,15 +7633,12 @@ class Rescue:
         if seams and bisect.bisect(seams, chain.start) != bisect.bisect(seams, found.end - 1):
             self._begin(self._offset, chain.proven, chain.doubtful)
             chain = self._chain
-        if self._uuid == CANONICAL_UUID and self._may_be_ordered and (chain.proven or self._rank):
-            if self._is_ordered and found.rank != self._rank and not chain.proven:
+        if self._is_ordered:
+            if found.rank != self._rank and not chain.proven:
                 # Headers of an archive in a disk have led to this one.
                 chain.doubtful = True
                 self._begin(self._offset, self._follow(self._offset)[1])
                 chain = self._chain
-            self._may_be_ordered = 0 < self._rank <= found.rank or (
-                not self._rank and found.rank > 0
-            )
             self._rank = found.end_rank
             if found.end_rank & RANK_CLUSTER:  # not a device's end
                 self._extent_clusters = len(found.extent.blockinfo)
@@ -7656,7 +7649,7 @@ class Rescue:
         """Take the extents at the offset if they are many that store nothing, in their order."""
         size = self._extent_clusters
         device = self._devices.get(self._rank & ~RANK_CLUSTER)
-        if not self._is_ordered or not self._may_be_ordered or device is None:
+        if not self._is_ordered or device is None:
             return False
         if device.is_vmstate or any(
             self.window.peek(self._offset, EXTENT_HEADER_SIZE)[EXTENT_BLOCK_COUNT]
@@ -7699,8 +7692,9 @@ class Rescue:
         begun = self._search(start, stop, near=found.end, doubtful=cut)
         if cut and not begun:
             chain.note(offset, f"only {stop - start} of {size} bytes of the extent")
-            # Nothing behind it shows that its payload is in place; what is before it may.
-            self._claim(found, start, stop, chain, doubtful=not chain.proven)
+            # Nothing behind it shows that its payload is in place; the one before it may.
+            is_alone = not chain.proven and chain.start == offset
+            self._claim(found, start, stop, chain, doubtful=is_alone)
             return
         # A chain that is not proven may be a guest's: then it is payload, too.
         end = min(self._offset, stop) if begun and self._chain.proven else stop
