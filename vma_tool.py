@@ -1246,9 +1246,12 @@ class Zstd:
         return context
 
     def _checked(self, size: int) -> int:
-        """Return a size; raises FormatError if it is an error's code."""
+        """Return a size; raises FormatError if it is an error's code, VmaError without memory."""
         if self.library.ZSTD_isError(size):
-            raise FormatError(self.library.ZSTD_getErrorName(size).decode().lower())
+            text = self.library.ZSTD_getErrorName(size).decode().lower()
+            raise (
+                VmaError("no memory for zstd") if "not enough memory" in text else FormatError(text)
+            )
         return size
 
 
@@ -6081,6 +6084,7 @@ class Salvage:
     """
 
     ahead = 4  # pieces that may be read at the same time
+    is_decoded = False
 
     def __init__(self, thread_count: int) -> None:
         self.workers = Workers(thread_count)
@@ -6447,6 +6451,8 @@ class Decoder:
 
 class DecodedSalvage(Salvage):
     """The readable bytes of a damaged compressed file."""
+
+    is_decoded = True
 
     def __init__(self, file: Input, window: Window, codec: str) -> None:
         super().__init__(processor_count())
@@ -8678,25 +8684,39 @@ def cmd_rescue(args: Namespace) -> int:
     if args.json:
         print(to_json(found))
     elif not args.quiet:
-        print_rescued(source.name, found)
+        print_rescued(source.name, found, is_plain=not window.source.is_decoded)
     # So that a script does not take the disks for whole.
     return EXIT_BAD if found["damage"] else 0
 
 
-def print_rescued(archive: str, found: Mapping[str, Any]) -> None:
+def print_rescued(archive: str, found: Mapping[str, Any], is_plain: bool) -> None:
     """Print the result of `Rescue.finish` for people."""
     print(f"archive  {archive}")
     for flaw in found["damage"]:
         print(f"damage   offset 0x{flaw['offset']:x}: {escape(flaw['text'])}")
     for config in found["configs"]:
         print(f"config   {escape(config['name'])}  {config['size']} bytes")
+    sizes = {"lost": 0, "doubtful": 0}
     for device in found["devices"]:
         print_device(device)
-        for state in "lost", "doubtful":
+        for state in sizes:
             ranges = device[state]
-            print(f"             {state}: {format_size(sum(count for _, count in ranges))}")
+            size = sum(count for _, count in ranges)
+            sizes[state] += size
+            print(f"             {state}: {format_size(size)}")
             for start, count in ranges:
                 print(f"               {start} + {count}")
+    size = sum(device["size"] for device in found["devices"])
+    right = f"{format_size(size - sum(sizes.values()))} of {format_size(size)} are right"
+    vouching = "its data has no checksum" if is_plain else "checksums tell"
+    print(f"certain  {right}, as far as can be known: {vouching}.")
+    if any(sizes.values()):
+        lost, doubtful = map(format_size, sizes.values())
+        print(
+            f"unsure   {lost} are lost and read as zeros, {doubtful} are doubtful and may be wrong."
+        )
+        print("next     Check the file systems of a copy: fsck, ntfsfix, chkdsk. Which files the")
+        print('         ranges hit: see the README, "A damaged backup".')
 
 
 def cmd_unpack(args: Namespace) -> int:

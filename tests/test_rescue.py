@@ -10,10 +10,12 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import stat
 import struct
@@ -27,7 +29,7 @@ from unittest import mock
 
 import vma_tool
 from tests import archives, frames
-from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Cluster
+from tests.archives import BLOCK, CLUSTER, EXTENT_HEADER, Archive, Cluster, Device
 from tests.faults import in_frames
 from tests.support import (
     ALL,
@@ -686,6 +688,14 @@ class Compressed(RescueTest):
                 self.assertFalse({(s.dev_id, s.cluster_num) for s in last} & unsure)
                 self.assertLess(len(unsure), len(every_cluster(archive)) * 2 // 3)
 
+    def test_a_window_too_large(self) -> None:
+        """Nothing is damaged: the way out is told."""
+        _, data = some_archive(9)
+        packed = program("zstd", "-qc", "--long=30", "--zstd=wlog=30", data=data)
+        path = self.file("a.vma.zst", packed)
+        self.refused("rescue", path, self.directory / "new", says=["--long=31"])
+        self.assertFalse((self.directory / "new").exists())
+
     def test_missing_decompressor(self) -> None:
         _, data = some_archive(9)
         for name, hidden, package in (
@@ -707,6 +717,152 @@ class Compressed(RescueTest):
         for device in archive.devices:
             data = (target / f"disk-dev{device.dev_id}.raw").read_bytes()
             self.assertEqual(data, device.data.ljust(len(data), b"\0"))
+
+
+class Slots(RescueTest):
+    """A whole extent header is used slot by slot, and a cluster that is there twice is compared."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        disk = Device(1, "x", archives.disk(random.Random(15), 9 * CLUSTER, "full"))
+        self.archive = Archive([disk], [("qemu-server.conf", b"")], uuid=bytes(range(16)))
+
+    def extents(self, *extents: list[int]) -> bytes:
+        """Return an archive whose extents hold these clusters, a negative one with other bytes."""
+        device = self.archive.devices[0]
+        data = archives.header_bytes(self.archive)
+        for numbers in extents:
+            blocks = [
+                device.block(number * 16 + bit) if number >= 0 else b"\x55" * BLOCK
+                for number in numbers
+                for bit in range(16)
+            ]
+            infos = [(0xFFFF, 1, abs(number)) for number in numbers]
+            data += archives.extent_bytes(self.archive.uuid, infos, blocks)
+        return data
+
+    def check(self, data: bytes, lost: set[int], doubtful: set[int], says: str = "") -> None:
+        report, target = self.rescue(data, status=3 if says else 0)
+        self.assertEqual(told(report, "lost"), {(1, number) for number in lost})
+        self.assertEqual(told(report, "doubtful"), {(1, number) for number in doubtful})
+        self.assertIn(says, " ".join(flaw["text"] for flaw in report["damage"]))
+        found = self.contents(self.archive, target)
+        for cluster, content in truth(self.archive).items():
+            if cluster[1] not in lost | doubtful:
+                self.assertEqual(found[cluster], content, cluster)
+
+    def test_behind_the_end(self) -> None:
+        data = self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8])
+        at = archives.extent_offsets(data)[1]
+        slot = archives.slots(data, at)[1]
+        new = struct.pack(">BI", 1, 9)
+        self.check(
+            archives.edit(data, slot.offset + 3, new), {5}, set(), "no cluster can be number 9"
+        )
+        new = struct.pack(">BI", 7, 0)
+        self.check(archives.edit(data, slot.offset + 3, new), {5}, set(), "device 7")
+
+    def test_twice_in_an_extent(self) -> None:
+        self.check(self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8, 8]), set(), set(), "occurs twice")
+        self.check(self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8, -8]), set(), {8}, "other bytes")
+
+    def test_twice(self) -> None:
+        self.check(self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8], [3, 4]), set(), set())
+        self.check(self.extents([0, 1, 2, -3], [3, 4, 5, 6, 7, 8]), set(), {3}, "other bytes")
+
+    def test_block_count(self) -> None:
+        data = self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8])
+        at = archives.extent_offsets(data)[0]
+        self.check(archives.edit(data, at + 6, struct.pack(">H", 63)), set(), set(), "block_count")
+
+
+class ExtentHeaders(RescueTest):
+    """Damaged extent headers that are known all the same."""
+
+    def test_one_bit(self) -> None:
+        """In any archive, the MD5 tells which."""
+        archive, data = some_archive(21)
+        rng = random.Random(21)
+        for at in archives.extent_offsets(data):
+            bit = rng.randrange(EXTENT_HEADER * 8)
+            damaged = bytearray(data)
+            damaged[at + bit // 8] ^= 1 << bit % 8
+            with self.subTest(at=at, bit=bit):
+                report, target = self.rescue(bytes(damaged), status=3)
+                self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+                self.assertEqual(self.contents(archive, target), truth(archive))
+                self.assertIn("one bit", report["damage"][0]["text"])
+
+    def optimized(self) -> tuple[Archive, bytes]:
+        rng = random.Random(22)
+        data = archives.disk(rng, 20 * CLUSTER, "full") + bytes(200 * CLUSTER)
+        disks = [data + archives.disk(rng, 21 * CLUSTER + 512, "full"), data[: 9 * CLUSTER]]
+        archive = Archive([Device(i, f"d{i}", disk) for i, disk in enumerate(disks, 1)])
+        return archive, archives.canonical(archive)
+
+    def test_any_of_an_optimized_archive(self) -> None:
+        archive, plain = self.optimized()
+        packed = in_frames(plain)
+        parts = frames.split(packed)
+        starts = list(itertools.accumulate(map(len, parts.frames), initial=0))
+        sizes = list(frames.cuts(plain))
+        places = {
+            "plain": (plain, [(at, EXTENT_HEADER) for at in archives.extent_offsets(plain)[:-1]]),
+            "frames": (
+                packed,
+                [
+                    (start, len(frame))
+                    for start, frame, size in list(zip(starts, parts.frames, sizes))[1:-2]
+                    if size == EXTENT_HEADER
+                ],
+            ),
+        }
+        for name, (data, headers) in places.items():
+            for at, size in headers:
+                for how in ("file", "pipe"):
+                    damaged = data[:at] + random.Random(at).randbytes(size) + data[at + size :]
+                    with self.subTest(name, at=at, how=how):
+                        path = Path("-") if how == "pipe" else self.file("a.vma", damaged)
+                        report, target = self.rescue(
+                            path, status=3, **({"input": damaged} if how == "pipe" else {})
+                        )
+                        self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+                        self.assertEqual(self.contents(archive, target), truth(archive))
+
+    def test_several_in_a_row(self) -> None:
+        archive, data = self.optimized()
+        extents = archives.extent_offsets(data)
+        for first in range(len(extents) - 3):
+            damaged = bytearray(data)
+            for at in extents[first : first + 2]:
+                damaged[at : at + EXTENT_HEADER] = bytes(EXTENT_HEADER)
+            stored = [bool(data[at + 7] | data[at + 6]) for at in extents[first : first + 2]]
+            with self.subTest(first=first, stored=stored):
+                report, target = self.rescue(bytes(damaged), status=3)
+                unsure = told(report, "lost") | told(report, "doubtful")
+                # One that stores all and one that stores nothing: in which order, nobody knows.
+                if stored[0] == stored[1]:
+                    self.assertEqual(unsure, set())
+                for cluster, content in self.contents(archive, target).items():
+                    if cluster not in unsure:
+                        self.assertEqual(content, truth(archive)[cluster], cluster)
+        page = bytearray(data)
+        zeros = next(at for at in extents if not page[at + 6] | page[at + 7])
+        page[zeros + 512 : zeros + 4608] = bytes(4096)
+        report, _ = self.rescue(bytes(page), status=3)
+        self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+
+    def test_an_extent_gone_from_the_middle(self) -> None:
+        """The next header is where one must be, but it is not the next one in the order."""
+        archive, data = self.optimized()
+        extents = archives.extent_offsets(data)
+        size = extents[1] - extents[0]
+        at = extents[0] + size // 2
+        report, target = self.rescue(data[:at] + data[at + size :], status=3)
+        unsure = told(report, "lost") | told(report, "doubtful")
+        for cluster, content in self.contents(archive, target).items():
+            if cluster not in unsure:
+                self.assertEqual(content, truth(archive)[cluster], cluster)
 
 
 class Headers(RescueTest):
@@ -746,6 +902,16 @@ class Headers(RescueTest):
         self.assertEqual(self.check(self.edited(0, bytes(size)), named=False), [])
         self.assertEqual(self.check(self.data[size:], named=False), [])
         self.assertEqual(self.check(b"garbage" + self.data[size:], named=False), [])
+
+    def test_its_uuid_counts(self) -> None:
+        """Also if the header is damaged, and an extent of another archive comes first."""
+        at = archives.extent_offsets(self.data)[0]
+        infos = [(0xFFFF, 1, 0)]
+        foreign = archives.extent_bytes(b"another archive!", infos, [b"x" * BLOCK] * 16)
+        for damaged in (self.data, self.edited(33, b"xx")):
+            report, target = self.rescue(damaged[:at] + foreign + damaged[at:], status=3)
+            self.assertEqual(told(report, "lost") | told(report, "doubtful"), set())
+            self.assertEqual(self.contents(self.archive, target), truth(self.archive))
 
     def test_a_device_gone(self) -> None:
         """The header has it no more, but its extents are there."""
@@ -934,6 +1100,8 @@ class Surroundings(RescueTest, ProcessTest):
         text = answer.stdout.decode()
         self.assertIn(f"offset 0x{at:x}: the extent header's MD5 does not match", text)
         report = json.loads((self.directory / "new" / "rescue.json").read_text())
+        for word in ("certain", "unsure", "next"):
+            self.assertIn(f"\n{word} ", text)
         for device in report["devices"]:
             self.assertIn(device["name"], text)
             for offset, size in device["lost"]:
@@ -962,6 +1130,31 @@ class Surroundings(RescueTest, ProcessTest):
         answer, memory = run_measured("rescue", "-q", path, self.directory / "new2")
         self.assertEqual(answer.returncode, 3, answer.stderr)
         self.assertLess(memory, extracting + (24 << 20))
+
+    def test_memory_of_what_is_announced(self) -> None:
+        """13 KB that announce hundreds of TiB take no memory, and no time."""
+        for count, size in ((1, 1 << 40), (254, 1 << 40), (254, 1 << 47)):
+            archive = Archive([Device(i + 1, f"d{i}", b"", size=size) for i in range(count)])
+            infos = [(0, i % count + 1, (size >> 16) - 1) for i in range(59)]
+            data = archives.header_bytes(archive) + archives.extent_bytes(archive.uuid, infos, [])
+            with self.subTest(count=count, size=size):
+                path = self.file("a.vma", data)
+                target = self.directory / f"announced-{count}-{size}"
+                start = time.monotonic()
+                answer, memory = run_measured("rescue", "-q", path, target)
+                self.assertEqual(answer.returncode, 3, answer.stderr)
+                self.assertLess(memory, 100 << 20)
+                self.assertLess(time.monotonic() - start, 20)
+                shutil.rmtree(target)
+
+    def test_memory_of_zeros(self) -> None:
+        """A whole archive takes no more than extract, and 16 MiB."""
+        path = self.directory / "zeros.vma"
+        archives.write_large(path, size=128 << 30, data_bytes=1 << 20)
+        _, extracting = run_measured("extract", "-q", path, self.directory / "extracted")
+        answer, memory = run_measured("rescue", "-q", path, self.directory / "new")
+        self.assertEqual(answer.returncode, 0, answer.stderr)
+        self.assertLess(memory, extracting + (16 << 20))
 
     def test_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
