@@ -6052,8 +6052,8 @@ def log_to_syslog(text: str) -> None:
 RESCUE_NAME = "rescue.json"
 # What one view of a window holds; it grows where that is not enough.
 PLAIN_VIEW_SIZE = 5888 << 10  # an extent and a half
-DECODED_VIEW_SIZE = 8 << 20
-PACKED_VIEW_SIZE = 4 << 20
+DECODED_VIEW_SIZE = 6 << 20
+PACKED_VIEW_SIZE = 3 << 20
 PLAIN_PIECE_SIZE = 256 << 10
 READ_SIZE = 1 << 20
 WRITE_SIZE = 1 << 20
@@ -6309,8 +6309,9 @@ class Window:
 
 PACKED_ROOM = PIECE_SIZE + (64 << 10)  # of a frame of ours
 PIECE_ROOM = FRAME_MAX_SIZE + (64 << 10)  # compressed bytes of the largest frame or block
+HELD_SIZE = 2 << 20  # bytes that wait for their checksum
 DECODE_SIZE = 64 << 10  # bytes that one call decompresses
-KEPT_SIZE = 2 * FRAME_BLOCK_MAX
+KEPT_SIZE = 2 * FRAME_BLOCK_MAX  # bytes behind the position to which a decoder may go back
 ZSTD_PATTERN = re.compile(re.escape(ZSTD_MAGICS[0]))
 XZ_HEADER_SIZE = 12
 XZ_FEED_SIZE = 4 << 10  # what it makes of bytes among which is damage, it does not give
@@ -6433,7 +6434,7 @@ class Decoder:
             for data in parts:
                 held.append(data)
                 size += len(data)
-                if size > FRAME_MAX_SIZE:  # as much as memory is for: then it is known too late
+                if size > HELD_SIZE:  # what follows would take too much memory: it is known late
                     for each in held:
                         yield Chunk(each, is_seam=not is_open)
                         is_open = True
@@ -6670,7 +6671,9 @@ class ZstdDecoder(Decoder):
                 return data, head, parse_frame(data).size, None
             except FormatError as caught:
                 error = caught
-            if not isinstance(error, CutError):
+            # Of a large frame, the end is not looked for: it is read block by block.
+            is_small = head is None or (head.content_size or sys.maxsize) <= FRAME_MAX_SIZE
+            if not (is_small and isinstance(error, CutError)):
                 break
         return data, head, 0, error
 
@@ -6735,6 +6738,9 @@ class ZstdDecoder(Decoder):
 
 class GzipDecoder(Decoder):
     """gzip: members, in which damage is noticed late, or only by the checksum at the end."""
+
+    _has_ended = False  # the member's data, so that what follows can be read
+    _is_complete = False  # as many bytes as the member says
 
     def chunks(self) -> Iterator[Chunk]:
         while len(data := self.window.peek(self.position, DECODE_SIZE)):
@@ -7009,7 +7015,8 @@ def lzop_header(data: bytes) -> tuple[bytes, int]:
         at += 4 + (4 if flags & 0x800 else 0) + (12 if version >= 0x940 else 8)
         at += 1 + data[at]  # name
         checksum = zlib.crc32 if flags & 0x1000 else zlib.adler32
-        if struct.unpack_from(">I", data, at) == (checksum(data[len(LZOP_MAGIC) : at]),):
+        stored = struct.unpack_from(">I", data, at)
+        if data.startswith(LZOP_MAGIC) and stored == (checksum(data[len(LZOP_MAGIC) : at]),):
             return data[: at + 4], flags
     return b"", 0
 
@@ -7219,9 +7226,10 @@ class Rescue:
                     self._take(found)
             self._wait()
         finally:
-            # Only then may the files be closed. An error that is on its way is worth more.
-            with suppress(VmaError):
-                self._wait()
+            # Only then may the files be closed, also after an error: a descriptor that is free
+            # could become another file's, and what is still to be written would go there.
+            for call in self._writes:
+                call.wait(-1)
             self._writer.close()
 
     def _begin(self, offset: int, proven: bool, doubtful: bool = False) -> None:
@@ -7443,25 +7451,24 @@ class Rescue:
         try:
             return self._describe(parse_extent(data, offset, self._uuid))
         except FormatError as error:
-            for how, mended in (
-                ("one bit of it is wrong, which its MD5 tells", flip_bit(data)),
-                ("the index has what it was", self._indexed(offset)),
+            for how, mend in (
+                ("one bit of it is wrong, which its MD5 tells", functools.partial(flip_bit, data)),
+                ("the index has what it was", functools.partial(self._indexed, offset)),
             ):
                 with suppress(FormatError):
-                    found = self._describe(parse_extent(mended, offset, self._uuid))
+                    found = self._describe(parse_extent(mend(), offset, self._uuid))
                     self._chain.note(offset, f"{error.args[0]}; {how}: nothing is lost")
                     return found
             raise
 
     def _indexed(self, offset: int) -> bytes:
-        """Return the extent header at an offset of a canonical archive as its index has it."""
-        if not self._header or not self._is_ordered:
-            return bytes(EXTENT_HEADER_SIZE)
-        # Only now, as it takes memory.
-        self._index = self._index or self.window.source.index(self._header)
-        return (indexed_extent(self._index, offset) if self._index else None) or bytes(
-            EXTENT_HEADER_SIZE
-        )
+        """Return the extent header at an offset as the index has it; raises FormatError."""
+        if self._index is None and self._header and self._is_ordered:
+            self._index = self.window.source.index(self._header)  # only now, as it takes memory
+        header = indexed_extent(self._index, offset) if self._index else None
+        if header is None:
+            raise FormatError("the index has no extent there")
+        return header
 
     # Where extents follow one another
 
@@ -7715,7 +7722,7 @@ class Rescue:
         source = self.window.source
         if not self._may_follow(found.end):
             return bool(self._missing())
-        if not self._is_ordered or found.end in source.breaks:
+        if not (self._is_ordered and found.rank) or found.end in source.breaks:
             return True
         # In a known order, another extent tells that bytes are missing, and lost bytes can tell it.
         following = self._begins_at(found.end)
@@ -7749,7 +7756,7 @@ class Rescue:
         if is_whole and found.rank and self._claim_run(found, chain, payload, empty):
             return
         twice = []
-        for dev_id, cluster_num, mask, at, size in iter_slots(found.extent):
+        for dev_id, cluster_num, mask, position, size in iter_slots(found.extent):
             if found.odd and not self._is_possible(dev_id << 32 | cluster_num):
                 continue
             if dev_id not in self.disks:
@@ -7758,7 +7765,6 @@ class Rescue:
             if not mask and not disk.claims.put(cluster_num, chain.number << 2 | empty):
                 continue
             state = empty
-            position = at
             if mask:
                 state = CLAIM_DOUBTFUL if doubtful else CLAIM_STORED
                 place = start + position, start + position + size
@@ -7771,11 +7777,12 @@ class Rescue:
             claim = chain.number << 2 | state
             offset = cluster_num * CLUSTER_SIZE
             pieces: list[tuple[int, Buffer]] = []
+            at = position
             for run_start, run_size in block_runs(mask):
-                count = min(run_size, len(payload) - position, disk.size - offset - run_start)
+                count = min(run_size, len(payload) - at, disk.size - offset - run_start)
                 if count > 0:
-                    pieces.append((offset + run_start, payload[position : position + count]))
-                position += run_size
+                    pieces.append((offset + run_start, payload[at : at + count]))
+                at += run_size
             held = disk.claims.put(cluster_num, claim)
             if held:
                 claim, pieces, differs = self._settle(disk, cluster_num, held, claim, pieces)
@@ -7790,21 +7797,17 @@ class Rescue:
 
     def _claim_run(self, found: Found, chain: Chain, payload: memoryview, empty: int) -> bool:
         """Claim clusters that are in a row, as nearly all are, and store all blocks or none."""
-        dev_id, first = (
-            found.extent.blockinfo[0] >> 32 & 0xFF,
-            found.extent.blockinfo[0] & 0xFFFFFFFF,
-        )
-        count = len(found.extent.blockinfo)
-        disk = self.disks.get(dev_id)
+        infos = found.extent.blockinfo
+        first, count = infos[0] & 0xFFFFFFFF, len(infos)
+        disk = self.disks.get(infos[0] >> 32 & 0xFF)
         end = (first + count) * CLUSTER_SIZE
-        if disk is None or (
-            len(payload) and (len(payload) < count * CLUSTER_SIZE or end > disk.size)
-        ):
+        stores_all = len(payload) == count * CLUSTER_SIZE
+        if disk is None or not (stores_all or not payload) or (stores_all and end > disk.size):
             return False
-        claim = chain.number << 2 | (CLAIM_STORED if len(payload) else empty)
+        claim = chain.number << 2 | (CLAIM_STORED if stores_all else empty)
         if not disk.claims.claim(first, count, claim):
             return False
-        if len(payload):
+        if stores_all:
             self._write(disk.target, first * CLUSTER_SIZE, payload)
         return True
 

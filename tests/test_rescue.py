@@ -20,6 +20,7 @@ import signal
 import stat
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -555,6 +556,23 @@ class Compressed(RescueTest):
                 ):  # the index or its neighbours know what it said
                     self.assertEqual(lost | doubtful, set())
 
+    def test_a_sector_over_two_frames(self) -> None:
+        """Without a seek table that fits, nobody knows how many bytes are missing."""
+        archive, _ = some_archive(3)
+        parts, tail, _, _ = self.frames_of(archive)
+        packed = b"".join((*parts, tail))
+        for end in list(itertools.accumulate(map(len, parts)))[1 : -1 : 1 if ALL else 3]:
+            damaged = packed[: end - 2048] + bytes(4096) + packed[end + 2048 :]
+            for how in ("pipe", "torn tail"):
+                with self.subTest(end=end, how=how):
+                    if how == "pipe":
+                        report, target = self.rescue(Path("-"), status=3, input=damaged)
+                    else:
+                        path = self.file("a.vma.zst", damaged[:-9])
+                        report, target = self.rescue(path, status=3)
+                    lost, doubtful = told(report, "lost"), told(report, "doubtful")
+                    self.check_contents(archive, target, lost, doubtful)
+
     def test_random_damage_to_frames(self) -> None:
         archive, _ = some_archive(3)
         parts, tail, _, _ = self.frames_of(archive)
@@ -696,6 +714,18 @@ class Compressed(RescueTest):
         self.refused("rescue", path, self.directory / "new", says=["--long=31"])
         self.assertFalse((self.directory / "new").exists())
 
+    def test_header_of_lzop(self) -> None:
+        """It says hardly anything: the blocks are found without it."""
+        archive, data = some_archive(9)
+        packed = COMPRESSIONS["lzo"](data)
+        for place in (2, 10, 15, 18, 22, 30, 36):
+            damaged = bytearray(packed)
+            damaged[place] ^= 4
+            with self.subTest(place=place):
+                report, target = self.rescue(self.file("a.vma.lzo", bytes(damaged)), status=3)
+                self.assertIn("header", report["damage"][0]["text"])
+                self.assertEqual(self.contents(archive, target), truth(archive))
+
     def test_missing_decompressor(self) -> None:
         _, data = some_archive(9)
         for name, hidden, package in (
@@ -769,6 +799,15 @@ class Slots(RescueTest):
     def test_twice(self) -> None:
         self.check(self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8], [3, 4]), set(), set())
         self.check(self.extents([0, 1, 2, -3], [3, 4, 5, 6, 7, 8]), set(), {3}, "other bytes")
+
+    def test_of_an_optimized_archive(self) -> None:
+        """One odd slot says nothing against the others, nor against the order."""
+        disk = Device(1, "x", archives.disk(random.Random(16), 20 * CLUSTER, "full"))
+        self.archive = Archive([disk], [("qemu-server.conf", b"")])
+        data = archives.canonical(self.archive)
+        slot = archives.slots(data, archives.extent_offsets(data)[1])[2]
+        new = struct.pack(">BI", 1, 99)
+        self.check(archives.edit(data, slot.offset + 3, new), {10}, set(), "number 99")
 
     def test_block_count(self) -> None:
         data = self.extents([0, 1, 2, 3], [4, 5, 6, 7, 8])
@@ -1090,6 +1129,30 @@ class Surroundings(RescueTest, ProcessTest):
         self.assertEqual([p.name for p in target.iterdir()], ["file"])
         (target / "file").unlink()
         self.ok("rescue", "-q", path, target)
+
+    def test_nothing_is_written_after_an_error(self) -> None:
+        """The descriptors are closed then, and could be those of other files."""
+        path = self.directory / "large.vma"
+        archives.write_large(path, size=64 << 20, data_bytes=30 << 20)
+        writing = os.pwritev
+        times: list[float] = []
+
+        def failing(fd: int, *args: Any) -> int:
+            if threading.current_thread() is threading.main_thread():
+                return writing(fd, *args)
+            times.append(time.monotonic())
+            if len(times) in (2, 3):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            time.sleep(0.05 if times[1:] else 0.5)  # others queue up behind the first one
+            return writing(fd, *args)
+
+        with mock.patch("os.pwritev", failing):
+            self.refused("rescue", path, self.directory / "new", says=[os.strerror(errno.ENOSPC)])
+            end = time.monotonic()
+            time.sleep(0.4)
+        self.assertGreater(len(times), 3)
+        self.assertLess(max(times), end)
+        self.assertFalse((self.directory / "new").exists())
 
     def test_table(self) -> None:
         _, data = some_archive(17)

@@ -258,14 +258,18 @@ class AgainstTheTruth(RescueTest):
             if harm.moves and b"VMAE\0\0" not in data[at:]:
                 before = [start for start in archives.extent_offsets(target.plain) if start <= at]
                 places = [Place(before[-1], len(target.plain))]
-            return {
-                cluster
-                for cluster, start, end in stored_ranges(target.plain)
-                if any(Place(start, end).meets(place) for place in places)
-            }
-        # The file ends before the checksum of all that is in it.
-        ends = len(data) < len(harm.data) or len(data) == harm.hit[0].start
-        return every_cluster(target.archive) if ends and len(target.pieces) == 1 else set()
+        elif len(data) < len(harm.data) or len(data) == harm.hit[0].start:
+            # The file ends before the checksum of the piece that it ends in.
+            if len(target.pieces) == 1:
+                return every_cluster(target.archive)
+            places = [plain for place, plain in target.pieces if place.end > len(data)][:1]
+        else:
+            places = []
+        return {
+            cluster
+            for cluster, start, end in stored_ranges(target.plain)
+            if any(Place(start, end).meets(place) for place in places)
+        }
 
     def check_right(
         self, target: Form, report: dict[str, Any], out: Path, unknowable: set[Cluster]
